@@ -1,0 +1,51 @@
+"""Classify a folder of images with a run's network.
+
+    scripts/predict.py run=outputs/RUN input=FOLDER output=FILE.csv
+
+Writes one line an image: file, class, probability, and the probability of each class.
+"""
+
+import csv
+from pathlib import Path
+
+from core.entry import Config, launch
+from core.errors import DataError, StorageError
+from core.schema import PREDICT
+
+
+def predict(config: Config) -> None:
+    """Rebuild the run, decode the images as in training, write the probabilities."""
+    import torch
+
+    from data.images import SUFFIXES
+    from trainer.restore import load_run
+
+    values = config.values
+    source, output = Path(values["input"]), Path(values["output"])
+    if not source.exists():
+        raise DataError(str(source), "no such file or folder (input)")
+    found = sorted(source.rglob("*")) if source.is_dir() else [source]
+    paths = [path for path in found if path.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
+    run = load_run(values["run"], checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
+    try:
+        file = output.open("w", newline="")
+    except OSError as exception:
+        raise StorageError(str(output), f"cannot be written: {exception.strerror}") from None
+    with file, torch.inference_mode():
+        table = csv.writer(file)
+        table.writerow(["file", "class", "probability", *run.class_names])
+        for start in range(0, len(paths), values["batch_size"]):
+            chunk = paths[start : start + values["batch_size"]]
+            images = torch.stack([run.transform(path) for path in chunk])  # (B, C, H, W)
+            probabilities = run.model(images.to(run.device)).float().softmax(1).cpu()  # (B, K)
+            for path, row in zip(chunk, probabilities.tolist(), strict=True):
+                name = path.relative_to(source) if source.is_dir() else path.name
+                top = max(range(len(row)), key=row.__getitem__)
+                table.writerow([name, run.class_names[top], f"{row[top]:.6f}", *(f"{value:.6f}" for value in row)])
+    print(f"{len(paths):,} images -> {output}")
+
+
+if __name__ == "__main__":
+    launch(predict, config_name="predict", rules=PREDICT)

@@ -1,0 +1,94 @@
+"""What can go wrong, as classes: each knows its exit code and prints as one line.
+
+    error[config] optimizer.lr = -0.1: must be > 0
+          ^kind   ^subject       ^value ^what is allowed
+
+Whatever is raised here is the user's to mend, so no traceback is shown. Any other exception is a bug of ours (exit 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+_NO_VALUE = object()
+
+
+class PreceptorError(Exception):
+    """An error with a subject (a config key or a file), the value found there and what is allowed instead."""
+
+    kind = "bug"
+    exit_code = 1
+
+    def __init__(self, subject: str, explanation: str, *, value: object = _NO_VALUE) -> None:
+        super().__init__(subject, explanation)
+        self.subject = subject
+        self.explanation = explanation
+        self.value = value
+
+    def __str__(self) -> str:
+        shown = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
+        one_line = " ".join(self.explanation.split())
+        return f"error[{self.kind}] {self.subject}{shown}: {one_line}"
+
+    def under(self, section: str) -> "PreceptorError":
+        """The same error with its subject put under a config section: `hidden` becomes `model.hidden`."""
+        self.subject = f"{section}.{self.subject}"
+        return self
+
+
+class ConfigError(PreceptorError):
+    """A config value, key or combination that cannot work; found before the first step."""
+
+    kind, exit_code = "config", 2
+
+
+class DataError(PreceptorError):
+    """The data is missing, broken or does not fit the config."""
+
+    kind, exit_code = "data", 3
+
+
+class NumericalError(PreceptorError):
+    """Not-a-number, divergence or exhausted memory."""
+
+    kind, exit_code = "numerical", 4
+
+
+class StorageError(PreceptorError):
+    """A folder that exists already, is locked, cannot be written, or a full disk."""
+
+    kind, exit_code = "storage", 5
+
+
+class CheckpointError(PreceptorError):
+    """A checkpoint that is damaged or does not fit, or a resume that would change what may not change."""
+
+    kind, exit_code = "checkpoint", 6
+
+
+class SecurityError(PreceptorError):
+    """A file from elsewhere asks for code that nobody has trusted."""
+
+    kind, exit_code = "security", 7
+
+
+class StopSignal(BaseException):
+    """A signal ended the run after its state was saved. No `Exception`, so that a grid of runs stops too."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def spell(value: object) -> str:
+    """A value as YAML's users write it: `null`, `true`, text without quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """`did you mean X?` for the choice nearest to a misspelt word, or nothing when none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""

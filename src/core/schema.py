@@ -1,0 +1,240 @@
+"""What each key of a config may hold; checked before torch is imported.
+
+A rule takes a value and returns None, or what is allowed instead. Sections that name a `_target_` hold that class's
+arguments as well; those the builder checks against its signature.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from core.errors import ConfigError, suggest
+
+Rule = Callable[[Any], str | None]
+
+SPLITS = ("train", "val", "test")
+DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?|samples?|%)\s*$")
+
+
+# Rules: what is allowed
+
+
+def whole(low: int) -> Rule:
+    """An integer >= low."""
+    return lambda value: None if type(value) is int and value >= low else f"must be an integer >= {low}"
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, without: str = "") -> Rule:
+    """A finite number in an interval; `without` names the ends that are not in it: `low`, `high` or `low high`."""
+    above, below = ("low" in without), ("high" in without)
+
+    def rule(value: Any) -> str | None:
+        real = type(value) in (int, float) and math.isfinite(value)
+        if real and (value > low if above else value >= low) and (value < high if below else value <= high):
+            return None
+        if high == math.inf:
+            return f"must be a number {'>' if above else '>='} {low:g}"
+        return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+
+    return rule
+
+
+def one_of(*choices: Any) -> Rule:
+    """One of a few values."""
+    spelled = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+
+    def rule(value: Any) -> str | None:
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return None
+        hint = suggest(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
+        return f"must be one of {spelled}" + (f"; {hint}" if hint else "")
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """Null, or what the rule allows."""
+
+    def checked(value: Any) -> str | None:
+        allowed = None if value is None else rule(value)
+        return allowed and f"{allowed}, or null"
+
+    return checked
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    """What one of two rules allows."""
+
+    def rule(value: Any) -> str | None:
+        one, other = first(value), second(value)
+        return f"{one}, or {other.removeprefix('must be ')}" if one and other else None
+
+    return rule
+
+
+def list_of(rule: Rule, *, length: int | None = None) -> Rule:
+    """A list whose items obey a rule."""
+
+    def checked(value: Any) -> str | None:
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            return "must be a list" + (f" of {length}" if length else "")
+        wrong = next((allowed for item in value if (allowed := rule(item))), None)
+        return wrong and f"each item {wrong}"
+
+    return checked
+
+
+def text(value: Any) -> str | None:
+    """Text that is not empty."""
+    return None if isinstance(value, str) and value else "must be text"
+
+
+def flag(value: Any) -> str | None:
+    """True or false."""
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def section(value: Any) -> str | None:
+    """A mapping: one of the config's groups."""
+    return None if isinstance(value, dict) else "must be a section of keys (a config group)"
+
+
+def duration(value: Any) -> str | None:
+    """A length of training such as `1 epoch`."""
+    right = isinstance(value, str) and (match := DURATION.match(value)) and float(match[1]) > 0
+    return None if right else 'must be a duration > 0: "N steps", "N epochs", "N samples" or "N%"'
+
+
+METRIC = one_of(*(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy")))
+MODE = one_of("auto", "min", "max")
+
+TRAIN: dict[str, Rule] = {
+    "seed": whole(0),
+    "run_dir": optional(text),
+    "resume": optional(text),
+    "init_from": optional(text),
+    "trust": list_of(text),
+    "traceback": flag,
+    **dict.fromkeys(("model", "data", "augment", "optimizer", "schedule", "loss", "trainer"), section),
+    "data.root": optional(text),
+    "data.download": flag,
+    "data.batch_size": whole(1),
+    "data.eval_batch_size": whole(1),
+    "data.num_workers": whole(0),
+    "data.val_fraction": number(0, 1, without="high"),
+    "data.test_fraction": number(0, 1, without="high"),
+    "data.image_size": whole(1),
+    "data.channels": one_of(1, 3),
+    "data.num_classes": optional(whole(2)),
+    "data.fit": one_of("resize", "pad"),
+    "data.limit_train": optional(whole(1)),
+    "data.drop_last": one_of("auto", True, False),
+    "data.memory_budget": number(0),
+    "model.num_classes": optional(whole(2)),
+    "model.in_channels": whole(1),
+    "optimizer.lr": number(0, without="low"),
+    "optimizer.momentum": number(0, 1, without="high"),
+    "optimizer.betas": list_of(number(0, 1, without="high"), length=2),
+    "optimizer.eps": number(0, without="low"),
+    "optimizer.weight_decay": number(0),
+    "optimizer.nesterov": flag,
+    "schedule.warmup_epochs": number(0),
+    "schedule.interval": one_of("epoch", "step"),
+    "schedule.monitor": METRIC,
+    "schedule.mode": MODE,
+    "loss.label_smoothing": number(0, 1, without="high"),
+    "loss.class_weights": optional(either(one_of("balanced"), list_of(number(0, without="low")))),
+    "trainer.max_epochs": optional(whole(1)),
+    "trainer.max_steps": optional(whole(1)),
+    "trainer.max_minutes": optional(number(0, without="low")),
+    "trainer.device": one_of("auto", "cpu", "cuda"),
+    "trainer.threads": optional(whole(1)),
+    "trainer.precision": one_of("fp32", "bf16", "fp16"),
+    "trainer.compile": flag,
+    "trainer.channels_last": one_of("auto", True, False),
+    "trainer.deterministic": flag,
+    "trainer.accumulate": whole(1),
+    "trainer.clip_norm": optional(number(0, without="low")),
+    "trainer.ema_decay": optional(number(0, 1, without="low high")),
+    "trainer.weight_decay_on": one_of("all", "weights"),
+    "trainer.evaluate_every": duration,
+    "trainer.log_every": duration,
+    "trainer.histograms_every": optional(duration),
+    "trainer.log_graph": flag,
+    "trainer.log_images": flag,
+    "trainer.early_stopping": section,
+    "trainer.early_stopping.monitor": METRIC,
+    "trainer.early_stopping.mode": MODE,
+    "trainer.early_stopping.patience": optional(whole(1)),
+    "trainer.early_stopping.min_delta": number(0),
+    "trainer.early_stopping.geometric": optional(number(1, without="low")),
+    "trainer.checkpoint": section,
+    "trainer.checkpoint.every_steps": optional(whole(1)),
+    "trainer.checkpoint.keep": optional(whole(1)),
+    "trainer.checkpoint.monitor": optional(METRIC),
+    "trainer.checkpoint.mode": MODE,
+}
+RUN = {"run": text, "trust": list_of(text), "traceback": flag, "device": one_of("auto", "cpu", "cuda")}
+EVALUATE: dict[str, Rule] = {
+    **RUN,
+    "split": one_of(*SPLITS),
+    "checkpoint": one_of("best", "last"),
+    "root": optional(text),
+}
+PREDICT: dict[str, Rule] = {
+    **RUN,
+    "input": text,
+    "output": text,
+    "checkpoint": one_of("best", "last"),
+    "batch_size": whole(1),
+}
+RUNS: dict[str, Rule] = {"folder": text, "sort": text, "output": optional(text), "traceback": flag}
+
+# What a resumed run may change: how long, how fast and where it runs, what it logs; never what it computes.
+FREE_ON_RESUME = (
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
+    *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
+    *("trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
+    *("optimizer.lr", "data.num_workers", "data.root", "data.memory_budget", "data.download"),
+)
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its dotted name, sections before what is in them."""
+    for key, value in config.items():
+        yield prefix + str(key), value
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def check(config: dict[str, Any], rules: Mapping[str, Rule], *, shown: dict[str, Any]) -> None:
+    """Raise ConfigError for the first key that no rule knows, or whose value its rule refuses.
+
+    `shown` is the same config as errors may tell it: without values from the environment.
+    """
+    spelled = dict(leaves(shown))
+    closed = {name.rpartition(".")[0] for name, rule in rules.items()} - {
+        # Sections with a `_target_` take that class's arguments too.
+        *(name for name, value in leaves(config) if isinstance(value, dict) and "_target_" in value),
+        "augment",
+    }
+    for name, value in leaves(config):
+        parent = name.rpartition(".")[0]
+        rule = rules.get(name)
+        if rule is None and parent in closed:
+            siblings = [known for known in rules if known.rpartition(".")[0] == parent]
+            hint = suggest(name, siblings) or f"known here: {', '.join(siblings)}"
+            raise ConfigError(name, f"unknown key; {hint}", value=spelled[name])
+        if rule is not None and (allowed := rule(value)):
+            raise ConfigError(name, allowed, value=spelled[name])
+    for name in rules:  # a required key that someone's own file leaves out
+        parent, _, key = name.rpartition(".")
+        if (parent == "" or parent in closed) and key not in dict(_descend(config, parent)):
+            raise ConfigError(name, "missing; see the comment beside this key in configs/")
+
+
+def _descend(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any]:
+    for key in filter(None, dotted.split(".")):
+        config = config[key]
+    return config

@@ -1,0 +1,185 @@
+"""From a collection to what is trained on: checked labels, a validation part, one picture size, statistics.
+
+The validation part is drawn class by class (stratified), so that each class has its share of it; the share is a pure
+function of the seed and of the labels. A collection that brings its own validation part keeps it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from core.errors import ConfigError, DataError
+from core.seeding import fold
+from data.datasets import Collection
+from data.images import Files, Images
+from data.normalisation import CHUNK, statistics
+from data.stratification import split, stratified
+
+STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that does not fit into memory
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains, validates and tests on."""
+
+    train: Images
+    val: Images | None
+    test: Images | None
+    class_names: list[str]
+    mean: Tensor  # (C,), of the training part, on the scale 0 to 1
+    std: Tensor  # (C,)
+    fingerprint: str  # of the data as it was found, before any split: another one means that the data has changed
+
+
+def prepare(
+    collection: Collection,
+    *,
+    seed: int,
+    val_fraction: float,
+    image_size: int,
+    channels: int,
+    fit: str,
+    limit_train: int | None,
+    num_classes: int | None,
+    memory_budget: float,
+) -> Splits:
+    """Check, split, convert and measure a collection."""
+    _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit, limit_train=limit_train)
+    found = {"train": collection.train, "val": collection.val, "test": collection.test}
+    for part, images in found.items():
+        if images is not None:
+            check_labels(images, part=part, num_classes=len(collection.class_names))
+    if num_classes is not None and num_classes != len(collection.class_names):
+        raise ConfigError("num_classes", f"the data has {len(collection.class_names)} classes", value=num_classes)
+
+    train, val = collection.train, collection.val
+    if val is None and val_fraction > 0:
+        train, val = split(train, fraction=val_fraction, seed=fold(seed, "val"), part="val")
+    if limit_train is not None and limit_train < len(train):
+        train = train.take(stratified(train.labels, count=limit_train, seed=fold(seed, "limit"), spare=0))
+
+    parts = {"train": train}
+    parts |= {part: images for part, images in (("val", val), ("test", collection.test)) if images is not None}
+    resident = _fits(parts, size=channels * image_size**2, memory_budget=memory_budget, image_size=image_size)
+    ready = {
+        part: convert(images, image_size=image_size, channels=channels, fit=fit, load=resident)
+        for part, images in parts.items()
+    }
+    mean, std = statistics(_chunks(ready["train"], seed=seed))
+    return Splits(
+        train=ready["train"],
+        val=ready.get("val"),
+        test=ready.get("test"),
+        class_names=collection.class_names,
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint(collection),
+    )
+
+
+def _check(*, val_fraction: float, image_size: int, channels: int, fit: str, limit_train: int | None) -> None:
+    if not 0 <= val_fraction < 1:
+        raise ConfigError("val_fraction", "must be >= 0 and < 1", value=val_fraction)
+    if image_size < 1:
+        raise ConfigError("image_size", "must be >= 1", value=image_size)
+    if channels not in (1, 3):
+        raise ConfigError("channels", "must be 1 (grey) or 3 (RGB)", value=channels)
+    if fit not in ("resize", "pad"):
+        raise ConfigError("fit", "must be resize or pad", value=fit)
+    if limit_train is not None and limit_train < 1:
+        raise ConfigError("limit_train", "must be >= 1, or null for all", value=limit_train)
+
+
+def _fits(parts: dict[str, Images], *, size: int, memory_budget: float, image_size: int) -> bool:
+    """Whether all parts, at `size` bytes a picture, may lie in memory. What lies there already may not outgrow it."""
+    needed = sum(len(images) for images in parts.values()) * size / 2**30
+    grows = any(isinstance(images.pixels, Tensor) and images.pixels[0].numel() < size for images in parts.values())
+    if needed > memory_budget and grows:
+        explanation = f"the data at image_size {image_size} takes {needed:.2g} GiB; allow more, or shrink the pictures"
+        raise ConfigError("memory_budget", explanation, value=memory_budget)
+    return needed <= memory_budget
+
+
+def check_labels(images: Images, *, part: str, num_classes: int) -> None:
+    """Refuse labels that are not one whole number, 0 to num_classes - 1, for each picture."""
+    labels, count = images.labels, len(images.pixels)
+    if labels.dim() != 1 or len(labels) != count:
+        raise DataError(f"{part} labels", f"must be one for each of the {count} images", value=tuple(labels.shape))
+    if count == 0:
+        raise DataError(f"{part} data", "is empty: must have at least one image")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"{part} labels", "must be whole numbers", value=labels.dtype)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"{part} labels", f"go from {low} to {high}: must be within 0 to {num_classes - 1}")
+
+
+def convert(images: Images, *, image_size: int, channels: int, fit: str, load: bool) -> Images:
+    """The images with the channels and the size that the network is to see."""
+    if isinstance(images.pixels, Files):
+        if fit != "resize":
+            raise ConfigError("fit", "must be resize for picture files", value=fit)
+        files = Files(images.pixels.paths, image_size=image_size, channels=channels)
+        return Images(pixels=files.load() if load else files, labels=images.labels)
+    if images.pixels.shape[1:] == (channels, image_size, image_size):
+        return images
+    chunks = [
+        resize(recolour(chunk, channels=channels), image_size=image_size, fit=fit)
+        for chunk in images.pixels.split(CHUNK)
+    ]
+    return Images(pixels=torch.cat(chunks), labels=images.labels)
+
+
+def recolour(pixels: Tensor, *, channels: int) -> Tensor:
+    """uint8 (N, C, H, W) with 1 or 3 channels: grey is repeated, colour becomes ITU-R 601 luma, as Pillow rounds it."""
+    if pixels.shape[1] == channels:
+        return pixels
+    if channels == 3:
+        return pixels.expand(-1, 3, -1, -1)
+    red, green, blue = pixels.to(torch.int32).unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[:, None]
+
+
+def resize(pixels: Tensor, *, image_size: int, fit: str) -> Tensor:
+    """uint8 (N, C, H, W) to (N, C, image_size, image_size): bilinear and antialiased, or centred on black."""
+    height, width = pixels.shape[2:]
+    if (height, width) == (image_size, image_size):
+        return pixels
+    if fit == "resize":
+        size = (image_size, image_size)
+        larger = functional.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+        return larger.round().clamp(0, 255).to(torch.uint8)
+    if image_size < max(height, width):
+        explanation = f"must be >= {max(height, width)}, the size of the data, with fit: pad"
+        raise ConfigError("image_size", explanation, value=image_size)
+    left, top = (image_size - width) // 2, (image_size - height) // 2
+    return functional.pad(pixels, (left, image_size - width - left, top, image_size - height - top))
+
+
+def _chunks(train: Images, *, seed: int) -> Iterator[Tensor]:
+    """The pixels to measure: all of a part in memory, else those of a stratified subset, decoded piece by piece."""
+    if isinstance(train.pixels, Tensor):
+        yield train.pixels
+        return
+    count = min(len(train), STREAMED_STATISTICS)
+    chosen = stratified(train.labels, count=count, seed=fold(seed, "statistics"), spare=0)
+    for piece in chosen.split(CHUNK):
+        yield train.pixels.take(piece).load()
+
+
+def fingerprint(collection: Collection) -> str:
+    """A hash of counts, class names, labels, picture shapes and file names; of no pixel, so that it is cheap."""
+    digest = hashlib.blake2b(repr(collection.class_names).encode(), digest_size=16)
+    for part, images in (("train", collection.train), ("val", collection.val), ("test", collection.test)):
+        if images is None:
+            continue
+        if isinstance(images.pixels, Files):
+            digest.update(repr((part, len(images), [path.name for path in images.pixels.paths])).encode())
+        else:
+            digest.update(repr((part, tuple(images.pixels.shape))).encode())
+        digest.update(images.labels.to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""How a run begins: a new folder with TensorBoard's static parts in it, or an old one that is gone on with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.entry import Config
+from core.errors import StorageError
+from core.schema import SPLITS
+from data.splits import Splits
+from trainer.display import Display
+from trainer.run_folder import RunFolder, default_path
+from trainer.state import load, snapshot
+from trainer.tracking import TensorBoard
+from trainer.trainer import Trainer
+
+
+def begin(
+    trainer: Trainer, config: Config, record: Mapping[str, Any], splits: Splits, weights_report: list[str]
+) -> None:
+    """The run folder, TensorBoard's static parts, and a first word."""
+    values = config.values
+    path = Path(values["run_dir"]) if values["run_dir"] else None
+    if path is not None and config.job is not None:
+        path = path / str(config.job)
+    path = path or default_path(short_name(values["model"]), short_name(values["data"]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exception:
+        raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
+    folder = RunFolder.create(path, record=record, first=snapshot(trainer))
+    tracker = TensorBoard(folder.path)
+    display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
+    trainer.attach(folder, tracker, display)
+    parts = [f"{name} {len(part):,}" for name in SPLITS if (part := getattr(splits, name)) is not None]
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    display.say(
+        f"{short_name(values['model'])} ({count:,} parameters) on {short_name(values['data'])} ({', '.join(parts)}), "
+        f"{trainer.provenance['device']}, {trainer.settings.total_steps:,} steps -> {path}"
+    )
+    for text in weights_report:
+        display.say(text)
+        folder.append_event("init_from", text=text)
+    tracker.config(record)
+    first = next(iter(trainer.train_loader.steps(0)))[0][0]
+    if values["trainer"]["log_images"]:
+        mean, std = (trainer.data_tensors[name].view(1, -1, 1, 1).to(first) for name in ("mean", "std"))
+        tracker.images("train/augmented", (first[:64] * std + mean).clamp(0, 1).cpu(), 0)
+    if values["trainer"]["log_graph"]:
+        tracker.graph(trainer.model, first)
+
+
+def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
+    """Go on with a run: its newest good checkpoint, its logs cut back to that step. False: it is finished already."""
+    folder = RunFolder.open(Path(config.values["resume"]))
+    found, path, damaged = folder.checkpoints.load("last", "best", "step")
+    load(trainer, found)
+    display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
+    if trainer.is_finished(folder):  # then nothing is written but this
+        display.say(
+            f"nothing to do: {folder.path} is finished ({trainer.stop_reason}); "
+            "a larger trainer.max_epochs or trainer.max_steps makes it go on"
+        )
+        folder.close()
+        return False
+    folder.rewind_metrics(trainer.step)
+    trainer.attach(folder, TensorBoard(folder.path, resumed_at=trainer.step), display)
+    for text in damaged:
+        trainer.warn(text)
+    if config.changes:
+        folder.write_config(record)
+    folder.append_event("resume", step=trainer.step, checkpoint=path.name, changes=config.changes)
+    display.say(f"resumed {folder.path} at step {trainer.step:,} of {trainer.settings.total_steps:,} from {path.name}")
+    for name, (before, now) in config.changes.items():
+        display.say(f"  {name}: {before} -> {now}")
+    return True
+
+
+def short_name(section: Mapping[str, Any]) -> str:
+    """What a config group's target is called: `models.lenet.LeNet5` is `lenet5`."""
+    return str(section["_target_"]).rpartition(".")[2].lower()

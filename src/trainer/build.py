@@ -1,0 +1,294 @@
+"""From a config to the objects it names: the one place that instantiates.
+
+    config -> device -> data -> network -> optimizer, schedule, loss -> trainer -> run folder
+
+Whatever can be wrong is found here, before the first step, and told by its key. A config that comes with a run folder
+builds only classes that are trusted (`refuse_untrusted`).
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from core.entry import Config
+from core.errors import ConfigError, PreceptorError, suggest
+from core.schema import TRAIN
+from core.seeding import fold
+from data.augmentations import Augmentations
+from data.loaders import EvalLoader, TrainLoader
+from data.splits import Splits, prepare
+from trainer.begin import begin, go_on
+from trainer.checks import check_classes, check_monitors, with_classes
+from trainer.durations import to_steps, total_steps, warmup_steps
+from trainer.early_stopping import EarlyStopping
+from trainer.ema import ExponentialMovingAverage
+from trainer.losses import balanced_weights
+from trainer.machine import choose_device, configure_torch
+from trainer.metrics import resolve_mode
+from trainer.run_folder import provenance
+from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, one_cycle_momentum
+from trainer.trainer import Settings, Trainer
+from trainer.trust import refuse_untrusted
+from trainer.weights import init_from
+
+SHARED_DATA_KEYS = {name.removeprefix("data.") for name in TRAIN if name.startswith("data.")}
+
+
+def build(config: Config) -> Trainer | None:
+    """A trainer that stands where its run goes on: at step 0 of a new folder, or where a resumed run was.
+
+    None for a resumed run that is finished already.
+    """
+    values = config.values
+    settings = values["trainer"]
+    device = choose_device(settings["device"], settings["precision"])
+    configure_torch(settings, device)
+    monitors = check_monitors(values)
+    if config.from_run:
+        refuse_untrusted(config.values, trust=values["trust"])
+    check_classes(values)
+
+    splits = build_data(values["data"], seed=values["seed"])
+    record = with_classes(config.record, splits.class_names)
+    values = with_classes(values, splits.class_names)
+    model = build_model(values, init_seed=fold(values["seed"], "init"))
+    weights_report = init_from(Path(values["init_from"]), model) if values["init_from"] and not config.from_run else []
+    wants_channels_last = settings["channels_last"]
+    if wants_channels_last == "auto":
+        wants_channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if wants_channels_last:
+        model.to(memory_format=torch.channels_last)
+    model.to(device)
+
+    shared = {"mean": splits.mean, "std": splits.std, "device": device, "channels_last": wants_channels_last}
+    shared["num_workers"] = values["data"]["num_workers"]
+    train_loader = TrainLoader(
+        splits.train,
+        batch_size=values["data"]["batch_size"],
+        accumulate=settings["accumulate"],
+        seed=values["seed"],
+        augmentations=build_augmentations(values["augment"], seed=values["seed"]),
+        drop_last=values["data"]["drop_last"],
+        **shared,
+    )
+    eval_size = values["data"]["eval_batch_size"]
+    per_epoch = train_loader.steps_per_epoch
+    total = total_steps(max_epochs=settings["max_epochs"], max_steps=settings["max_steps"], steps_per_epoch=per_epoch)
+    if total is None:
+        raise ConfigError("trainer.max_epochs", "set it or trainer.max_steps: schedules span the whole run", value=None)
+    steps = partial(
+        to_steps, steps_per_epoch=per_epoch, samples_per_epoch=train_loader.samples_per_epoch, total_steps=total
+    )
+    every = {key: settings[key] and steps(settings[key]) for key in ("evaluate_every", "log_every", "histograms_every")}
+    optimizer = build_optimizer(values["optimizer"], model, settings["weight_decay_on"], device)
+    trainer = Trainer(
+        settings=Settings(
+            seed=values["seed"],
+            total_steps=total,
+            max_minutes=settings["max_minutes"],
+            **every,
+            checkpoint_every=settings["checkpoint"]["every_steps"],
+            checkpoint_keep=settings["checkpoint"]["keep"],
+            monitor=settings["checkpoint"]["monitor"],
+            monitor_mode=monitors["trainer.checkpoint"],
+            clip_norm=settings["clip_norm"],
+            budget="max_steps" if total == settings["max_steps"] else "max_epochs",
+        ),
+        model=model,
+        forward=torch.compile(model) if settings["compile"] else model,  # type: ignore[arg-type]
+        loss_function=build_loss(values["loss"], splits).to(device),
+        optimizer=optimizer,
+        schedule=build_schedule(values["schedule"], optimizer, total=total, steps_per_epoch=per_epoch),
+        train_loader=train_loader,
+        val_loader=EvalLoader(splits.val, batch_size=eval_size, **shared) if splits.val else None,
+        test_loader=EvalLoader(splits.test, batch_size=eval_size, **shared) if splits.test else None,
+        early_stopping=EarlyStopping(
+            **{**settings["early_stopping"], "mode": monitors["trainer.early_stopping"]},
+        ),
+        ema=ExponentialMovingAverage(model, decay=settings["ema_decay"]) if settings["ema_decay"] else None,
+        autocast=torch.autocast(
+            device.type,
+            dtype=torch.float16 if settings["precision"] == "fp16" else torch.bfloat16,
+            enabled=settings["precision"] != "fp32",
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16"),
+        device=device,
+        data_values={"class_names": splits.class_names, "fingerprint": splits.fingerprint},
+        data_tensors={"mean": splits.mean, "std": splits.std},
+        record=record,
+        provenance={
+            **provenance(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    )
+    if config.from_run:
+        return trainer if go_on(trainer, config, record) else None
+    begin(trainer, config, record, splits, weights_report)
+    return trainer
+
+
+def _resolve(section: str, target: str) -> Any:
+    try:
+        return get_object(target)
+    except Exception as exception:
+        raise ConfigError(f"{section}._target_", f"cannot be imported: {exception}", value=target) from None
+
+
+def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
+    """Instantiate a config node; an argument that its class does not take, or refuses, is told by its key."""
+    if "_target_" not in node:
+        raise ConfigError(f"{section}._target_", "missing: the class or function to build")
+    _check_arguments(node, section, extra)
+    try:
+        return instantiate(dict(node), **extra, _convert_="all")
+    except InstantiationException as exception:
+        cause = exception.__cause__
+        if isinstance(cause, PreceptorError):
+            raise cause.under(section) from None
+        raise ConfigError(section, str(cause or exception), value=node["_target_"]) from exception
+
+
+def _check_arguments(node: Mapping[str, Any], section: str, extra: Mapping[str, Any]) -> None:
+    target = _resolve(section, node["_target_"])
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    for key, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check_arguments(value, f"{section}.{key}", {})
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key, value in node.items():
+        if not key.startswith("_") and key not in parameters:
+            known = [name for name in parameters if name not in extra]
+            hint = suggest(key, known) or f"it takes {', '.join(known)}"
+            raise ConfigError(f"{section}.{key}", f"{node['_target_']} takes no such argument; {hint}", value=value)
+
+
+def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
+    """The data set that a config names, read, split and measured; its function gets the keys its signature names."""
+    function = _resolve("data", node["_target_"])
+    takes = inspect.signature(function).parameters
+    arguments = {key: value for key, value in node.items() if key in takes}
+    own = {key: value for key, value in node.items() if key not in SHARED_DATA_KEYS or key in takes}
+    _check_arguments(own, "data", {})
+    try:
+        collection = construct({"_target_": node["_target_"], **arguments}, "data")
+        return prepare(
+            collection,
+            seed=seed,
+            **{key: node[key] for key in inspect.signature(prepare).parameters if key in node},
+        )
+    except ConfigError as error:
+        raise error if error.subject.startswith("data") else error.under("data") from None
+
+
+def build_augmentations(steps: Mapping[str, Any], *, seed: int) -> Augmentations:
+    """The augmentation steps of a config, in order."""
+    built = {name: construct(node, f"augment.{name}") for name, node in steps.items()}
+    return Augmentations(built, seed=seed)
+
+
+def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
+    """The network, its initial weights a function of the seed, tried out on two blank images."""
+    torch.manual_seed(init_seed)
+    model = construct(values["model"], "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model._target_", "must build a torch.nn.Module", value=values["model"]["_target_"])
+    data = values["data"]
+    shape = (2, data["channels"], data["image_size"], data["image_size"])
+    smallest = getattr(model, "minimum_size", 1)
+    if data["image_size"] < smallest:
+        needs = f"{values['model']['_target_']} needs images of at least {smallest} pixels"
+        raise ConfigError("data.image_size", needs, value=data["image_size"])
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(shape))
+    except (RuntimeError, ValueError, IndexError) as exception:
+        explanation = f"does not take images of {shape[1:]} (channels, height, width): {exception}"
+        raise ConfigError("model", explanation, value=values["model"]["_target_"]) from None
+    model.train(was_training)
+    if tuple(logits.shape) != (2, data["num_classes"]):
+        explanation = (
+            f"gives {tuple(logits.shape)[1:]} outputs an image where the data has {data['num_classes']} classes"
+        )
+        raise ConfigError("model", explanation, value=values["model"]["_target_"])
+    return model
+
+
+def build_loss(node: Mapping[str, Any], splits: Splits) -> nn.Module:
+    """The loss; class weights `balanced` are computed from the training part."""
+    count = len(splits.class_names)
+    weights = node.get("class_weights")
+    if weights == "balanced":
+        node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
+    elif weights is not None and len(weights) != count:
+        raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
+    return construct(node, "loss")
+
+
+def build_optimizer(
+    node: Mapping[str, Any], model: nn.Module, weight_decay_on: str, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer over one group of parameters, or over two of which one is spared weight decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"name": "all", "params": parameters}]
+    if weight_decay_on == "weights":  # biases and the scales and shifts of normalisation are vectors
+        groups = [
+            {"name": "weights", "params": [parameter for parameter in parameters if parameter.ndim > 1]},
+            {"name": "spared", "params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    groups = [group for group in groups if group["params"]]
+    target = _resolve("optimizer", node["_target_"])
+    if device.type == "cuda" and "fused" in inspect.signature(target).parameters:
+        node = {"fused": True, **node}  # one kernel a step, and it can be told on the device to skip
+    make = construct({**node, "_partial_": True}, "optimizer")
+    try:
+        return make(groups)
+    except (TypeError, ValueError) as exception:
+        raise ConfigError("optimizer", str(exception), value=node["_target_"]) from None
+
+
+def build_schedule(
+    node: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
+) -> Schedule:
+    """The schedule over the groups' rates."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
+    target = _resolve("schedule", node["_target_"])
+    if inspect.isclass(target) and issubclass(target, LRScheduler):
+        scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
+        return TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)
+    warmup = warmup_steps(node.get("warmup_epochs", 0), steps_per_epoch=steps_per_epoch)
+    if warmup >= total:
+        raise ConfigError(
+            "schedule.warmup_epochs",
+            f"{warmup:,} steps of warm-up leave nothing of a run of {total:,}",
+            value=node["warmup_epochs"],
+        )
+    if target is Plateau:
+        own["mode"] = resolve_mode(node["mode"], node["monitor"])
+        return construct(own, "schedule", base_rates=rates, warmup_steps=warmup)
+    factor = construct({**own, "_partial_": True}, "schedule")
+    momentum = None
+    if node.get("momentum") is not None:
+        if not any("momentum" in group or "betas" in group for group in optimizer.param_groups):
+            raise ConfigError("schedule.momentum", "this optimizer has none; set null", value=node["momentum"])
+        low, high = node["momentum"]
+        momentum = partial(one_cycle_momentum, low=low, high=high, rise=node["rise"])
+    try:
+        factor(0, total, warmup)
+    except ConfigError as error:
+        raise error.under("schedule") from None
+    return FactorSchedule(factor, base_rates=rates, total_steps=total, warmup_steps=warmup, momentum=momentum)

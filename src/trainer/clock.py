@@ -1,0 +1,46 @@
+"""Wall-clock figures of a run, resumes included; they are told and kept, and nothing computed depends on them."""
+
+import time
+
+
+class Clock:
+    """`seconds` runs all the time; `training` only between `start` and `stop`: around the steps, not the evaluation."""
+
+    def __init__(self) -> None:
+        self.seconds_before = 0.0  # of earlier processes of this run
+        self.born = time.perf_counter()
+        self.training = 0.0
+        self.samples = 0
+        self._started: float | None = None
+        self._lap = (0.0, 0)
+
+    def resume(self, *, seconds: float, training: float, samples: int) -> None:
+        """Add what earlier processes of the run took."""
+        self.seconds_before, self.training, self.samples = seconds, training, samples
+        self._lap = (training, samples)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, less the time between its processes."""
+        return self.seconds_before + time.perf_counter() - self.born
+
+    def start(self) -> None:
+        """Steps begin."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Steps pause."""
+        if self._started is not None:
+            self.training += time.perf_counter() - self._started
+            self._started = None
+
+    @property
+    def samples_per_second(self) -> float:
+        """Training samples a second of training time, over the whole run."""
+        return self.samples / self.training if self.training else 0.0
+
+    def lap(self) -> float:
+        """Training samples a second since the last lap. Call it while stopped."""
+        seconds, samples = self.training - self._lap[0], self.samples - self._lap[1]
+        self._lap = (self.training, self.samples)
+        return samples / seconds if seconds > 0 else 0.0

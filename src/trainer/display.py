@@ -1,0 +1,83 @@
+"""What the terminal shows: a progress bar where there is a terminal, plain lines where there is none."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Tells of a run on the terminal and in its train.log."""
+
+    def __init__(self, log_file: Path, *, total_steps: int | None) -> None:
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.log_file = log_file
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("train", total=total_steps, epoch="", figures="")
+        self.shown_at = 0.0
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def step(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
+        """Where the run is: loss, accuracy and throughput of the last log line."""
+        words = [f"{figures['throughput/samples_per_second']:,.0f} samples/s"]
+        if "step/loss" in figures:
+            words.insert(0, f"loss {figures['step/loss']:.4f}  accuracy {figures['step/accuracy']:.2%}")
+        self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}", figures="  ".join(words))
+
+    def evaluation(self, line: Mapping[str, Any], *, best: bool) -> None:
+        """One line an evaluation."""
+        parts = [f"epoch {line['epoch']:g}".ljust(10), f"step {line['step']:>7,}"]
+        for split in ("train", "val"):
+            if f"{split}/loss" in line:
+                parts.append(f"{split} loss {line[f'{split}/loss']:.4f} accuracy {line[f'{split}/accuracy']:.2%}")
+        parts += [f"lr {line['lr']:.2e}", f"{line['samples_per_second']:,.0f} samples/s", f"{line['seconds']:.1f} s"]
+        self.say("  ".join(parts) + ("  *" if best else ""))
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """A line, also to train.log with the time before it."""
+        self.console.print(text, style=style, markup=False)
+        with self.log_file.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def warn(self, text: str) -> None:
+        """A line that ought to be read."""
+        self.say(f"warning: {text}", style="yellow")
+
+    def summary(self, summary: Mapping[str, Any], folder: Path) -> None:
+        """The table at the end."""
+        rows = [("status", f"{summary['status']} ({summary['stop_reason']})")]
+        best, test = summary["best"], summary["test"]
+        if best:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in best["metrics"].items())
+            rows.append(("best", f"step {best['step']:,} (epoch {best['epoch']:g})  {metrics}"))
+        if test:
+            rows.append(("test", f"accuracy {test['accuracy']:.2%}  loss {test['loss']:.4f}"))
+        rows += [
+            ("parameters", f"{summary['parameters']:,}"),
+            ("training", f"{summary['seconds']:.1f} s, {summary['samples_per_second']:,.0f} samples/s"),
+            ("run folder", str(folder)),
+        ]
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows:
+            table.add_row(name, value)
+        self.console.print(table)
+        with self.log_file.open("a") as file:
+            file.writelines(f"{name}: {value}\n" for name, value in rows)

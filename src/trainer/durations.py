@@ -1,0 +1,36 @@
+"""Durations become optimizer steps once, when the run is built; from then on the step is the only counter."""
+
+import math
+
+from core.schema import DURATION
+
+
+def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, total_steps: int) -> int:
+    """`"2 epochs"`, `"100 steps"`, `"5000 samples"` or `"10%"` (of the run) as optimizer steps, at least 1."""
+    match = DURATION.match(duration)
+    if match is None:
+        raise ValueError(f"no duration: {duration!r}")
+    amount = float(match[1])
+    per_unit = {
+        "step": 1.0,
+        "epoch": float(steps_per_epoch),
+        "sample": steps_per_epoch / samples_per_epoch,
+        "%": total_steps / 100,
+    }[match[2].rstrip("s")]
+    return max(1, round(amount * per_unit))
+
+
+def due(step: int, every: int | None, *, total_steps: int | None = None) -> bool:
+    """Is it time? At every `every`-th step, and at the last one where `total_steps` is given."""
+    return every is not None and (step % every == 0 or step == total_steps)
+
+
+def total_steps(*, max_epochs: int | None, max_steps: int | None, steps_per_epoch: int) -> int | None:
+    """The nearer of the two budgets in steps, or None where neither is set."""
+    budgets = [max_epochs and max_epochs * steps_per_epoch, max_steps]
+    return min((budget for budget in budgets if budget), default=None)
+
+
+def warmup_steps(epochs: float, *, steps_per_epoch: int) -> int:
+    """Warm-up epochs, fractions too, as steps."""
+    return math.ceil(epochs * steps_per_epoch)

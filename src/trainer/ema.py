@@ -1,0 +1,27 @@
+"""Exponential moving average of the weights (Polyak & Juditsky 1992), the network that is evaluated and kept as best.
+
+    average <- d average + (1 - d) weights,   d = min(decay, (1 + t) / (10 + t)) at update t = 1, 2, ...
+
+The warm-up of d (as in TensorFlow's ExponentialMovingAverage) lets a short run forget its random start.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """Holds `average`, a second network in evaluation mode. Buffers (batch norm's statistics) are copied."""
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.decay = decay
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After the update that made `step` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - decay)
+        for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)

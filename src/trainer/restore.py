@@ -1,0 +1,84 @@
+"""A finished run as it is used: in a notebook, by `evaluate.py` and by `predict.py`.
+
+run = load_run("outputs/2026-11-21_120000-lenet5-digits")
+logits = run.model(run.transform("seven.png").unsqueeze(0))
+print(run.class_names[logits.argmax()])
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.entry import fill_environment, read_run_config
+from data.images import decode
+from data.normalisation import Standardise
+from data.splits import recolour, resize
+from trainer.build import build_model, choose_device
+from trainer.checkpoint import CheckpointFolder, Snapshot
+from trainer.trust import refuse_untrusted
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What stands between a picture and the network: size, channels and standardisation as in training."""
+
+    image_size: int
+    channels: int
+    fit: str
+    standardise: Standardise
+
+    def __call__(self, picture: str | Path | Tensor) -> Tensor:
+        """An image file, or uint8 pixels (1 or 3, H, W) -> float32 (channels, image_size, image_size)."""
+        if not isinstance(picture, Tensor):
+            size = self.image_size if self.fit == "resize" else None  # padded pictures keep their own size
+            picture = decode(picture, image_size=size, channels=self.channels)
+        pixels = recolour(picture.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
+        return self.standardise(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network and all that is needed to use it."""
+
+    model: nn.Module  # in evaluation mode
+    transform: Transform
+    class_names: list[str]
+    config: dict[str, Any]
+    snapshot: Snapshot
+    device: torch.device
+
+
+def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None) -> Run:
+    """Rebuild a run's network with its best (or last) weights.
+
+    Raises CheckpointError where the folder holds no usable checkpoint, and SecurityError where its config names classes
+    that are not ours, torch's or torchvision's; `trust=["package"]` allows those of a package.
+    """
+    folder = Path(path)
+    config = read_run_config(folder)
+    refuse_untrusted(config, trust=trust or [])
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    kinds = ("best",) if checkpoint == "best" and checkpoints.files("best") else ("last", "step", "best")
+    snapshot, _, _ = checkpoints.load(*kinds)
+    model = build_model(config, init_seed=0)
+    model.load_state_dict(snapshot.weights)
+    place = choose_device(device, "fp32")
+    data = config["data"]
+    standardise = Standardise(snapshot.tensors["data.mean"], snapshot.tensors["data.std"], device=torch.device("cpu"))
+    return Run(
+        model=model.to(place).eval(),
+        transform=Transform(data["image_size"], data["channels"], data["fit"], standardise),
+        class_names=snapshot.values["data"]["class_names"],
+        config=config,
+        snapshot=snapshot,
+        device=place,
+    )
+
+
+def with_data_root(run: Run, root: str | None) -> dict[str, Any]:
+    """The run's config, its data where it lies on this machine."""
+    config = {**run.config, "data": {**run.config["data"], **({"root": root} if root else {})}}
+    return fill_environment(config)

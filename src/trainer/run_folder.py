@@ -1,0 +1,168 @@
+"""A run's folder: born whole, written by one process at a time, never half a line in it.
+
+    config.yaml  metrics.jsonl  events.jsonl  summary.json  train.log  checkpoints/  events.out.tfevents.*
+
+It is made as a hidden sibling, with its config and the checkpoint of step 0 in it, and then renamed: whoever sees the
+folder sees a run that can be resumed.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.errors import CheckpointError, StorageError
+from trainer.checkpoint import CheckpointFolder, Snapshot, write_durably
+
+PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
+
+
+def default_path(model: str, data: str) -> Path:
+    """outputs/<date>_<time>-<model>-<data>, with a number behind it when that is taken."""
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
+    base = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}-{clean}"
+    taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))
+    return base if not base.exists() else next(path for path in taken if not path.exists())
+
+
+class RunFolder:
+    """One run's files. Made by `create` or `open`, which take its lock; `close` gives it back."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
+        """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
+        if path.exists() or path.is_symlink():
+            raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
+        newborn = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
+        lock = -1
+        try:
+            (newborn / "checkpoints").mkdir(parents=True)
+            write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+            CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
+            lock = _take_lock(newborn)
+            newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
+        except OSError as exception:
+            if lock >= 0:
+                os.close(lock)
+            if path.exists():
+                raise StorageError(str(path), f"exists already; go on with it by resume={path}") from None
+            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from exception
+        finally:
+            shutil.rmtree(newborn, ignore_errors=True)
+        return cls(path, lock)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run, to go on with."""
+        if not path.is_dir():
+            raise CheckpointError(str(path), "no such run folder")
+        return cls(path, _take_lock(path))
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        os.close(self._lock)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """One object to metrics.jsonl, on the disk before the checkpoint that counts it is."""
+        self._append("metrics.jsonl", line)
+
+    def append_event(self, kind: str, **details: Any) -> None:
+        """One object to events.jsonl: a warning, a resume, a change."""
+        self._append("events.jsonl", {"time": _now(), "event": kind, **details})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a torn last one is left out."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was measured behind the checkpoint that the run goes on from, and a torn last line."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_durably(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write_config(self, record: Mapping[str, Any]) -> None:
+        """config.yaml anew, after a resume that changed something free to change."""
+        write_durably(self.path / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json, whole or not at all."""
+        write_durably(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json, empty while there is none."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that is torn, as a crash leaves it, ends the reading."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _take_lock(folder: Path) -> int:
+    """An exclusive lock on the folder, held until the process ends however it ends; StorageError when it is taken."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 200).decode(errors="replace") or "another process"
+        os.close(lock)
+        raise StorageError(str(folder), f"in use by {holder}") from None
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    return lock
+
+
+def provenance() -> dict[str, Any]:
+    """What made a run: code, versions, machine, command line."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_clean": None if changes is None else not changes,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "host": platform.node(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,106 @@
+"""What TensorBoard shows of a run, written into the run's own folder so that it is one run there.
+
+    train/loss val/accuracy ...   at each evaluation, named as in metrics.jsonl
+    step/loss step/gradient_norm rate/* momentum/* throughput/*   along the way
+    images, graph, histograms, the config as text, and HPARAMS with the final metrics
+
+`SummaryWriter.add_hparams` would open a second run in a sub-folder; the same summaries are written here by hand.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from core.schema import leaves
+
+FINAL_METRICS = ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/accuracy", "train/loss")
+
+
+class TensorBoard:
+    """The event file of a run. `resumed_at`: what an earlier process wrote behind that step is taken back."""
+
+    def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(folder), purge_step=purge, max_queue=1000, flush_secs=60)
+        self.events: Any = self.writer.file_writer  # takes summaries that have no method of their own
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by tag."""
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def config(self, record: Mapping[str, Any]) -> None:
+        """The config as text, and its values as the HPARAMS of this run."""
+        text = yaml.safe_dump(dict(record), sort_keys=False)
+        self.writer.add_text("config", "```yaml\n" + text + "```", 0)
+        experiment, start, _ = hparams(hyperparameters(record), dict.fromkeys(FINAL_METRICS, 0.0))
+        for summary in (experiment, start):
+            self.events.add_summary(summary)
+
+    def finish(self, record: Mapping[str, Any], final: Mapping[str, float], step: int) -> None:
+        """The test metrics, and the end of the HPARAMS session."""
+        self.scalars(final, step)
+        _, _, end = hparams(hyperparameters(record), {})
+        self.events.add_summary(end)
+
+    def images(self, tag: str, images: Tensor, step: int) -> None:
+        """A batch (B, C, H, W) of floats in [0, 1], up to 64 of them as a grid."""
+        self.writer.add_image(tag, grid(images[:64]), step)
+
+    def graph(self, model: nn.Module, images: Tensor) -> None:
+        """The network's graph, traced in evaluation mode on two images (B, C, H, W)."""
+        was_training = model.training
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer is deprecated, but TensorBoard's graph has no other source
+            self.writer.add_graph(model.eval(), images[:2])
+        model.train(was_training)
+
+    def histograms(self, model: nn.Module, step: int) -> None:
+        """Every parameter, and its gradient where there is one."""
+        for name, parameter in model.named_parameters():
+            self.writer.add_histogram(f"weights/{name}", parameter.detach().float(), step)
+            if parameter.grad is not None:
+                self.writer.add_histogram(f"gradients/{name}", parameter.grad.float(), step)
+
+    def flush(self) -> None:
+        """To the file, so that a checkpoint never counts a step that TensorBoard has not seen."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """No more events."""
+        self.writer.close()
+
+
+def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:
+    """Images (B, C, H, W) -> one picture (C, rows (H + border) + border, columns (W + border) + border) on grey."""
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    cell_height, cell_width = height + border, width + border
+    picture = images.new_full((channels, rows * cell_height + border, columns * cell_width + border), 0.5)
+    for index, image in enumerate(images):
+        top, left = index // columns * cell_height + border, index % columns * cell_width + border
+        picture[:, top : top + height, left : left + width] = image
+    return picture
+
+
+def hyperparameters(record: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """The config's values that distinguish runs, flat: sections by the class they name, lists as text."""
+    shown = ("seed", "model", "data", "augment", "optimizer", "schedule", "loss", "trainer")
+    hidden = ("root", "log_", "download", "_partial_", "_every", "memory_budget")
+    flat: dict[str, bool | float | str] = {}
+    for name, value in leaves({key: record[key] for key in shown if key in record}):
+        last = name.rpartition(".")[2]
+        if isinstance(value, dict) or any(part in last for part in hidden):
+            continue
+        plain = isinstance(value, bool | int | float | str)
+        flat[name.removesuffix("._target_")] = value if plain else json.dumps(value)
+    return flat

@@ -1,0 +1,342 @@
+"""The loop.
+
+    fit:  schedule -> forward, loss, backward -> clip -> check -> update -> average -> log, evaluate -> commit
+
+Everything that changes the weights or ends the run stands in `fit`, in the order in which it happens. The step is the
+only counter, all randomness is a function of it, and a run goes on from any commit point to the same bits.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from core.errors import NumericalError, PreceptorError, StopSignal
+from core.seeding import fold
+from trainer.clock import Clock
+from trainer.display import Display
+from trainer.durations import due
+from trainer.early_stopping import EarlyStopping
+from trainer.ema import ExponentialMovingAverage
+from trainer.interrupts import Interrupts
+from trainer.metrics import RunningSums, evaluate, improves
+from trainer.run_folder import RunFolder
+from trainer.schedules import Schedule, momentum_of
+from trainer.state import snapshot
+from trainer.tracking import TensorBoard
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images (B, C, H, W), labels (B,), sample indices (B,)
+
+
+class StepLoader(Protocol):
+    """The training data as the loop sees it."""
+
+    steps_per_epoch: int
+
+    def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
+        """The batches of each step of an epoch, from its step `start` on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The loop's numbers; durations in steps."""
+
+    seed: int
+    total_steps: int
+    max_minutes: float | None
+    evaluate_every: int
+    log_every: int
+    histograms_every: int | None
+    checkpoint_every: int | None
+    checkpoint_keep: int | None
+    monitor: str | None  # the metric by which a checkpoint is the best
+    monitor_mode: str
+    clip_norm: float | None
+    budget: str  # max_epochs or max_steps: which of them total_steps is
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run: what `trainer.build` put together, the state of the loop, and where it leaves its traces."""
+
+    settings: Settings
+    model: nn.Module  # the network itself: its state is saved and evaluated
+    forward: nn.Module  # the same network as the step calls it: compiled perhaps
+    loss_function: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    train_loader: StepLoader
+    val_loader: Batches | None
+    test_loader: Batches | None
+    early_stopping: EarlyStopping
+    ema: ExponentialMovingAverage | None
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    data_values: Mapping[str, Any]  # class names, fingerprint, sizes: what a checkpoint must tell of its data
+    data_tensors: Mapping[str, Tensor]  # mean and std (C,)
+    record: Mapping[str, Any]  # the config, as it may be written down
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self.stop_reason: str | None = None
+        self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
+        self.sums = RunningSums(self.device)
+        self.clock = Clock()
+        self.nonfinite_steps = torch.zeros((), device=self.device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # On CUDA a fused update can be told on the device to leave the weights alone; elsewhere the host looks.
+        self.checks_on_device = self.device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
+
+    def attach(self, folder: RunFolder, tracker: TensorBoard, display: Display) -> None:
+        """Where the run leaves its traces."""
+        self.folder, self.tracker, self.display = folder, tracker, display
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done: 3 after the third, 2.5 in its middle."""
+        epochs = self.step / self.train_loader.steps_per_epoch
+        return int(epochs) if epochs.is_integer() else round(epochs, 4)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average where there is one."""
+        return self.ema.average if self.ema else self.model
+
+    def run(self) -> float | None:
+        """Fit, keep a record of a failure, and close what is open; returns the best monitored value."""
+        try:
+            with self.display:
+                self.fit()
+        except PreceptorError as error:
+            self.stop_reason = str(error)
+            self.summarise("failed")
+            raise
+        finally:
+            self.tracker.close()
+            self.folder.close()
+        return self.best.get("metrics", {}).get(self.settings.monitor)
+
+    def is_finished(self, folder: RunFolder) -> bool:
+        """Was this run trained to its end, and tested, before?"""
+        self.stop_reason = self.reason_to_stop(Interrupts())
+        summary = folder.read_summary()
+        ended = summary.get("status") in ("finished", "stopped_early")
+        return self.stop_reason is not None and ended and summary.get("step") == self.step
+
+    # The loop
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end from wherever the state is, test the best weights, and return summary.json's content."""
+        settings, optimizer = self.settings, self.optimizer
+        with Interrupts() as interrupts:
+            self.stop_reason = self.reason_to_stop(interrupts)
+            while not self.stop_reason:
+                self.model.train()
+                self.clock.start()
+                epoch, done = divmod(self.step, self.train_loader.steps_per_epoch)
+                for batches in self.train_loader.steps(epoch, start=done):
+                    self.schedule.apply(optimizer, self.step)
+                    reseed(fold(settings.seed, "dropout", self.step), self.device)
+                    samples = sum(len(labels) for _, labels, _ in batches)
+                    for images, labels, _ in batches:
+                        with self.autocast:
+                            logits = self.forward(images)
+                            loss = self.loss_function(logits, labels)
+                        self.scaler.scale(loss * (len(labels) / samples)).backward()
+                        self.sums.add(loss, logits, labels)
+                    self.scaler.unscale_(optimizer)
+                    norm = self.clip_gradients()
+                    self.refuse_nonfinite(loss, norm, batches)
+                    self.scaler.step(optimizer)
+                    self.scaler.update()
+                    self.step += 1
+                    if self.ema:
+                        self.ema.update(self.model, self.step)
+                    self.clock.samples += samples
+
+                    self.log_step(norm)
+                    evaluated = due(self.step, settings.evaluate_every, total_steps=settings.total_steps)
+                    improved = self.evaluate() if evaluated else False
+                    optimizer.zero_grad(set_to_none=True)
+                    self.stop_reason = self.reason_to_stop(interrupts)
+                    self.commit(evaluated=evaluated, improved=improved)
+                    if self.stop_reason:
+                        break
+                self.clock.stop()
+            return self.finish(interrupts)
+
+    def clip_gradients(self) -> Tensor:
+        """The L2 norm of all gradients, a scalar on the device; they are cut down to `clip_norm` where it is set."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.settings.clip_norm is not None:
+            clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
+        return norm
+
+    def refuse_nonfinite(self, loss: Tensor, norm: Tensor, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Before the update: a loss or gradient that is not finite must not reach the weights.
+
+        With loss scaling (fp16) an overflowing gradient is the scaler's business, and only the loss is looked at.
+        """
+        watched = loss.detach() if self.scaler.is_enabled() else norm
+        if self.checks_on_device:
+            not_finite = (~torch.isfinite(watched)).float()
+            self.nonfinite_steps += not_finite
+            if not self.scaler.is_enabled():
+                self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused updates obey it
+        elif not math.isfinite(watched.item()):
+            samples = [index for _, _, indices in batches for index in indices.tolist()]
+            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+            raise self.diverged(
+                f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}; "
+                f"training samples {shown}"
+            )
+
+    def diverged(self, details: str) -> NumericalError:
+        """The error for a step that is not finite."""
+        return NumericalError(
+            f"step {self.step + 1} (epoch {self.epoch})",
+            f"not finite: {details}. The weights are those before it; try a lower optimizer.lr or trainer.clip_norm",
+        )
+
+    def reason_to_stop(self, interrupts: Interrupts) -> str | None:
+        """Why training ends at this step, or None."""
+        if interrupts.received is not None:
+            return interrupts.received.name
+        if self.early_stopping.stopped:
+            return "early_stopping"
+        if self.step >= self.settings.total_steps:
+            return self.settings.budget
+        minutes = self.settings.max_minutes
+        return "max_minutes" if minutes is not None and self.clock.seconds >= minutes * 60 else None
+
+    # Logs and evaluation
+
+    def log_step(self, norm: Tensor) -> None:
+        """Figures of the steps since the last log line, where one is due."""
+        if due(self.step, self.settings.histograms_every):
+            self.tracker.histograms(self.model, self.step)
+        if not due(self.step, self.settings.log_every, total_steps=self.settings.total_steps):
+            return
+        figures = {f"step/{name}": value for name, value in self.sums.read().items()}  # waits for the device
+        if self.nonfinite_steps.item():
+            raise self.diverged(f"in {self.nonfinite_steps.item():g} of the last {self.settings.log_every} steps")
+        figures["step/gradient_norm"] = norm.item()
+        for group in self.optimizer.param_groups:
+            figures[f"rate/{group['name']}"] = group["lr"]
+            if (momentum := momentum_of(group)) is not None:
+                figures[f"momentum/{group['name']}"] = momentum
+        self.clock.stop()
+        figures["throughput/samples_per_second"] = self.clock.samples_per_second
+        self.clock.start()
+        self.tracker.scalars(figures, self.step)
+        self.display.step(self.step, self.epoch, figures)
+
+    def evaluate(self) -> bool:
+        """Measure, write it down, and tell those who decide by it; True when it is the best so far."""
+        metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}
+        self.clock.stop()
+        if self.val_loader is not None:
+            measured = evaluate(self.evaluated_model, self.loss_function, self.val_loader, autocast=self.autocast)
+            metrics |= {f"val/{name}": value for name, value in measured.items()}
+        monitor = self.settings.monitor
+        improved = monitor is not None and improves(
+            metrics[monitor], self.best.get("metrics", {}).get(monitor), mode=self.settings.monitor_mode
+        )
+        if improved:
+            self.best = {"step": self.step, "epoch": self.epoch, "metrics": metrics}
+        self.schedule.observe(metrics)
+        self.early_stopping.observe(metrics[self.early_stopping.monitor], self.epoch)
+        line = {
+            "step": self.step,
+            "epoch": self.epoch,
+            **metrics,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.clock.seconds, 3),
+            "samples_per_second": round(self.clock.lap(), 1),
+        }
+        self.folder.append_metrics(line)
+        self.tracker.scalars(metrics, self.step)
+        self.display.evaluation(line, best=improved)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self.warn(f"{name} is {value} at step {self.step}; it counts as no improvement")
+        self.clock.start()
+        return improved
+
+    def warn(self, text: str) -> None:
+        """To the terminal, train.log and events.jsonl."""
+        self.display.warn(text)
+        self.folder.append_event("warning", step=self.step, text=text)
+
+    def commit(self, *, evaluated: bool, improved: bool) -> None:
+        """The one commit point of a step: whatever a checkpoint holds is settled now."""
+        wanted = {
+            "last": evaluated or self.stop_reason is not None,
+            "best": improved,
+            "step": due(self.step, self.settings.checkpoint_every),
+        }
+        kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
+        if not kinds or self.nonfinite_steps.item():
+            return
+        self.clock.stop()
+        self.tracker.flush()  # never count a step that TensorBoard has not seen
+        keep = {"last": 2, "best": 2, "step": self.settings.checkpoint_keep}
+        self.folder.checkpoints.save(kinds, snapshot(self), keep=keep)
+        self.clock.start()
+
+    # The end
+
+    def finish(self, interrupts: Interrupts) -> dict[str, Any]:
+        """Test the best weights and write summary.json; a run stopped by a signal is not tested but saved."""
+        test: dict[str, float] = {}
+        if interrupts.received is None:
+            if self.best:
+                best, _, damaged = self.folder.checkpoints.load("best")
+                for text in damaged:
+                    self.warn(text)
+                self.evaluated_model.load_state_dict(best.weights)
+            if self.test_loader is not None:
+                test = evaluate(self.evaluated_model, self.loss_function, self.test_loader, autocast=self.autocast)
+            final = {f"test/{name}": value for name, value in test.items()}
+            self.tracker.finish(self.record, final, self.step)
+        status = "finished" if self.stop_reason == self.settings.budget else "stopped_early"
+        summary = self.summarise("interrupted" if interrupts.received else status, test=test)
+        self.display.summary(summary, self.folder.path)
+        if interrupts.received is not None:
+            self.display.say(f"saved; go on with resume={self.folder.path}")
+            raise StopSignal(interrupts.exit_code)
+        return summary
+
+    def summarise(self, status: str, *, test: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Write summary.json."""
+        summary = {
+            "status": status,
+            "stop_reason": self.stop_reason,
+            "step": self.step,
+            "epoch": self.epoch,
+            "best": self.best,
+            "test": dict(test or {}),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seconds": round(self.clock.seconds, 3),
+            "samples_per_second": round(self.clock.samples_per_second, 1),
+            "seed": self.settings.seed,
+            "provenance": dict(self.provenance),
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed what dropout draws from: one generator (2 us), where torch.manual_seed visits every backend (150 us)."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

@@ -1,0 +1,164 @@
+"""What the loop gets: every sample once an epoch, the same numbers whatever the workers and wherever it starts."""
+
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import ConfigError, DataError
+from core.seeding import fold
+from data.augmentations import Augmentations, RandomAffine, RandomCrop
+from data.images import Files, Images
+from data.loaders import Batch, EvalLoader, TrainLoader
+
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.4]), torch.tensor([0.2])
+
+
+def images(count: int) -> Images:
+    pixels = torch.randint(0, 256, (count, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Images(pixels, torch.arange(count) % 3)
+
+
+def train_loader(data: Images, **changes: object) -> TrainLoader:
+    steps = {"crop": RandomCrop(padding=2), "affine": RandomAffine(0.1, [0.8, 1.2], 20, 10, 0.5)}
+    settings = {"batch_size": 4, "accumulate": 1, "seed": 1, "augmentations": Augmentations(steps, 1)}
+    return TrainLoader(data, **(settings | {"mean": MEAN, "std": STD, "device": CPU} | changes))
+
+
+def seen(steps: list[list[Batch]]) -> list[list[list[int]]]:
+    return [[batch.indices.tolist() for batch in step] for step in steps]
+
+
+def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+    pairs = list(zip(first, second, strict=True))
+    return all(
+        torch.equal(ours, theirs)
+        for step, other in pairs
+        for batch, twin in zip(step, other, strict=True)
+        for ours, theirs in zip(batch, twin, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "accumulate", "drop_last", "sizes"),
+    [
+        (12, 1, "auto", [[4], [4], [4]]),
+        (14, 1, "auto", [[4], [4], [4], [2]]),
+        (13, 1, "auto", [[4], [4], [4]]),
+        (13, 1, False, [[4], [4], [4], [1]]),
+        (14, 1, True, [[4], [4], [4]]),
+        (22, 2, "auto", [[4, 4], [4, 4], [4, 2]]),
+        (17, 2, "auto", [[4, 4], [4, 4]]),
+        (18, 2, "auto", [[4, 4], [4, 4], [2]]),
+        (22, 2, True, [[4, 4], [4, 4], [4]]),
+        (4, 3, "auto", [[4]]),
+    ],
+)
+def test_sizes_of_steps_and_what_is_dropped(count, accumulate, drop_last, sizes):
+    loader = train_loader(images(count), accumulate=accumulate, drop_last=drop_last)
+    steps = list(loader.steps(0))
+    assert [[len(batch.labels) for batch in step] for step in steps] == sizes
+    assert loader.steps_per_epoch == len(sizes)
+    assert loader.samples_per_epoch == sum(map(sum, sizes))
+    for step in steps:
+        for batch in step:
+            assert len(batch.images) == len(batch.labels) == len(batch.indices)
+
+
+def test_batches_of_one_are_not_dropped_when_asked_for():
+    assert train_loader(images(5), batch_size=1).samples_per_epoch == 5
+
+
+def test_every_sample_once_an_epoch_in_the_order_of_seed_and_epoch():
+    loader = train_loader(images(22), accumulate=2)
+    orders = {}
+    for epoch in (0, 1):
+        flat = [index for step in seen(list(loader.steps(epoch))) for batch in step for index in batch]
+        assert sorted(flat) == list(range(22))
+        generator = torch.Generator().manual_seed(fold(1, "order", epoch))
+        assert flat == torch.randperm(22, generator=generator).tolist()
+        orders[epoch] = flat
+    assert orders[0] != orders[1]
+    other = train_loader(images(22), accumulate=2, seed=2)
+    assert seen(list(other.steps(0))) != seen(list(loader.steps(0)))
+    assert seen(list(train_loader(images(6), shuffle=False).steps(3))) == [[[0, 1, 2, 3]], [[4, 5]]]
+
+
+def test_accumulation_and_batch_size_do_not_change_the_order():
+    flat = [index for step in seen(list(train_loader(images(24)).steps(0))) for batch in step for index in batch]
+    for batch_size, accumulate in ((8, 1), (2, 3), (5, 2)):
+        loader = train_loader(images(24), batch_size=batch_size, accumulate=accumulate)
+        assert [index for step in seen(list(loader.steps(0))) for batch in step for index in batch] == flat
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_a_start_in_the_middle_gives_the_same_bits(start):
+    whole = list(train_loader(images(22), accumulate=2).steps(5))
+    assert same(list(train_loader(images(22), accumulate=2).steps(5, start)), whole[start:])
+
+
+def test_labels_and_pixels_belong_to_the_indices():
+    data = images(14)
+    for [batch] in train_loader(data, augmentations=Augmentations({}, 1)).steps(0):
+        assert torch.equal(batch.labels, data.labels[batch.indices])
+        expected = (data.pixels[batch.indices].double() / 255 - 0.4) / 0.2
+        assert batch.images.dtype == torch.float32
+        assert (batch.images - expected).abs().max() < 1e-5
+
+
+def test_channels_last():
+    data = Images(images(8).pixels.repeat(1, 3, 1, 1), images(8).labels)
+    for [batch] in train_loader(data, mean=MEAN.repeat(3), std=STD.repeat(3), channels_last=True).steps(0):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = []
+    for index, picture in enumerate(images(22).pixels):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(picture[0].numpy()).save(paths[-1])
+    return Images(Files(paths, image_size=6, channels=1), images(22).labels)
+
+
+def test_streamed_files_give_the_bits_of_resident_pixels_whatever_the_workers(files):
+    expected = list(train_loader(images(22), accumulate=2).steps(1, 1))
+    state = torch.get_rng_state()
+    for num_workers in (0, 2):
+        assert same(list(train_loader(files, accumulate=2, num_workers=num_workers).steps(1, 1)), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_file_is_named_also_from_a_worker(files, num_workers):
+    files.pixels.paths[7].write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        list(train_loader(files, num_workers=num_workers).steps(0))
+    assert caught.value.subject == str(files.pixels.paths[7])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_evaluation_keeps_the_order_and_drops_nothing(files, streamed):
+    data = files if streamed else images(22)
+    loader = EvalLoader(data, batch_size=7, mean=MEAN, std=STD, device=CPU)
+    for _ in range(2):
+        batches = list(loader)
+        assert len(loader) == len(batches) == 4
+        assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(22))
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), images(22).labels)
+        expected = (images(22).pixels.double() / 255 - 0.4) / 0.2
+        assert (torch.cat([batch.images for batch in batches]) - expected).abs().max() < 1e-5
+
+
+def test_fewer_samples_than_a_batch():
+    with pytest.raises(DataError, match="data.batch_size = 4: must be at most 3, the number of training samples"):
+        train_loader(images(3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("batch_size", 0), ("accumulate", 0), ("num_workers", -1), ("drop_last", "maybe")]
+)
+def test_bad_settings_name_their_key(key, value):
+    with pytest.raises(ConfigError, match="must be") as caught:
+        train_loader(images(8), **{key: value})
+    assert caught.value.subject == key
