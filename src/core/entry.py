@@ -5,12 +5,13 @@
 Nothing here imports torch, so a mistake in a config is told in under a second.
 """
 
+import contextlib
 import copy
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -85,15 +86,28 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
                 exception.reported = True  # type: ignore[attr-defined]
             return None
 
-    with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
-        # Hydra writes a multirun.yaml beside a grid's jobs; our run folders hold all there is to know.
-        sys.argv.append(f"hydra.sweep.dir={scratch}")
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
-        finally:
-            sys.argv.pop()
+    with _scratch_for_grid():
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     if failures:
         raise failures[0]
+
+
+@contextlib.contextmanager
+def _scratch_for_grid() -> Iterator[None]:
+    """Hydra writes a multirun.yaml for a grid; our run folders hold all there is to know, so it goes where it is lost."""
+    grid = {"-m", "--multirun"} & set(sys.argv) and not any(item.startswith("hydra.sweep.dir=") for item in sys.argv)
+    if not grid:
+        yield
+        return
+    before = list(sys.argv)
+    overrides = [place for place, item in enumerate(before) if "=" in item and not item.startswith("-")]
+    with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
+        # Beside the other overrides: argparse wants them in one piece.
+        sys.argv.insert(overrides[0] if overrides else len(before), f"hydra.sweep.dir={scratch}")
+        try:
+            yield
+        finally:
+            sys.argv[:] = before
 
 
 def _run_one(main: Callable[[Config], object], config: Config) -> object:
@@ -179,13 +193,13 @@ def fill_environment(record: dict[str, Any]) -> dict[str, Any]:
 
 def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Config:
     """The config of a run to go on with: the run's own, and the overrides given by hand, where they may be changed."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags:
+        raise ConfigError(flags[0], "not together with resume=; a run is resumed by itself")
     record = read_run_config(folder)
     values = copy.deepcopy(record)
     changes: dict[str, list[Any]] = {}
     own: dict[str, Any] = {"resume": str(folder), "trust": [], "traceback": False}
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags:
-        raise ConfigError(flags[0], "not together with resume=; a run is resumed by itself")
     known = dict(leaves(record))
     for override in OverridesParser.create().parse_overrides(arguments):
         name, value = override.key_or_group, override.value()

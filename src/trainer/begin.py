@@ -63,7 +63,7 @@ def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
         )
         folder.close()
         return False
-    folder.rewind_metrics(trainer.step)
+    folder.rewind(trainer.step)
     trainer.attach(folder, TensorBoard(folder.path, resumed_at=trainer.step), display)
     for text in damaged:
         trainer.warn(text)

@@ -7,7 +7,7 @@ builds only classes that are trusted (`refuse_untrusted`).
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from trainer.trainer import Settings, Trainer
 from trainer.trust import refuse_untrusted
 from trainer.weights import init_from
 
-SHARED_DATA_KEYS = {name.removeprefix("data.") for name in TRAIN if name.startswith("data.")}
+# Keys of every data set's config that splitting and loading read; the rest is for the function that it names.
+SHARED_DATA_KEYS = [name.removeprefix("data.") for name in TRAIN if name.startswith("data.")]
 
 
 def build(config: Config) -> Trainer | None:
@@ -147,17 +148,22 @@ def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
     """Instantiate a config node; an argument that its class does not take, or refuses, is told by its key."""
     if "_target_" not in node:
         raise ConfigError(f"{section}._target_", "missing: the class or function to build")
-    _check_arguments(node, section, extra)
+    check_arguments(node, section, given=extra)
     try:
         return instantiate(dict(node), **extra, _convert_="all")
     except InstantiationException as exception:
         cause = exception.__cause__
-        if isinstance(cause, PreceptorError):
+        if isinstance(cause, ConfigError):
             raise cause.under(section) from None
+        if isinstance(cause, PreceptorError):
+            raise cause from None
         raise ConfigError(section, str(cause or exception), value=node["_target_"]) from exception
 
 
-def _check_arguments(node: Mapping[str, Any], section: str, extra: Mapping[str, Any]) -> None:
+def check_arguments(
+    node: Mapping[str, Any], section: str, *, given: Collection[str] = (), also: Collection[str] = ()
+) -> None:
+    """Refuse a key that is no argument of the node's class; `given` are filled in by us, `also` are read by others."""
     target = _resolve(section, node["_target_"])
     try:
         parameters = inspect.signature(target).parameters
@@ -165,12 +171,12 @@ def _check_arguments(node: Mapping[str, Any], section: str, extra: Mapping[str, 
         return
     for key, value in node.items():
         if isinstance(value, Mapping) and "_target_" in value:
-            _check_arguments(value, f"{section}.{key}", {})
+            check_arguments(value, f"{section}.{key}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     for key, value in node.items():
-        if not key.startswith("_") and key not in parameters:
-            known = [name for name in parameters if name not in extra]
+        if not key.startswith("_") and key not in parameters and key not in also:
+            known = [*(name for name in parameters if name not in given), *also]
             hint = suggest(key, known) or f"it takes {', '.join(known)}"
             raise ConfigError(f"{section}.{key}", f"{node['_target_']} takes no such argument; {hint}", value=value)
 
@@ -180,8 +186,7 @@ def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
     function = _resolve("data", node["_target_"])
     takes = inspect.signature(function).parameters
     arguments = {key: value for key, value in node.items() if key in takes}
-    own = {key: value for key, value in node.items() if key not in SHARED_DATA_KEYS or key in takes}
-    _check_arguments(own, "data", {})
+    check_arguments(node, "data", also=SHARED_DATA_KEYS)
     try:
         collection = construct({"_target_": node["_target_"], **arguments}, "data")
         return prepare(

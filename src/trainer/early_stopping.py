@@ -31,9 +31,10 @@ class EarlyStopping:
         if self.patience is None:
             return False
         if self.geometric is None:
-            self.stopped = epoch - self.best_epoch >= self.patience
+            end = self.best_epoch + self.patience
         else:
-            self.stopped = epoch >= max(self.patience, self.geometric * self.best_epoch)
+            end = max(self.patience, self.geometric * self.best_epoch)
+        self.stopped = epoch >= end - 1e-6  # fractions of epochs are rounded: 4.6667 - 2.6667 is less than 2
         return self.stopped
 
     def state(self) -> dict[str, Any]:

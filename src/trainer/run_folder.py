@@ -97,10 +97,12 @@ class RunFolder:
         """The lines of metrics.jsonl; a torn last one is left out."""
         return read_lines(self.path / "metrics.jsonl")
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was measured behind the checkpoint that the run goes on from, and a torn last line."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_durably(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def rewind(self, step: int) -> None:
+        """Drop what was measured behind the checkpoint that the run goes on from, and torn last lines."""
+        measured = [line for line in self.metrics() if line["step"] <= step]
+        events = read_lines(self.path / "events.jsonl")
+        for name, kept in (("metrics.jsonl", measured), ("events.jsonl", events)):
+            write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """config.yaml anew, after a resume that changed something free to change."""

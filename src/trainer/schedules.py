@@ -133,8 +133,8 @@ class FactorSchedule:
         factor = self.factor(step, self.total_steps, self.warmup_steps)
         for group, rate in zip(optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        if self.momentum is not None:
-            set_momentum(optimizer, self.momentum(step, self.total_steps, self.warmup_steps))
+            if self.momentum is not None:
+                set_momentum(group, self.momentum(step, self.total_steps, self.warmup_steps))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """A pure function watches nothing."""
@@ -208,25 +208,32 @@ class TorchScheduler:
         """Torch's schedulers of time watch nothing."""
 
     def state(self) -> dict[str, Any]:
-        plain = (int, float, str, bool, list, tuple, dict, type(None))
+        # No dict: MultiStepLR's milestones, which are the config's, would come back from JSON with keys of text.
+        plain = (int, float, str, bool, list, tuple, type(None))
         own = {key: value for key, value in self.scheduler.state_dict().items() if isinstance(value, plain)}
         own.pop("base_lrs", None)  # the config's, which a resume may change
-        rates = [group["lr"] / group["initial_lr"] for group in self.scheduler.optimizer.param_groups]
-        return {"scheduler": own, "rates": rates}
+        groups = [
+            {"lr": group["lr"], "initial_lr": group["initial_lr"], "momentum": momentum_of(group)}
+            for group in self.scheduler.optimizer.param_groups
+        ]
+        return {"scheduler": own, "groups": groups}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(dict(state["scheduler"]))
-        for group, rate in zip(self.scheduler.optimizer.param_groups, state["rates"], strict=True):
-            group["lr"] = group["initial_lr"] * rate
+        for group, saved in zip(self.scheduler.optimizer.param_groups, state["groups"], strict=True):
+            # Not by way of a ratio where nothing was changed: that would cost the last bit.
+            is_same = group["initial_lr"] == saved["initial_lr"]
+            group["lr"] = saved["lr"] if is_same else saved["lr"] * (group["initial_lr"] / saved["initial_lr"])
+            if saved["momentum"] is not None:
+                set_momentum(group, saved["momentum"])
 
 
-def set_momentum(optimizer: Optimizer, momentum: float) -> None:
-    """Momentum of each group; for Adam's kin that is beta1."""
-    for group in optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = (momentum, *group["betas"][1:])
-        else:
-            group["momentum"] = momentum
+def set_momentum(group: dict[str, Any], momentum: float) -> None:
+    """Momentum of a group; for Adam's kin that is beta1."""
+    if "betas" in group:
+        group["betas"] = (momentum, *group["betas"][1:])
+    else:
+        group["momentum"] = momentum
 
 
 def momentum_of(group: Mapping[str, Any]) -> float | None:

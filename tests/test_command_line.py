@@ -1,0 +1,201 @@
+"""The scripts as a user calls them, in processes of their own, from training to predictions."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from core.entry import read_run_config
+from data.datasets import digits
+from data.splits import resize
+from trainer.restore import load_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str, *arguments: str, cwd: Path) -> str:
+    """Run a script to its end; its stdout."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the default run and a grid of two seeds of a small one."""
+    path = tmp_path_factory.mktemp("work")
+    out = script("train", "run_dir=outputs/digits", "trainer.threads=1", "trainer.histograms_every=10 epochs", cwd=path)
+    (path / "printed").write_text(out)
+    small = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=3", "trainer.threads=1")
+    script("train", "-m", *small, "seed=0,1", "run_dir=outputs/grid", cwd=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder) -> Path:
+    return folder / "outputs/digits"
+
+
+def test_default_run_learns_digits(folder, run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["status"] in ("finished", "stopped_early")
+    assert summary["stop_reason"] in ("max_epochs", "early_stopping")
+    assert summary["test"]["accuracy"] > 0.97
+    assert summary["parameters"] == 61_706
+    assert summary["seconds"] < 60
+    assert summary["provenance"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ["step", "epoch", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr", "seconds"]
+    assert list(lines[0]) == [*keys, "samples_per_second"]
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    best = max(lines, key=lambda line: line["val/accuracy"])
+    assert summary["best"]["step"] == best["step"]
+    printed = (folder / "printed").read_text()
+    assert f"accuracy {summary['test']['accuracy']:.2%}" in printed and "\x1b" not in printed
+    assert sorted(path.name for path in folder.iterdir()) == ["outputs", "printed"]
+
+
+def test_evaluate_from_the_run_alone(folder, run_folder):
+    out = script("evaluate", "run=outputs/digits", cwd=folder)
+    report = json.loads((run_folder / "evaluation-test.json").read_text())
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert report["accuracy"] == pytest.approx(summary["test"]["accuracy"], abs=1e-12)
+    assert report["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
+    # A second implementation: predictions of the loaded run, counted by hand.
+    run = load_run(run_folder)
+    test = digits().test
+    pixels = resize(test.pixels, image_size=32, fit="resize")
+    with torch.no_grad():
+        logits = run.model(torch.stack([run.transform(picture) for picture in pixels]))
+    predicted, labels = logits.argmax(1), test.labels
+    matrix = torch.zeros(10, 10, dtype=torch.int64)
+    for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
+        matrix[label, guess] += 1
+    assert report["confusion_matrix"] == matrix.tolist()
+    precision, recall = matrix.diag() / matrix.sum(0), matrix.diag() / matrix.sum(1)
+    f1 = 2 * precision * recall / (precision + recall)
+    assert report["macro_f1"] == pytest.approx(f1.mean().item(), abs=1e-6)
+    for index, row in enumerate(report["classes"].values()):
+        assert row["precision"] == pytest.approx(precision[index].item(), abs=1e-6)
+        assert row["recall"] == pytest.approx(recall[index].item(), abs=1e-6)
+        assert row["samples"] == int((labels == index).sum())
+    top5 = metrics.top_k_accuracy_score(labels.numpy(), logits.softmax(1).numpy(), k=5)
+    assert report["top5_accuracy"] == pytest.approx(top5)
+    assert f"accuracy {report['accuracy']:.4f}" in out
+
+
+def test_predict_writes_what_evaluate_counts(folder, run_folder):
+    test = digits().test
+    pictures = resize(test.pixels[:60], image_size=32, fit="resize")
+    for index, picture in enumerate(pictures):
+        place = folder / "pictures" / str(int(test.labels[index]))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[0].numpy()).save(place / f"{index:03d}.png")
+    (folder / "pictures" / "notes.txt").write_text("no picture")
+    script("predict", "run=outputs/digits", "input=pictures", "output=out.csv", "batch_size=7", cwd=folder)
+    rows = read_table(folder / "out.csv")
+    assert [row["file"] for row in rows] == sorted(
+        str(path.relative_to(folder / "pictures")) for path in (folder / "pictures").rglob("*.png")
+    )
+    run = load_run(run_folder)
+    for row in rows:
+        index = int(Path(row["file"]).stem)
+        with torch.no_grad():
+            expected = run.model(run.transform(pictures[index])[None]).softmax(1)[0]
+        given = torch.tensor([float(row[name]) for name in run.class_names])
+        torch.testing.assert_close(given, expected, atol=2e-6, rtol=0)
+        assert row["class"] == run.class_names[int(expected.argmax())]
+        assert float(row["probability"]) == pytest.approx(given.max().item(), abs=1e-6)
+
+
+def test_grid_leaves_independent_runs(folder):
+    grid = folder / "outputs/grid"
+    assert sorted(path.name for path in grid.iterdir()) == ["0", "1"]
+    seeds = [read_run_config(grid / job)["seed"] for job in ("0", "1")]
+    assert seeds == [0, 1]
+    first, second = (next(iter(load_run(grid / job).snapshot.part("model").values())) for job in ("0", "1"))
+    assert not torch.equal(first, second)
+    # The same seed alone, in a process of its own, gives the same weights as within the grid.
+    script(
+        "train",
+        *("model=mlp", "model.hidden=[16]", "trainer.max_epochs=3", "trainer.threads=1"),
+        "seed=1",
+        "run_dir=outputs/alone",
+        cwd=folder,
+    )
+    alone, within = (load_run(folder / "outputs" / name, checkpoint="last") for name in ("alone", "grid/1"))
+    for name, tensor in alone.snapshot.part("model").items():
+        assert torch.equal(tensor, within.snapshot.part("model")[name])
+
+
+def test_runs_table(folder):
+    out = script("runs", "output=runs.csv", cwd=folder)
+    rows = read_table(folder / "runs.csv")
+    assert {"digits", "grid/0", "grid/1"} <= {row["run"] for row in rows}
+    values = [float(row["test/accuracy"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    # The grid's runs and the one alone differ in nothing but the seed, so they are one experiment.
+    values = [float(row["test/accuracy"]) for row in rows if row["run"] in ("grid/0", "grid/1", "alone")]
+    mean = sum(values) / 3
+    sd = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+    assert f"{mean:.4f} ± {sd:.4f}" in out
+
+
+def test_init_from_a_run_with_other_classes(folder):
+    out = script(
+        *("train", "init_from=outputs/digits", "data=synthetic", "data.num_classes=4", "data.channels=1"),
+        *("data.train_samples=200", "trainer.max_steps=1", "run_dir=outputs/tuned", "trainer.threads=1"),
+        cwd=folder,
+    )
+    assert "8 of 10 tensors loaded" in out and "(10, 84) -> (4, 84)" in out
+    donor = load_run(folder / "outputs/digits").snapshot.weights
+    tuned = load_run(folder / "outputs/tuned", checkpoint="last").model.state_dict()
+    same = [name for name in donor if donor[name].shape == tuned[name].shape]
+    assert len(same) == 8
+    for name in same:  # one small step away from the donor
+        assert (tuned[name] - donor[name]).abs().max() < 0.2
+
+
+def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(run_folder.parent / "digits")).Reload()
+    assert list(multiplexer.Runs()) == ["."]
+    run = multiplexer.GetAccumulator(".")
+    tags = run.Tags()
+    scalars = {tag: run.Scalars(tag) for tag in tags["scalars"]}
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        assert [event.step for event in scalars[name]] == [line["step"] for line in lines]
+        assert [event.value for event in scalars[name]] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert [event.value for event in scalars["test/accuracy"]] == pytest.approx([summary["test"]["accuracy"]])
+    for tag in ("step/loss", "step/gradient_norm", "rate/all", "momentum/all", "throughput/samples_per_second"):
+        assert len(scalars[tag]) == summary["step"] // 50 + (summary["step"] % 50 != 0 and summary["epoch"] == 30)
+    assert tags["images"] == ["train/augmented"] and tags["graph"] is True
+    assert "config/text_summary" in tags["tensors"]
+    assert any(tag.startswith("weights/") for tag in tags["histograms"])
+    assert any(tag.startswith("gradients/") for tag in tags["histograms"])
+    image = Image.open(io.BytesIO(run.Images("train/augmented")[0].encoded_image_string))
+    assert image.size == (8 * 34 + 2, 8 * 34 + 2)
+    content = run.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert start["optimizer.lr"].number_value == pytest.approx(0.1)
+    assert start["model"].string_value == "models.lenet.LeNet5"
+    content = run.summary_metadata["_hparams_/experiment"].plugin_data.content
+    named = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert named <= scalars.keys()  # each metric column has a value
+    assert "_hparams_/session_end_info" in run.summary_metadata

@@ -1,0 +1,267 @@
+"""Bad inputs (FAULTS.md, A and D): one line on stderr naming the key and what is allowed; nothing left behind.
+
+The scripts' own entry runs in this process, from command line to exit code.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ("data=synthetic", "data.image_size=8", "data.train_samples=60", "data.test_samples=20", "data.batch_size=16")
+FAST += ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.log_graph=false", "trainer.log_images=false")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capfd):
+    """Run a script as a user would, in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+CONFIG = {
+    "C01 option": (["model=resnet19"], "model = resnet19", ["did you mean resnet18?", "lenet5, mlp"]),
+    "C01 group": (["modle=mlp"], "modle = mlp", ["did you mean model?"]),
+    "C02 key": (["trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
+    "C02 plus": (["+trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
+    "C02 top": (["+sede=3"], "sede = 3", ["did you mean seed?"]),
+    "C02 model": (["+model.activatoin=relu"], "model.activatoin = relu", ["did you mean activation?"]),
+    "C02 data": (["+data.batchsize=3"], "data.batchsize = 3", ["did you mean batch_size?"]),
+    "C02 optimizer": (["+optimizer.momentun=0.5"], "optimizer.momentun = 0.5", ["did you mean momentum?"]),
+    "C02 augment": (
+        ["augment=crop_flip", "+augment.crop.pading=3"],
+        "augment.crop.pading = 3",
+        ["did you mean padding?"],
+    ),
+    "C03 negative": (["optimizer.lr=-0.1"], "optimizer.lr = -0.1", ["must be a number > 0"]),
+    "C03 nan": (["optimizer.lr=nan"], "optimizer.lr = nan", ["must be a number > 0"]),
+    "C03 inf": (["optimizer.lr=inf"], "optimizer.lr = inf", ["must be a number > 0"]),
+    "C03 text": (["optimizer.lr=1e-3x"], "optimizer.lr = 1e-3x", ["must be a number > 0"]),
+    "C04 epochs": (["trainer.max_epochs=0"], "trainer.max_epochs = 0", ["must be an integer >= 1"]),
+    "C04 zero": (["data.batch_size=0"], "data.batch_size = 0", ["must be an integer >= 1"]),
+    "C04 minus": (["data.batch_size=-1"], "data.batch_size = -1", ["must be an integer >= 1"]),
+    "C04 fraction": (["data.batch_size=1.5"], "data.batch_size = 1.5", ["must be an integer >= 1"]),
+    "C05 root": (["data=image_folder"], "data.root = ???", ["mandatory", "data.root=..."]),
+    "C07 list": (["seed=[1,2]"], "seed = [1, 2]", ["must be an integer >= 0"]),
+    "C07 null": (["trainer.device=null"], "trainer.device = null", ["must be one of auto, cpu, cuda"]),
+    "C07 section": (["model=null"], "model = null", ["must name one of", "lenet5"]),
+    "C07 flag": (["trainer.compile=1"], "trainer.compile = 1", ["must be true or false"]),
+    "C07 hidden": (["model=mlp", "model.hidden=64"], "model.hidden = 64", ["list"]),
+    "C09 early": (
+        ["trainer.early_stopping.monitor=val/f1"],
+        "trainer.early_stopping.monitor = val/f1",
+        ["train/loss, train/accuracy, val/loss, val/accuracy"],
+    ),
+    "C09 checkpoint": (
+        ["trainer.checkpoint.monitor=val/f1"],
+        "trainer.checkpoint.monitor = val/f1",
+        ["train/loss, train/accuracy, val/loss, val/accuracy"],
+    ),
+    "C09 no validation": (
+        ["data.val_fraction=0.0"],
+        "trainer.early_stopping.monitor = val/loss",
+        ["data.val_fraction = 0", "available: train/loss, train/accuracy"],
+    ),
+    "C10 size": (["model=lenet", "data.image_size=8"], "model.image_size = 8", ["at least 16"]),
+    "C10 channels": (["model.in_channels=3"], "model.in_channels = 3", ["the data has 1"]),
+    "C11 model": (["model.num_classes=5"], "model.num_classes = 5", ["10 classes"]),
+    "C11 data": (["data.num_classes=5"], "data.num_classes = 5", ["10 classes"]),
+    "C12 fp16": (["trainer.precision=fp16", "trainer.device=cpu"], "trainer.precision = fp16", ["fp32 or bf16"]),
+    "no budget": (["trainer.max_epochs=null"], "trainer.max_epochs = null", ["trainer.max_steps"]),
+    "warm-up": (["schedule.warmup_epochs=99"], "schedule.warmup_epochs = 99", ["leave nothing"]),
+    "weights": (["loss.class_weights=[1.0,2.0]"], "loss.class_weights = [1.0, 2.0]", ["must be a list of 10"]),
+    "target": (["model._target_=models.lenet.LeNet6"], "model._target_ = models.lenet.LeNet6", ["cannot be imported"]),
+    "grammar": (["a=[b"], "command line", []),
+    "interpolation": (["trainer.device=${nope}"], "trainer.device", ["nope"]),
+    "resume twice": (["resume=x", "-m"], "-m", ["not together with resume="]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG)
+def test_config_errors(script, case, tmp_path):
+    arguments, subject, hints = CONFIG[case]
+    code, _, err = script("train", *arguments)
+    assert code == 2, err
+    assert err.startswith(f"error[config] {subject}") and err.count("\n") == 1, err
+    assert all(hint in err for hint in hints), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_c12_no_cuda(script, tmp_path):
+    code, _, err = script("train", "trainer.device=cuda")
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert err.startswith("error[config] trainer.device = cuda") and "cpu" in err
+
+
+def test_environment_stays_out_of_errors(script, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    code, out, err = script("train", "seed=${oc.env:SECRET_TOKEN}")
+    assert code == 2 and "hunter2" not in out + err and "environment:SECRET_TOKEN" in err
+
+
+def test_c14_resume_refuses_another_architecture(script, tmp_path):
+    assert script("train", *FAST, "run_dir=run")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, err = script("train", "resume=run", "model.hidden=[16]", "optimizer.momentum=0.5")
+    assert code == 6
+    assert err.startswith("error[checkpoint] resume=run") and err.count("\n") == 1
+    assert "model.hidden: [8] -> [16]" in err and "optimizer.momentum: 0.9 -> 0.5" in err and "init_from=" in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    code, _, err = script("train", "resume=run", "trainer.max_epoch=2")
+    assert code == 2 and "did you mean trainer.max_epochs?" in err
+    code, _, err = script("train", "resume=nothing")
+    assert code == 6 and "no such run folder" in err
+
+
+def pictures(folder: Path, names: list[str], count: int = 3) -> None:
+    for index, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (12, 12), (40 * index, 10 * number, 0)).save(folder / name / f"{number}.png")
+
+
+def folder_with(tmp_path: Path, case: str) -> Path:
+    root = tmp_path / "pictures"
+    if case == "D01 file":
+        root.write_text("")
+    elif case == "D01 empty":
+        root.mkdir()
+    elif case == "D02 empty class":
+        pictures(root, ["cat", "dog"])
+        (root / "eel").mkdir()
+    elif case == "D03 class sets":
+        pictures(root / "train", ["cat", "dog"])
+        pictures(root / "val", ["cat", "eel"])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("case", "hints"),
+    [
+        ("D01 missing", ["pictures", "ROOT/train"]),
+        ("D01 file", ["pictures"]),
+        ("D01 empty", ["pictures"]),
+        ("D02 empty class", ["eel", "empty_class"]),
+        ("D03 class sets", ["dog", "eel"]),
+    ],
+)
+def test_folder_errors(script, tmp_path, case, hints):
+    root = folder_with(tmp_path, case)
+    left = sorted(tmp_path.rglob("*"))
+    code, _, err = script("train", "data=image_folder", f"data.root={root}", "data.image_size=32", "model=resnet20")
+    assert code == 3 and err.startswith("error[data]") and err.count("\n") == 1, err
+    assert all(hint in err for hint in hints), err
+    assert sorted(tmp_path.rglob("*")) == left
+
+
+def test_d02_an_empty_class_can_be_kept(script, tmp_path):
+    root = folder_with(tmp_path, "D02 empty class")
+    code, _, err = script(
+        *("train", "data=image_folder", f"data.root={root}", "data.image_size=8", "data.empty_class=keep"),
+        *("data.batch_size=2", "data.test_fraction=0.34", "data.val_fraction=0.5", "run_dir=run", *FAST[5:]),
+    )
+    assert code == 0, err
+    assert "num_classes: 3" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_official_data_that_is_not_there(script, tmp_path):
+    code, _, err = script("train", "data=mnist", "data.download=false", f"data.root={tmp_path}/none")
+    assert code == 3 and err.startswith("error[data]") and err.count("\n") == 1
+    assert "none" in err and "MNIST/raw" in err and "data.root" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_smaller_than_a_batch(script, tmp_path):
+    code, _, err = script("train", *FAST, "data.batch_size=64")
+    assert code == 3 and "data.batch_size = 64" in err and "54" in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_d11_one_sample_left_over(script, tmp_path):
+    """55 samples in batches of 18 leave one over, which batch norm cannot take; `auto` leaves it out."""
+    arguments = (*FAST, "data.train_samples=60", "data.val_fraction=0.0834", "data.batch_size=18")
+    monitors = ("model.batch_norm=true",)
+    code, out, err = script("train", *arguments, *monitors, "run_dir=run")
+    assert code == 0 and "train 55" in out, (out, err)
+
+
+def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
+    """D10, through a data set of the user's own."""
+    (tmp_path / "mydata.py").write_text(
+        "import torch\nfrom data.datasets import Collection\nfrom data.images import Images\n"
+        "def wrong(*, label):\n"
+        "    labels = torch.arange(40) % 4\n"
+        "    labels[7] = label\n"
+        "    images = Images(torch.zeros(40, 1, 8, 8, dtype=torch.uint8), labels)\n"
+        "    return Collection(train=images, val=None, test=None, class_names=list('abcd'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    base = ("data=synthetic", "~data.train_samples", "~data.test_samples", "~data.noise", "data._target_=mydata.wrong")
+    for label, told in ((-1, "-1"), (4, "4")):
+        arguments = (*base, f"+data.label={label}", "data.num_classes=4", "data.channels=1", "data.image_size=8")
+        code, _, err = script("train", *arguments, *FAST[5:])
+        assert code == 3 and told in err and "0 to 3" in err, err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_existing_run_folder(script, tmp_path):
+    (tmp_path / "run").mkdir()
+    code, _, err = script("train", *FAST, "run_dir=run")
+    assert code == 5 and err.startswith("error[storage] run: exists already") and "resume=run" in err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_failed_job_lets_the_others_run(script, tmp_path):
+    code, _, err = script("train", "-m", *FAST, "optimizer.lr=0.1,-1,0.2", "run_dir=grid")
+    assert code == 2
+    assert err.count("\n") == 1 and err.startswith("job 1: error[config] optimizer.lr = -1")
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == ["0", "2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid"]
+
+
+def test_untrusted_targets_in_a_run_folder(script, tmp_path):
+    """Exit 7 before anything is imported or written."""
+    assert script("train", *FAST, "run_dir=run")[0] == 0
+    config = (tmp_path / "run/config.yaml").read_text()
+    attacks = (
+        "os.system",
+        "torch.load",
+        "torch.hub.load",
+        "numpy.load",
+        "models.mlp.torch.load",
+        "torch.nn.Module.__class__",
+    )
+    for target in attacks:
+        (tmp_path / "run/config.yaml").write_text(config.replace("models.mlp.MLP", target))
+        for name, arguments in (("train", ["resume=run"]), ("evaluate", ["run=run"])):
+            code, _, err = script(name, *arguments)
+            assert code == 7 and err.startswith("error[security] model._target_"), err
+    (tmp_path / "run/config.yaml").write_text(config.replace("models.mlp.MLP", "${oc.env:HOME}"))
+    assert script("evaluate", "run=run")[0] == 6
+
+
+def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
+    import trainer.build
+
+    monkeypatch.setattr(trainer.build, "build", lambda config: 1 / 0)
+    code, _, err = script("train")
+    assert code == 1 and err.startswith("error[bug] internal: ZeroDivisionError") and err.count("\n") == 1
+    _, _, err = script("train", "traceback=true")
+    assert "Traceback" in err and "1 / 0" in err

@@ -1,0 +1,44 @@
+"""What a user waits for before anything happens: help and configs come without torch."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train": [], "evaluate": ["run=x"], "predict": ["run=x", "input=x"], "runs": []}
+LIMIT = 1.5  # seconds, on a machine that may be busy: the best of several tries counts
+
+
+def start(*arguments: str) -> tuple[float, str, set[str]]:
+    """Run Python with -X importtime: seconds, stdout, and the modules it imported."""
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, cwd=ROOT)
+    seconds = time.perf_counter() - begun
+    assert done.returncode == 0, done.stderr[-500:]
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    return seconds, done.stdout, modules
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+def test_answers_without_torch(script, flag):
+    tries = []
+    for _ in range(4):
+        seconds, out, modules = start(f"scripts/{script}.py", *SCRIPTS[script], *flag.split("="))
+        tries.append(seconds)
+        assert not modules & {"torch", "torchvision", "sklearn", "numpy", "tensorboard"}
+        if seconds < LIMIT:
+            break
+    assert min(tries) < LIMIT, f"{tries} s"
+    assert {"train": "max_epochs", "runs": "folder"}.get(script, "checkpoint") in out
+
+
+def test_training_imports_nothing_that_it_does_not_need(tmp_path):
+    arguments = ("data=synthetic", "data.train_samples=40", "data.test_samples=10", "data.image_size=8")
+    arguments += ("data.batch_size=8", "model=mlp", "model.hidden=[]", "trainer.max_steps=1", f"run_dir={tmp_path}/run")
+    _, _, modules = start("scripts/train.py", *arguments)
+    assert "torch" in modules
+    assert not modules & {"sklearn", "torchvision", "scipy", "pandas", "matplotlib"}
