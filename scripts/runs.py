@@ -53,15 +53,15 @@ def read(run: Path, folder: Path) -> dict[str, Any] | None:
         summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
     except (PreceptorError, ValueError):
         return None
-    if not {"model", "data", "seed"} <= config.keys():
+    if not {"choices", "seed"} <= config.keys():
         return None
     best = summary.get("best") or {}
     test = {f"test/{name}": value for name, value in (summary.get("test") or {}).items()}
     same = [(name, repr(value)) for name, value in leaves(config) if name not in NOT_THE_EXPERIMENT]
     return {
         "run": str(run.relative_to(folder)),
-        "model": config["model"]["_target_"].rpartition(".")[2],
-        "data": config["data"]["_target_"].rpartition(".")[2],
+        "model": config["choices"]["model"],
+        "data": config["choices"]["data"],
         "seed": config["seed"],
         "status": summary.get("status", "running or killed"),
         "parameters": summary.get("parameters", ""),

@@ -46,7 +46,7 @@ def snapshot(step: int = 0) -> Snapshot:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     is_alike = one.dtype == other.dtype and one.shape == other.shape
-    return is_alike and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return is_alike and torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other)))
 
 
 def assert_same(one: Snapshot, other: Snapshot) -> None:
@@ -452,7 +452,10 @@ def test_a_torn_last_line_is_repaired_and_later_steps_taken_back(tmp_path):
     folder.close()
     assert [line["step"] for line in read_lines(folder.path / "metrics.jsonl")] == [2, 4, 6]
     events = read_lines(folder.path / "events.jsonl")  # what happened is never taken back
-    assert [(line["event"], line["step"]) for line in events] == [*[("warning", step) for step in (2, 4, 6)], ("resume", 4)]
+    assert [(line["event"], line["step"]) for line in events] == [
+        *[("warning", step) for step in (2, 4, 6)],
+        ("resume", 4),
+    ]
 
 
 def test_default_names_are_unique_and_plain(tmp_path, monkeypatch):

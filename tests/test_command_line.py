@@ -194,7 +194,7 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
     content = run.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = HParamsPluginData.FromString(content).session_start_info.hparams
     assert start["optimizer.lr"].number_value == pytest.approx(0.1)
-    assert start["model"].string_value == "models.lenet.LeNet5"
+    assert start["model"].string_value == "lenet5"
     content = run.summary_metadata["_hparams_/experiment"].plugin_data.content
     named = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
     assert named <= scalars.keys()  # each metric column has a value

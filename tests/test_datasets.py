@@ -423,6 +423,8 @@ def test_parts_are_disjoint_and_complete():
 def test_limit_train_leaves_the_other_parts_alone():
     collection = numbered([40, 30, 30])
     whole, few = prepare(collection), prepare(collection, limit_train=9)
+    shorter = prepare(collection, limit_eval=3)
+    assert (len(shorter.train), len(shorter.val)) == (len(whole.train), 3)
     assert few.train.labels.bincount().tolist() == [3, 3, 3]  # of 36 27 27: 3.6 2.7 2.7, the last two rounded up
     assert torch.equal(whole.val.pixels, few.val.pixels)
     assert set(pictures(few.train.pixels)) <= set(pictures(whole.train.pixels))
@@ -510,6 +512,7 @@ def test_labels_that_cannot_be(labels, message):
         ("channels", 2),
         ("fit", "stretch"),
         ("limit_train", 0),
+        ("limit_eval", 0),
         ("image_size", 0),
     ],
 )

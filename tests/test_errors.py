@@ -200,6 +200,7 @@ def test_d11_one_sample_left_over(script, tmp_path):
     monitors = ("model.batch_norm=true",)
     code, out, err = script("train", *arguments, *monitors, "run_dir=run")
     assert code == 0 and "train 55" in out, (out, err)
+    assert out.count("1 of 55 training samples are left out of each epoch (data.drop_last)") == 1
 
 
 def test_labels_outside_the_classes(script, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
         hydra_config = HydraConfig.get()
         number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
         try:
-            return _run_one(main, settle(composed, rules, job=number))
+            return _run_one(main, settle(composed, rules, choices=hydra_config.runtime.choices, job=number))
         except Exception as exception:
             failures.append(exception)
             if number is not None:
@@ -94,7 +94,7 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
 
 @contextlib.contextmanager
 def _scratch_for_grid() -> Iterator[None]:
-    """Hydra writes a multirun.yaml for a grid; our run folders hold all there is to know, so it goes where it is lost."""
+    """Hydra writes a multirun.yaml for a grid; our run folders hold all there is to know, so it goes and is lost."""
     grid = {"-m", "--multirun"} & set(sys.argv) and not any(item.startswith("hydra.sweep.dir=") for item in sys.argv)
     if not grid:
         yield
@@ -123,13 +123,18 @@ def _run_one(main: Callable[[Config], object], config: Config) -> object:
         raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
 
 
-def settle(composed: DictConfig, rules: Mapping[str, Rule], *, job: int | None = None) -> Config:
-    """Resolve a composed config and check it."""
+def settle(
+    composed: DictConfig, rules: Mapping[str, Rule], *, choices: Mapping[str, Any], job: int | None = None
+) -> Config:
+    """Resolve a composed config and check it; `choices` are the names of the options that were chosen, by group."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
     values = _plain(composed)
     record = _without_environment(composed)
+    if "choices" in rules:
+        named = {group: str(option) for group, option in choices.items() if group in values}
+        values["choices"] = record["choices"] = named
     check(values, rules, shown=record)
     return Config(values=values, record=record, changes={}, job=job)
 
@@ -234,6 +239,16 @@ def _brief(value: Any) -> str:
     return value.get("_target_", "...") if isinstance(value, dict) else spell(value)
 
 
+def _hint(name: str, rules: Mapping[str, Rule]) -> str:
+    """The known key nearest to a misspelt one, or those of its section; the groups' files know more than the rules."""
+    known = set(rules)
+    for path in CONFIGS.glob("*/*.yaml"):
+        known |= {f"{path.parent.name}.{key}" for key, _ in leaves(yaml.safe_load(path.read_text()) or {})}
+    section = name.partition(".")[0] + "." if "." in name else ""
+    near = sorted(key for key in known if key.startswith(section) and ("." in key) == ("." in name))
+    return suggest(name, near) or f"known there: {', '.join(key for key in near if key in rules)}"
+
+
 def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
     """What Hydra says of a command line or a YAML file, in one line: key first, the nearest match behind."""
     if isinstance(exception, PreceptorError):
@@ -248,7 +263,7 @@ def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
     if name:
         name = name.partition("=")[0].partition("@")[0]
         given = next((item for item in sys.argv[1:] if item.lstrip("+~").startswith(f"{name}=")), None)
-        hint = suggest(name, rules) or "known keys: " + ", ".join(known for known in rules if "." not in known)
+        hint = _hint(name, rules)
         value = {} if given is None else {"value": given.partition("=")[2]}
         if "not in struct" in f"{message} {exception.__cause__}" or "No match" in message:
             return ConfigError(name, f"unknown key; {hint}", **value)

@@ -44,11 +44,12 @@ def prepare(
     channels: int,
     fit: str,
     limit_train: int | None,
+    limit_eval: int | None = None,
     num_classes: int | None,
     memory_budget: float,
 ) -> Splits:
     """Check, split, convert and measure a collection."""
-    _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit, limit_train=limit_train)
+    _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit)
     found = {"train": collection.train, "val": collection.val, "test": collection.test}
     for part, images in found.items():
         if images is not None:
@@ -59,11 +60,12 @@ def prepare(
     train, val = collection.train, collection.val
     if val is None and val_fraction > 0:
         train, val = split(train, fraction=val_fraction, seed=fold(seed, "val"), part="val")
-    if limit_train is not None and limit_train < len(train):
-        train = train.take(stratified(train.labels, count=limit_train, seed=fold(seed, "limit"), spare=0))
-
-    parts = {"train": train}
-    parts |= {part: images for part, images in (("val", val), ("test", collection.test)) if images is not None}
+    limits = {"limit_train": limit_train, "limit_eval": limit_eval}
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(name, "must be >= 1, or null for all", value=limit)
+    seen = (("train", train, limit_train), ("val", val, limit_eval), ("test", collection.test, limit_eval))
+    parts = {part: _limited(images, limit, seed=seed) for part, images, limit in seen if images is not None}
     resident = _fits(parts, size=channels * image_size**2, memory_budget=memory_budget, image_size=image_size)
     ready = {
         part: convert(images, image_size=image_size, channels=channels, fit=fit, load=resident)
@@ -81,7 +83,14 @@ def prepare(
     )
 
 
-def _check(*, val_fraction: float, image_size: int, channels: int, fit: str, limit_train: int | None) -> None:
+def _limited(images: Images, limit: int | None, *, seed: int) -> Images:
+    """A stratified part of so many pictures, or all of them."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.take(stratified(images.labels, count=limit, seed=fold(seed, "limit"), spare=0))
+
+
+def _check(*, val_fraction: float, image_size: int, channels: int, fit: str) -> None:
     if not 0 <= val_fraction < 1:
         raise ConfigError("val_fraction", "must be >= 0 and < 1", value=val_fraction)
     if image_size < 1:
@@ -90,8 +99,6 @@ def _check(*, val_fraction: float, image_size: int, channels: int, fit: str, lim
         raise ConfigError("channels", "must be 1 (grey) or 3 (RGB)", value=channels)
     if fit not in ("resize", "pad"):
         raise ConfigError("fit", "must be resize or pad", value=fit)
-    if limit_train is not None and limit_train < 1:
-        raise ConfigError("limit_train", "must be >= 1, or null for all", value=limit_train)
 
 
 def _fits(parts: dict[str, Images], *, size: int, memory_budget: float, image_size: int) -> bool:

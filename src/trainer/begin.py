@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.entry import Config
-from core.errors import StorageError
+from core.errors import PreceptorError, StorageError
 from core.schema import SPLITS
 from data.splits import Splits
 from trainer.display import Display
@@ -23,7 +23,8 @@ def begin(
     path = Path(values["run_dir"]) if values["run_dir"] else None
     if path is not None and config.job is not None:
         path = path / str(config.job)
-    path = path or default_path(short_name(values["model"]), short_name(values["data"]))
+    model_name, data_name = values["choices"]["model"], values["choices"]["data"]
+    path = path or default_path(model_name, data_name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exception:
@@ -35,9 +36,12 @@ def begin(
     parts = [f"{name} {len(part):,}" for name in SPLITS if (part := getattr(splits, name)) is not None]
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     display.say(
-        f"{short_name(values['model'])} ({count:,} parameters) on {short_name(values['data'])} ({', '.join(parts)}), "
+        f"{model_name} ({count:,} parameters) on {data_name} ({', '.join(parts)}), "
         f"{trainer.provenance['device']}, {trainer.settings.total_steps:,} steps -> {path}"
     )
+    left_out = len(splits.train) - trainer.train_loader.samples_per_epoch
+    if left_out:
+        display.say(f"{left_out} of {len(splits.train):,} training samples are left out of each epoch (data.drop_last)")
     for text in weights_report:
         display.say(text)
         folder.append_event("init_from", text=text)
@@ -53,14 +57,18 @@ def begin(
 def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
     """Go on with a run: its newest good checkpoint, its logs cut back to that step. False: it is finished already."""
     folder = RunFolder.open(Path(config.values["resume"]))
-    found, path, damaged = folder.checkpoints.load("last", "best", "step")
-    load(trainer, found)
+    try:
+        found, path, damaged = folder.checkpoints.load("last", "best", "step")
+        load(trainer, found)
+    except PreceptorError:
+        folder.close()  # so that this process can try again
+        raise
     display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
-    if trainer.is_finished(folder):  # then nothing is written but this
-        display.say(
-            f"nothing to do: {folder.path} is finished ({trainer.stop_reason}); "
-            "a larger trainer.max_epochs or trainer.max_steps makes it go on"
-        )
+    if trainer.is_finished(folder):  # then nothing is written, not even to train.log
+        text = f"nothing to do: {folder.path} is finished ({trainer.stop_reason})"
+        if trainer.stop_reason != "early_stopping":
+            text += f"; a larger trainer.{trainer.stop_reason} makes it go on"
+        display.console.print(text, markup=False)
         folder.close()
         return False
     folder.rewind(trainer.step)
@@ -74,8 +82,3 @@ def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
     for name, (before, now) in config.changes.items():
         display.say(f"  {name}: {before} -> {now}")
     return True
-
-
-def short_name(section: Mapping[str, Any]) -> str:
-    """What a config group's target is called: `models.lenet.LeNet5` is `lenet5`."""
-    return str(section["_target_"]).rpartition(".")[2].lower()

@@ -14,8 +14,8 @@ from rich.table import Table
 class Display:
     """Tells of a run on the terminal and in its train.log."""
 
-    def __init__(self, log_file: Path, *, total_steps: int | None) -> None:
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    def __init__(self, log_file: Path, *, total_steps: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
         self.log_file = log_file
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
@@ -26,7 +26,8 @@ class Display:
         )
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("train", total=total_steps, epoch="", figures="")
-        self.shown_at = 0.0
+        self.total_steps = total_steps
+        self.shown_at = time.monotonic()
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -35,12 +36,20 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def step(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
-        """Where the run is: loss, accuracy and throughput of the last log line."""
+    def tick(self, step: int, epoch: float) -> None:
+        """Move the bar, a few times a second at most."""
+        if not self.progress.disable and time.monotonic() - self.shown_at > 0.2:
+            self.shown_at = time.monotonic()
+            self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}")
+
+    def figures(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
+        """Loss, accuracy and throughput of the last steps: behind the bar, or as a line a minute without a terminal."""
         words = [f"{figures['throughput/samples_per_second']:,.0f} samples/s"]
         if "step/loss" in figures:
             words.insert(0, f"loss {figures['step/loss']:.4f}  accuracy {figures['step/accuracy']:.2%}")
         self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}", figures="  ".join(words))
+        if self.progress.disable and time.monotonic() - self.shown_at > 60:
+            self.say(f"epoch {epoch:.1f}".ljust(10) + f"  step {step:>7,} of {self.total_steps:,}  " + "  ".join(words))
 
     def evaluation(self, line: Mapping[str, Any], *, best: bool) -> None:
         """One line an evaluation."""
@@ -53,6 +62,7 @@ class Display:
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """A line, also to train.log with the time before it."""
+        self.shown_at = time.monotonic()
         self.console.print(text, style=style, markup=False)
         with self.log_file.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

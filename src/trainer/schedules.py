@@ -221,9 +221,8 @@ class TorchScheduler:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         for group, saved in zip(self.scheduler.optimizer.param_groups, state["groups"], strict=True):
-            # Not by way of a ratio where nothing was changed: that would cost the last bit.
-            is_same = group["initial_lr"] == saved["initial_lr"]
-            group["lr"] = saved["lr"] if is_same else saved["lr"] * (group["initial_lr"] / saved["initial_lr"])
+            # In this order: where the base rate is the same, the ratio is exactly 1 and no bit is lost.
+            group["lr"] = saved["lr"] * (group["initial_lr"] / saved["initial_lr"])
             if saved["momentum"] is not None:
                 set_momentum(group, saved["momentum"])
 

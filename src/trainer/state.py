@@ -53,9 +53,12 @@ def load(trainer: "Trainer", snapshot: Snapshot) -> None:
     values = snapshot.values
     if values["data"]["fingerprint"] != trainer.data_values["fingerprint"]:
         raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
-    trainer.model.load_state_dict(snapshot.part("model"))
-    if trainer.ema:
-        trainer.ema.average.load_state_dict(snapshot.part("ema"))
+    try:
+        trainer.model.load_state_dict(snapshot.part("model"))
+        if trainer.ema:
+            trainer.ema.average.load_state_dict(snapshot.part("ema"))
+    except RuntimeError as exception:
+        raise CheckpointError("model", f"is not the one that this run trained: {exception}") from None
     load_optimizer_tensors(trainer.model, trainer.optimizer, snapshot.part("optimizer"), values["optimizer"])
     trainer.schedule.load_state(values["schedule"])
     if trainer.scaler.is_enabled():

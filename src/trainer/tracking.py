@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import yaml
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from core.schema import leaves
 
+MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
 FINAL_METRICS = ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/accuracy", "train/loss")
 
 
@@ -42,7 +44,7 @@ class TensorBoard:
         text = yaml.safe_dump(dict(record), sort_keys=False)
         self.writer.add_text("config", "```yaml\n" + text + "```", 0)
         experiment, start, _ = hparams(hyperparameters(record), dict.fromkeys(FINAL_METRICS, 0.0))
-        for summary in (experiment, start):
+        for summary in (_main_columns_first(experiment), start):
             self.events.add_summary(summary)
 
     def finish(self, record: Mapping[str, Any], final: Mapping[str, float], step: int) -> None:
@@ -92,15 +94,24 @@ def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:
     return picture
 
 
+def _main_columns_first(experiment: Any) -> Any:
+    """HPARAMS shows five columns at first: those said to differ between runs, then by the alphabet. Say it of these."""
+    holder = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(holder.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in MAIN_HYPERPARAMETERS
+    holder.content = content.SerializeToString()
+    return experiment
+
+
 def hyperparameters(record: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The config's values that distinguish runs, flat: sections by the class they name, lists as text."""
+    """The config's values that distinguish runs, flat: a group by the option chosen, lists as text."""
     shown = ("seed", "model", "data", "augment", "optimizer", "schedule", "loss", "trainer")
-    hidden = ("root", "log_", "download", "_partial_", "_every", "memory_budget")
+    hidden = ("root", "log_", "download", "_partial_", "_target_", "_every", "memory_budget")
     flat: dict[str, bool | float | str] = {}
     for name, value in leaves({key: record[key] for key in shown if key in record}):
         last = name.rpartition(".")[2]
         if isinstance(value, dict) or any(part in last for part in hidden):
             continue
-        plain = isinstance(value, bool | int | float | str)
-        flat[name.removesuffix("._target_")] = value if plain else json.dumps(value)
-    return flat
+        flat[name] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat | dict(record.get("choices", {}))

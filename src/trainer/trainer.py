@@ -8,6 +8,7 @@ only counter, all randomness is a function of it, and a run goes on from any com
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from core.errors import NumericalError, PreceptorError, StopSignal
+from core.errors import NumericalError, PreceptorError, StopSignal, StorageError
 from core.seeding import fold
 from trainer.clock import Clock
 from trainer.display import Display
@@ -37,6 +38,7 @@ class StepLoader(Protocol):
     """The training data as the loop sees it."""
 
     steps_per_epoch: int
+    samples_per_epoch: int
 
     def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
         """The batches of each step of an epoch, from its step `start` on."""
@@ -114,14 +116,29 @@ class Trainer:
         try:
             with self.display:
                 self.fit()
-        except PreceptorError as error:
+        except (PreceptorError, OSError, MemoryError, RuntimeError) as exception:
+            error = self.as_told(exception)
             self.stop_reason = str(error)
-            self.summarise("failed")
-            raise
+            with suppress(StorageError):  # on a full disk the first error is the one to tell
+                self.summarise("failed")
+            if error is exception:
+                raise
+            raise error from exception
         finally:
             self.tracker.close()
             self.folder.close()
         return self.best.get("metrics", {}).get(self.settings.monitor)
+
+    def as_told(self, exception: Exception) -> Exception:
+        """What the system or torch raised, as one of our errors where the user can mend it."""
+        step = f"step {self.step + 1} (epoch {self.epoch})"
+        if isinstance(exception, OSError):
+            place = exception.filename or str(self.folder.path)
+            return StorageError(place, f"{step}: {exception.strerror or exception}")
+        is_full = isinstance(exception, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception)
+        if is_full:
+            return NumericalError(step, "out of memory; try a smaller data.batch_size with a larger trainer.accumulate")
+        return exception
 
     def is_finished(self, folder: RunFolder) -> bool:
         """Was this run trained to its end, and tested, before?"""
@@ -185,7 +202,7 @@ class Trainer:
 
         With loss scaling (fp16) an overflowing gradient is the scaler's business, and only the loss is looked at.
         """
-        watched = loss.detach() if self.scaler.is_enabled() else norm
+        watched = loss.detach() if self.scaler.is_enabled() else norm + loss.detach()
         if self.checks_on_device:
             not_finite = (~torch.isfinite(watched)).float()
             self.nonfinite_steps += not_finite
@@ -198,6 +215,11 @@ class Trainer:
                 f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}; "
                 f"training samples {shown}"
             )
+
+    def refuse_skipped(self) -> None:
+        """Where the device is waited for anyway: steps that it skipped end the run."""
+        if self.nonfinite_steps.item():
+            raise self.diverged(f"{self.nonfinite_steps.item():g} of the steps since the last log line or evaluation")
 
     def diverged(self, details: str) -> NumericalError:
         """The error for a step that is not finite."""
@@ -221,13 +243,13 @@ class Trainer:
 
     def log_step(self, norm: Tensor) -> None:
         """Figures of the steps since the last log line, where one is due."""
+        self.display.tick(self.step, self.epoch)
         if due(self.step, self.settings.histograms_every):
             self.tracker.histograms(self.model, self.step)
         if not due(self.step, self.settings.log_every, total_steps=self.settings.total_steps):
             return
         figures = {f"step/{name}": value for name, value in self.sums.read().items()}  # waits for the device
-        if self.nonfinite_steps.item():
-            raise self.diverged(f"in {self.nonfinite_steps.item():g} of the last {self.settings.log_every} steps")
+        self.refuse_skipped()
         figures["step/gradient_norm"] = norm.item()
         for group in self.optimizer.param_groups:
             figures[f"rate/{group['name']}"] = group["lr"]
@@ -237,11 +259,12 @@ class Trainer:
         figures["throughput/samples_per_second"] = self.clock.samples_per_second
         self.clock.start()
         self.tracker.scalars(figures, self.step)
-        self.display.step(self.step, self.epoch, figures)
+        self.display.figures(self.step, self.epoch, figures)
 
     def evaluate(self) -> bool:
         """Measure, write it down, and tell those who decide by it; True when it is the best so far."""
-        metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}
+        metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}  # waits for the device
+        self.refuse_skipped()
         self.clock.stop()
         if self.val_loader is not None:
             measured = evaluate(self.evaluated_model, self.loss_function, self.val_loader, autocast=self.autocast)
@@ -278,9 +301,9 @@ class Trainer:
 
     def commit(self, *, evaluated: bool, improved: bool) -> None:
         """The one commit point of a step: whatever a checkpoint holds is settled now."""
-        wanted = {
-            "last": evaluated or self.stop_reason is not None,
+        wanted = {  # the best first: a crash in between must not leave a `last` that names a best which is not there
             "best": improved,
+            "last": evaluated or self.stop_reason is not None,
             "step": due(self.step, self.settings.checkpoint_every),
         }
         kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
@@ -305,8 +328,8 @@ class Trainer:
                 self.evaluated_model.load_state_dict(best.weights)
             if self.test_loader is not None:
                 test = evaluate(self.evaluated_model, self.loss_function, self.test_loader, autocast=self.autocast)
-            final = {f"test/{name}": value for name, value in test.items()}
-            self.tracker.finish(self.record, final, self.step)
+        if interrupts.received is None:  # not during the test either: the resumed run will write it
+            self.tracker.finish(self.record, {f"test/{name}": value for name, value in test.items()}, self.step)
         status = "finished" if self.stop_reason == self.settings.budget else "stopped_early"
         summary = self.summarise("interrupted" if interrupts.received else status, test=test)
         self.display.summary(summary, self.folder.path)

@@ -1,0 +1,105 @@
+"""What the tests share: one thread, and trainings made in this process from the configs that users compose."""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import trainer.build
+from core.entry import CONFIGS, Config, resumed, settle
+from core.schema import TRAIN
+from trainer.build import build
+from trainer.checkpoint import CheckpointFolder, Snapshot, pack
+from trainer.run_folder import provenance, read_lines
+from trainer.trainer import Trainer
+
+# 44 training samples are 6 steps an epoch, the last one of half a batch; 12 steps, 11 for validation, 16 for the test.
+SYNTHETIC = (
+    *("data=synthetic", "data.train_samples=55", "data.test_samples=16", "data.val_fraction=0.2"),
+    *("data.image_size=8", "data.channels=1", "data.num_classes=4", "data.batch_size=8"),
+)
+MLP = ("model=mlp", "model.hidden=[16]")
+SMALL = (
+    *("optimizer.lr=0.05", "trainer.max_epochs=2", "trainer.device=cpu"),
+    *("trainer.log_every=1 steps", "trainer.log_graph=false", "trainer.log_images=false"),
+)
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    """configs/train.yaml with SMALL and these overrides, as the command line would compose it (0.1 s, so kept)."""
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    start = [*(() if "data" in given else SYNTHETIC), *(() if "model" in given else MLP)]
+    choices = {"model": given.get("model", "mlp"), "data": given.get("data", "synthetic")}
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return settle(compose("train", [*start, *SMALL, *overrides]), TRAIN, choices=choices)
+
+
+def built(folder: Path, *overrides: str) -> Trainer:
+    """A new run in this folder, before its first step."""
+    config = composed(*overrides)
+    place = {"run_dir": str(folder)}
+    trainer = build(replace(config, values=config.values | place, record=config.record | place))
+    assert trainer is not None
+    return trainer
+
+
+def stop_after(trainer: Trainer, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal while the trainer makes this step."""
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: os.kill(os.getpid(), number) if trainer.step == step - 1 else None
+    )
+
+
+def trained(folder: Path, *overrides: str) -> Trainer:
+    """A new run in this folder, trained to its end."""
+    trainer = built(folder, *overrides)
+    trainer.run()
+    return trainer
+
+
+def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
+    """Whatever a resumed run must have in common with an uninterrupted one; the wall clock is left out."""
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    snapshot, _, damaged = checkpoints.load("last")
+    assert not damaged
+    tensors, values = dict(snapshot.tensors), {**snapshot.values, "clock": None}
+    if checkpoints.files("best"):
+        best = checkpoints.load("best")[0]
+        tensors |= {f"best.{name}": tensor for name, tensor in best.tensors.items()}
+        values["best file"] = best.values | {"clock": None}
+    summary = json.loads((folder / "summary.json").read_text())
+    values["summary"] = {key: summary[key] for key in ("status", "stop_reason", "step", "best", "test")}
+    lines = [
+        {key: value for key, value in line.items() if key not in ("seconds", "samples_per_second")}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+    return hashlib.sha256(pack(Snapshot(tensors, values))).hexdigest(), values, lines
+
+
+def reopened(folder: Path, *overrides: str) -> Trainer | None:
+    """What `resume=FOLDER` and these overrides build: None for a finished run."""
+    return build(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Two runs that share cores would slow each other down, and the last bits depend on the number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_look_at_git() -> Iterator[None]:
+    """Hundreds of runs are made here, and each would start git twice."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer.build, "provenance", cache(provenance))
+        yield

@@ -1,0 +1,161 @@
+"""On a CUDA device: the plain loop, exact resume, the scaler, and steps that the device skips by itself."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import built, last_state, reopened, stop_after, trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.errors import NumericalError, StopSignal
+from trainer.checkpoint import CheckpointFolder
+from trainer.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+
+CUDA = ("trainer.device=cuda", "trainer.deterministic=true")
+RESNET = ("model=resnet20", "model.depths=[1,1]", "model.widths=[8,16]", "augment=[crop_flip,affine]")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    loader, order = trainer.train_loader, trainer.train_loader.order(epoch).cuda()
+    for chosen in order.split(loader.batch_size):
+        yield loader.standardise(loader.source.pixels[chosen]), loader.source.labels[chosen]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fit_is_a_plain_loop(tmp_path, precision):
+    """A fused update rounds otherwise than a plain one, so almost to the bit."""
+    given = (*CUDA, f"trainer.precision={precision}", "trainer.clip_norm=0.7", "trainer.checkpoint.monitor=null")
+    trainer, other = trained(tmp_path / "run", *given), built(tmp_path / "other", *given)
+    model = other.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.0001)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    step = 0
+    for epoch in range(2):
+        for images, labels in batches(other, epoch):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 12)) / 2
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=dtype, enabled=precision != "fp32"):
+                loss = functional.cross_entropy(model(images), labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.7)
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+    assert step == 12 == trainer.step
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    for (name, ours), theirs in zip(trainer.model.state_dict().items(), model.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_the_data_lie_on_the_device(tmp_path):
+    trainer = built(tmp_path / "run", *CUDA)
+    source = trainer.train_loader.source
+    assert source.pixels.device.type == source.labels.device.type == "cuda" and source.pixels.dtype == torch.uint8
+    ((images, labels, indices),) = next(iter(trainer.train_loader.steps(0)))
+    assert images.device.type == labels.device.type == indices.device.type == "cuda"
+    assert trainer.checks_on_device and trainer.optimizer.defaults["fused"]
+
+
+def test_the_device_changes_no_drawn_number(tmp_path):
+    """The same samples in the same order with the same augmentation, up to rounding of the interpolation."""
+    given = ("augment=[crop_flip,affine]",)
+    device, host = (built(tmp_path / name, *given, f"trainer.device={name}") for name in ("cuda", "cpu"))
+    for (ours,), (theirs,) in zip(device.train_loader.steps(1), host.train_loader.steps(1), strict=True):
+        assert torch.equal(ours.indices.cpu(), theirs.indices) and torch.equal(ours.labels.cpu(), theirs.labels)
+        torch.testing.assert_close(ours.images.cpu(), theirs.images, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resume_is_exact(tmp_path, precision, optimizer):
+    extra = ("trainer.ema_decay=0.9", "trainer.clip_norm=1", "schedule=one_cycle", "trainer.evaluate_every=4 steps")
+    given = (*CUDA, *RESNET, *extra, f"trainer.precision={precision}", f"optimizer={optimizer}")
+    state = last_state(trained(tmp_path / "whole", *given).folder.path)
+    for step in (1, 5, 6, 11):
+        folder = tmp_path / str(step)
+        trainer = built(folder, *given)
+        stop_after(trainer, step)
+        with pytest.raises(StopSignal):
+            trainer.run()
+        again = reopened(folder)
+        assert again is not None
+        again.run()
+        assert last_state(folder) == state, step
+
+
+def test_dropout_goes_on(tmp_path):
+    given = (*CUDA, "model.dropout=0.5")
+    state = last_state(trained(tmp_path / "whole", *given).folder.path)
+    trainer = built(tmp_path / "run", *given)
+    stop_after(trainer, 5)
+    with pytest.raises(StopSignal):
+        trainer.run()
+    torch.rand(3, device="cuda")  # nobody else's draws matter
+    again = reopened(tmp_path / "run")
+    assert again is not None
+    again.run()
+    assert last_state(tmp_path / "run") == state
+
+
+def test_the_scaler_is_kept(tmp_path):
+    given = (*CUDA, "trainer.precision=fp16")
+    trainer = built(tmp_path / "run", *given)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 5})
+    stop_after(trainer, 3)
+    with pytest.raises(StopSignal):
+        trainer.run()
+    kept = CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0].values["scaler"]
+    again = reopened(tmp_path / "run")
+    assert again is not None
+    assert kept["scale"] == 512.0 and kept["_growth_tracker"] == 8
+    assert again.scaler.state_dict() == kept
+    again.run()
+
+
+def test_an_overflowing_scale_is_the_scalers_business(tmp_path):
+    trainer = built(tmp_path / "run", *CUDA, "trainer.precision=fp16")
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    skipped: list[bool] = []
+    trainer.log_step = lambda norm, log=trainer.log_step: (  # type: ignore[method-assign,misc]
+        skipped.append(all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())),
+        log(norm),
+    )
+    trainer.run()
+    assert skipped[0] and not skipped[-1]
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, optimizer, what):
+    trainer = built(tmp_path / "run", *CUDA, f"optimizer={optimizer}", "trainer.log_every=5 steps")
+    states: list[dict[str, Tensor]] = []
+
+    def note() -> None:
+        states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+
+    trainer.optimizer.register_step_pre_hook(lambda *_: note())
+    if what == "loss":
+        trainer.loss_function.register_forward_hook(lambda _, __, loss: loss * math.nan if trainer.step == 2 else None)
+    else:
+        trainer.model.head.weight.register_hook(lambda gradient: gradient / 0 if trainer.step == 2 else gradient)
+    with pytest.raises(NumericalError, match="not finite"):
+        trainer.run()
+    note()
+    assert trainer.step == 5 and len(states) == 6
+    same = [all(torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(states)]
+    assert same == [False, False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in states[-1].values())
+    assert [file.step for file in trainer.folder.checkpoints.files("last", "best")] == [0]

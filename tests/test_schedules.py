@@ -1,0 +1,288 @@
+"""Schedules against torch's own schedulers over whole runs, and durations by table."""
+
+import json
+import math
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+
+from core.errors import ConfigError
+from trainer.durations import due, to_steps, total_steps, warmup_steps
+from trainer.schedules import (
+    FactorSchedule,
+    Plateau,
+    TorchScheduler,
+    constant,
+    cosine,
+    momentum_of,
+    one_cycle,
+    one_cycle_momentum,
+    step_decay,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")  # nothing is trained
+
+RATES = [0.3, 0.02]  # two groups
+close = partial(pytest.approx, rel=1e-9, abs=1e-15)
+
+
+def optimizer(rates: list[float] = RATES, kind: type[Optimizer] = SGD) -> Optimizer:
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in rates]
+    return kind(groups, **({"momentum": 0.9} if kind is SGD else {}))
+
+
+def rates(made: Optimizer) -> list[float]:
+    return [group["lr"] for group in made.param_groups]
+
+
+def theirs(scheduler: Any, steps: int) -> list[tuple[list[float], list[float | None]]]:
+    """Rates and momenta of each step of a plain torch loop."""
+    seen = []
+    for _ in range(steps):
+        seen.append((rates(scheduler.optimizer), [momentum_of(group) for group in scheduler.optimizer.param_groups]))
+        scheduler.step()
+    return seen
+
+
+def ours(factor: Any, *, steps: int, warmup: int = 0, momentum: Any = None, kind: type[Optimizer] = SGD) -> list[Any]:
+    made = optimizer(kind=kind)
+    schedule = FactorSchedule(factor, base_rates=RATES, total_steps=steps, warmup_steps=warmup, momentum=momentum)
+    seen = []
+    for step in range(steps):
+        schedule.apply(made, step)
+        seen.append((rates(made), [momentum_of(group) for group in made.param_groups]))
+    return seen
+
+
+def assert_same(first: list[Any], second: list[Any]) -> None:
+    assert len(first) == len(second)
+    for step, (one, other) in enumerate(zip(first, second)):
+        assert one[0] == close(other[0]) and one[1] == close(other[1]), step
+
+
+# Pure functions
+
+
+def test_constant():
+    assert ours(constant, steps=9) == [(RATES, [0.9, 0.9])] * 9
+
+
+@pytest.mark.parametrize("every", [4, 10, 7])
+def test_step_decay_is_step_lr(every):
+    factor = partial(step_decay, every=every / 40, gamma=0.3)
+    assert_same(ours(factor, steps=40), theirs(lr_scheduler.StepLR(optimizer(), every, gamma=0.3), 40))
+
+
+def test_step_decay_at_a_share_that_is_no_whole_step_is_multi_step_lr():
+    # Thirds of 31 steps end at 10.33 and 20.67, so the rate falls before steps 11 and 21; thirds of 30 at 10 and 20.
+    third = partial(step_decay, every=0.3333333333, gamma=0.1)
+    assert_same(ours(third, steps=31), theirs(lr_scheduler.MultiStepLR(optimizer(), [11, 21]), 31))
+    assert_same(ours(third, steps=30), theirs(lr_scheduler.MultiStepLR(optimizer(), [10, 20]), 30))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 333])
+def test_cosine_is_cosine_annealing_lr(steps):
+    assert_same(ours(cosine, steps=steps), theirs(lr_scheduler.CosineAnnealingLR(optimizer(), steps), steps))
+
+
+def test_cosine_with_an_end():
+    made = optimizer([0.3, 0.3])  # torch's eta_min is one rate for all groups
+    seen = [row[0][0] for row in theirs(lr_scheduler.CosineAnnealingLR(made, 50, eta_min=0.06), 50)]
+    assert [row[0][0] for row in ours(partial(cosine, final=0.2), steps=50)] == close(seen)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+@pytest.mark.parametrize(("steps", "rise", "warmup"), [(10, 0.3, 0), (97, 0.3, 0), (97, 0.17, 0), (60, 0.3, 11)])
+def test_one_cycle_is_one_cycle_lr(kind, steps, rise, warmup):
+    momentum = partial(one_cycle_momentum, low=0.8, high=0.97, rise=rise)
+    factor = partial(one_cycle, rise=rise, start_divisor=20, final_divisor=500)
+    reference = lr_scheduler.OneCycleLR(
+        optimizer(kind=kind),
+        max_lr=RATES,
+        total_steps=steps,
+        pct_start=(warmup + 1) / steps if warmup else rise,  # torch turns at pct_start x total - 1
+        div_factor=20,
+        final_div_factor=500,
+        base_momentum=0.8,
+        max_momentum=0.97,
+    )
+    seen = []
+    for step in range(steps):
+        made = reference.optimizer
+        seen.append((rates(made), [momentum_of(group) for group in made.param_groups]))
+        if step < steps - 1:
+            reference.step()
+    assert_same(ours(factor, steps=steps, warmup=warmup, momentum=momentum, kind=kind), seen)
+
+
+def test_warm_up_by_hand():
+    ramp = [0.2, 0.4, 0.6, 0.8]
+    assert [constant(step, 10, 4) for step in range(10)] == close([*ramp, 1, 1, 1, 1, 1, 1])
+    assert [step_decay(step, 10, 4, every=0.5, gamma=0.1) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
+    half_wave = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert [cosine(step, 10, 4) for step in range(10)] == close([*ramp, *half_wave])
+
+
+@pytest.mark.parametrize(
+    ("factor", "name"),
+    [
+        (partial(step_decay, every=0, gamma=0.1), "every"),
+        (partial(step_decay, every=0.5, gamma=1.1), "gamma"),
+        (partial(cosine, final=1.5), "final"),
+        (partial(one_cycle, rise=1), "rise"),
+        (partial(one_cycle, start_divisor=0.5), "start_divisor"),
+        (partial(one_cycle, final_divisor=0.5), "final_divisor"),
+    ],
+)
+def test_values_out_of_range_are_named(factor, name):
+    with pytest.raises(ConfigError) as caught:
+        factor(0, 10, 0)
+    assert caught.value.subject == name
+
+
+# Plateau
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("patience", [0, 3])
+def test_plateau_is_reduce_lr_on_plateau(mode, patience):
+    made, other = optimizer(), optimizer()
+    settings: dict[str, Any] = {"monitor": "val/loss", "mode": mode, "factor": 0.5, "patience": patience}
+    settings |= {"min_delta": 0.01, "minimum": 0.001, "base_rates": RATES, "warmup_steps": 0}
+    plateau = Plateau(**settings)
+    reference = lr_scheduler.ReduceLROnPlateau(
+        other,
+        mode=mode,
+        factor=0.5,
+        patience=patience,
+        threshold=0.01,
+        threshold_mode="abs",
+        min_lr=[rate * 0.001 for rate in RATES],
+        eps=0,
+    )
+    draw, seen = random.Random(1), set()
+    for step in range(300):
+        value = math.nan if draw.random() < 0.05 else 1 + draw.gauss(0, 0.02) + (0.98**step if mode == "min" else 0)
+        plateau.apply(made, step)
+        assert rates(made) == close(rates(other)), step
+        seen.add(rates(made)[0])
+        plateau.observe({"val/loss": value, "val/accuracy": 0.0})
+        reference.step(value)
+        again = Plateau(**settings)  # the state is all there is
+        again.load_state(json.loads(json.dumps(plateau.state())))
+        plateau = again
+    assert len(seen) == 11 and min(seen) == close(0.3 * 0.001)  # ten falls, to the minimum
+
+
+def test_plateau_warms_up():
+    made = optimizer()
+    plateau = Plateau(monitor="a", mode="min", factor=0.5, patience=0, min_delta=0, base_rates=RATES, warmup_steps=3)
+    for value in (1.0, 2.0):
+        plateau.observe({"a": value})
+    factors = []
+    for step in range(5):
+        plateau.apply(made, step)
+        factors.append(rates(made)[0] / RATES[0])
+    assert factors == close([0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+# Torch's schedulers
+
+TORCH = {
+    "exponential": partial(lr_scheduler.ExponentialLR, gamma=0.93),
+    "step": partial(lr_scheduler.StepLR, step_size=3, gamma=0.7),
+    "multi_step": partial(lr_scheduler.MultiStepLR, milestones=[2, 5, 5], gamma=0.7),
+    "cosine": partial(lr_scheduler.CosineAnnealingLR, T_max=9),
+    "restarts": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=3, T_mult=2),
+    "linear": partial(lr_scheduler.LinearLR, total_iters=4),
+    "one_cycle": partial(lr_scheduler.OneCycleLR, max_lr=0.7, total_steps=30),
+    "cyclic": partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=3),
+}
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", TORCH)
+def test_torch_scheduler_is_the_plain_loop_and_goes_on_from_any_step(name, interval):
+    every, steps = (1, 14) if interval == "step" else (3, 29)
+    reference, expected = TORCH[name](optimizer()), []
+    for step in range(steps):
+        if step and step % every == 0:
+            reference.step()
+        groups = reference.optimizer.param_groups
+        expected.append([(group["lr"], group["momentum"]) for group in groups])
+    assert len({str(row) for row in expected}) > 2
+
+    for stop in range(steps):
+        adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
+        for step in range(steps):
+            if step == stop:
+                state = json.loads(json.dumps(adapter.state()))
+                adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
+                adapter.load_state(state)
+            made = adapter.scheduler.optimizer
+            adapter.apply(made, step)
+            assert [(group["lr"], group["momentum"]) for group in made.param_groups] == expected[step], (stop, step)
+
+
+@pytest.mark.parametrize("name", ["exponential", "multi_step", "cosine", "restarts"])
+def test_torch_scheduler_goes_on_at_another_base_rate(name):
+    first = TorchScheduler(TORCH[name](optimizer()), interval="step", steps_per_epoch=3)
+    for step in range(4):
+        first.apply(first.scheduler.optimizer, step)
+    halved = TorchScheduler(TORCH[name](optimizer([rate / 2 for rate in RATES])), interval="step", steps_per_epoch=3)
+    halved.load_state(json.loads(json.dumps(first.state())))
+    for step in range(4, 9):
+        first.apply(first.scheduler.optimizer, step)
+        halved.apply(halved.scheduler.optimizer, step)
+        wanted = [rate / 2 for rate in rates(first.scheduler.optimizer)]
+        assert rates(halved.scheduler.optimizer) == close(wanted)
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("1 step", 1),
+        ("7 steps", 7),
+        ("1 epoch", 20),
+        ("2 epochs", 40),
+        ("0.5 epochs", 10),
+        ("1000 samples", 20),
+        ("50 samples", 1),
+        ("1 sample", 1),
+        ("1e3 samples", 20),
+        ("10%", 60),
+        (" 2.5 % ", 15),
+        ("100%", 600),
+        ("0.001 epochs", 1),
+    ],
+)
+def test_durations(duration, steps):
+    assert to_steps(duration, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600) == steps
+
+
+def test_what_is_no_duration_is_refused():
+    for text in ("", "steps", "3", "-1 steps", "3 weeks", "nan steps", "1 epoch 2"):
+        with pytest.raises(ValueError, match="no duration"):
+            to_steps(text, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600)
+
+
+def test_due():
+    assert [step for step in range(1, 12) if due(step, 4)] == [4, 8]
+    assert [step for step in range(1, 12) if due(step, 4, total_steps=11)] == [4, 8, 11]
+    assert not any(due(step, None, total_steps=11) for step in range(1, 12))
+
+
+def test_budgets_and_warm_up():
+    assert total_steps(max_epochs=3, max_steps=None, steps_per_epoch=7) == 21
+    assert total_steps(max_epochs=3, max_steps=20, steps_per_epoch=7) == 20
+    assert total_steps(max_epochs=3, max_steps=22, steps_per_epoch=7) == 21
+    assert total_steps(max_epochs=None, max_steps=5, steps_per_epoch=7) == 5
+    assert total_steps(max_epochs=None, max_steps=None, steps_per_epoch=7) is None
+    assert [warmup_steps(epochs, steps_per_epoch=7) for epochs in (0, 1, 0.5, 2)] == [0, 7, 4, 14]

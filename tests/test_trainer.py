@@ -1,0 +1,610 @@
+"""The loop against a plain one written here from torch alone; what stops it; what its files say."""
+
+import errno
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from conftest import built, composed, reopened, trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.errors import ConfigError, DataError, NumericalError, StopSignal, StorageError
+from trainer import clock
+from trainer.build import build
+from trainer.checkpoint import CheckpointFolder
+from trainer.early_stopping import EarlyStopping
+from trainer.losses import CrossEntropy, balanced_weights
+from trainer.run_folder import read_lines
+from trainer.trainer import Trainer
+
+
+def metrics(trainer: Trainer) -> list[dict[str, Any]]:
+    return read_lines(trainer.folder.path / "metrics.jsonl")
+
+
+def summary(trainer: Trainer) -> dict[str, Any]:
+    return json.loads((trainer.folder.path / "summary.json").read_text())
+
+
+def steps_on_disk(trainer: Trainer, kind: str) -> list[int]:
+    return [file.step for file in trainer.folder.checkpoints.files(kind)]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# A plain loop, from torch's operations alone
+
+
+def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training part in the epoch's order, cut and standardised by hand."""
+    loader, order = trainer.train_loader, trainer.train_loader.order(epoch)
+    mean, std = (trainer.data_tensors[name][:, None, None] for name in ("mean", "std"))
+    for start in range(0, len(order), loader.batch_size):
+        chosen = order[start : start + loader.batch_size]
+        scale, bias = (1 / (255 * std.double())).float(), (-mean.double() / std.double()).float()
+        yield loader.source.pixels[chosen] * scale + bias, loader.source.labels[chosen]
+
+
+def plain_loop(trainer: Trainer, *, epochs: int, lr: float, momentum: float, decay: float, clip: float | None) -> Any:
+    """SGD with momentum under a cosine, in a few lines: the last weights, the gradients' norms, the moving average."""
+    model, names = trainer.model, [name for name, _ in trainer.model.named_parameters()]
+    velocity: dict[str, Tensor] = {}
+    average = weights(model)
+    steps_per_epoch = math.ceil(len(trainer.train_loader.order(0)) / trainer.train_loader.batch_size)
+    norms, step = [], 0
+    model.train()
+    for epoch in range(epochs):
+        for images, labels in batches(trainer, epoch):
+            rate = lr * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch))) / 2
+            model.zero_grad()
+            functional.cross_entropy(model(images), labels).backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item())
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    gradient = parameter.grad.add(parameter, alpha=decay)
+                    velocity[name] = velocity[name] * momentum + gradient if name in velocity else gradient.clone()
+                    parameter.add_(velocity[name], alpha=-rate)
+            step += 1
+            share = min(0.9, (1 + step) / (10 + step))
+            for name in names:
+                average[name] = share * average[name] + (1 - share) * model.state_dict()[name]
+    return weights(model), norms, average
+
+
+SGD = ("optimizer=sgd", "optimizer.lr=0.2", "optimizer.momentum=0.8", "optimizer.weight_decay=0.01")
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip):
+    given = (*SGD, f"trainer.clip_norm={'null' if clip is None else clip}", "trainer.checkpoint.monitor=null")
+    trainer = built(tmp_path / "run", *given)
+    seen: list[float] = []
+    log_step = trainer.log_step
+    trainer.log_step = lambda norm: (seen.append(norm.item()), log_step(norm))  # type: ignore[method-assign]
+    trainer.run()
+    other = built(tmp_path / "other", *given)
+    expected, norms, _ = plain_loop(other, epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=clip)
+    assert len(norms) == 12 == trainer.step and len(set(norms)) == 12
+    assert seen == norms  # before clipping
+    assert clip is None or max(norms) > clip > min(norms) or min(norms) > clip
+    assert_equal(weights(trainer.model), expected)
+    assert_equal(trainer.folder.checkpoints.load("last")[0].weights, expected)
+
+
+def test_the_plain_loop_notices_another_order(tmp_path):
+    """The reference is no tautology: another seed gives other weights."""
+    one, two = (trained(tmp_path / str(seed), *SGD, f"seed={seed}") for seed in (0, 1))
+    assert not torch.equal(one.model.head.weight, two.model.head.weight)
+
+
+@pytest.mark.parametrize("samples", [60, 55, 54])  # 48: even; 44: a tail of 12, 8 + 4; 43: 11, 8 + 3
+def test_accumulation_is_a_larger_batch(tmp_path, samples):
+    data = f"data.train_samples={samples}"
+    small = trained(tmp_path / "small", *SGD, data, "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
+    large = trained(tmp_path / "large", *SGD, data, "data.batch_size=16", "trainer.checkpoint.monitor=null")
+    assert small.step == large.step == 6
+    assert small.train_loader.samples_per_epoch == large.train_loader.samples_per_epoch
+    assert_close(weights(small.model), weights(large.model), rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(metrics(small), metrics(large)):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert ours["train/accuracy"] == theirs["train/accuracy"]
+
+
+def test_the_moving_average_is_its_formula_and_is_what_is_evaluated(tmp_path):
+    given = (*SGD, "trainer.ema_decay=0.9", "trainer.clip_norm=2", "trainer.checkpoint.monitor=null")
+    trainer = trained(tmp_path / "run", *given)
+    expected, _, average = plain_loop(
+        built(tmp_path / "other", *given), epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=2
+    )
+    assert trainer.ema is not None
+    assert_equal(weights(trainer.model), expected)
+    assert_close(weights(trainer.ema.average), average, rtol=1e-5, atol=1e-7)
+    assert_equal(trainer.folder.checkpoints.load("last")[0].weights, weights(trainer.ema.average))
+    by_average, by_model = (measured(network, trainer.val_loader) for network in (trainer.ema.average, trainer.model))
+    assert metrics(trainer)[-1]["val/loss"] == pytest.approx(by_average["loss"]) != pytest.approx(by_model["loss"])
+    assert summary(trainer)["test"]["loss"] == pytest.approx(measured(trainer.ema.average, trainer.test_loader)["loss"])
+
+
+def test_the_average_copies_batch_norms_statistics(tmp_path):
+    trainer = trained(
+        tmp_path / "run", "model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.checkpoint.monitor=null"
+    )
+    assert trainer.ema is not None
+    buffers = dict(trainer.model.named_buffers())
+    assert len(buffers) == 3 and buffers["features.2.num_batches_tracked"] == 12
+    assert_equal(dict(trainer.ema.average.named_buffers()), buffers)
+
+
+def test_weight_decay_on_weights_spares_biases_and_norms(tmp_path):
+    """With a zero gradient, SGD without momentum shrinks a decayed tensor by 1 - lr x decay and leaves others alone."""
+    given = ("optimizer.momentum=0", "optimizer.weight_decay=0.5", "optimizer.lr=0.1", "model.batch_norm=true")
+    for where in ("weights", "all"):
+        trainer = built(tmp_path / where, *given, f"trainer.weight_decay_on={where}")
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.fill_(2.0)
+                parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        for name, parameter in trainer.model.named_parameters():
+            is_decayed = where == "all" or parameter.ndim > 1
+            assert parameter.unique().tolist() == pytest.approx([2 * (1 - 0.1 * 0.5) if is_decayed else 2.0]), name
+        assert {group["name"] for group in trainer.optimizer.param_groups} == (
+            {"all"} if where == "all" else {"weights", "spared"}
+        )
+
+
+# What it writes
+
+
+@torch.no_grad()
+def measured(model: nn.Module, loader: Any) -> dict[str, float]:
+    """Mean loss and accuracy, sample by sample in float64."""
+    model.eval()
+    losses, hits = [], []
+    for images, labels, _ in loader:
+        for image, label in zip(images, labels):
+            scores = model(image[None])[0].double()
+            losses.append(float(torch.logsumexp(scores, 0) - scores[label]))
+            hits.append(int(scores.argmax()) == int(label))
+    return {"loss": sum(losses) / len(losses), "accuracy": sum(hits) / len(hits)}
+
+
+def test_metrics_against_recomputation(tmp_path):
+    """Each epoch's checkpoint gives that line's val figures; the logits seen in training give its train figures."""
+    trainer = built(
+        tmp_path / "run", "trainer.max_epochs=4", "trainer.checkpoint.every_steps=6", "data.eval_batch_size=4"
+    )
+    trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "checkpoint_keep": None})
+    seen: list[tuple[float, bool]] = []
+
+    def note(_: nn.Module, given: tuple[Tensor, Tensor], result: Tensor) -> None:
+        logits, labels = given
+        if trainer.model.training:
+            scores = logits.detach().double()
+            each = torch.logsumexp(scores, 1) - scores[torch.arange(len(labels)), labels]
+            seen.extend(zip(each.tolist(), (scores.argmax(1) == labels).tolist()))
+
+    trainer.loss_function.register_forward_hook(note)
+    trainer.run()
+    lines = metrics(trainer)
+    assert [line["step"] for line in lines] == [6, 12, 18, 24] and [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert len(seen) == 4 * 44
+    model = built(tmp_path / "other").model
+    for epoch, line in enumerate(lines):
+        part = seen[44 * epoch : 44 * (epoch + 1)]
+        assert line["train/loss"] == pytest.approx(sum(loss for loss, _ in part) / 44, rel=1e-5)
+        assert line["train/accuracy"] == pytest.approx(sum(hit for _, hit in part) / 44, rel=1e-12)
+        file = next(file for file in trainer.folder.checkpoints.files("step") if file.step == line["step"])
+        content = safetensors.torch.load_file(file.path)
+        model.load_state_dict(
+            {key.removeprefix("model."): value for key, value in content.items() if key[:6] == "model."}
+        )
+        expected = measured(model, trainer.val_loader)
+        assert line["val/loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["val/accuracy"] == pytest.approx(expected["accuracy"], rel=1e-12)
+        assert line["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * (line["step"] - 1) / 24)) / 2)
+    assert len({line["val/loss"] for line in lines}) == 4
+
+
+def test_the_best_weights_are_what_is_tested(tmp_path):
+    given = ("optimizer.lr=2", "trainer.max_epochs=6", "schedule=constant", "trainer.checkpoint.monitor=val/loss")
+    trainer = trained(tmp_path / "run", *given)
+    lines, told = metrics(trainer), summary(trainer)
+    best = min(lines, key=lambda line: line["val/loss"])
+    assert 0 < best["step"] < 36  # else this shows nothing
+    assert told["best"]["step"] == best["step"] and told["best"]["epoch"] == best["epoch"]
+    assert told["best"]["metrics"] == {key: best[key] for key in best if key[:4] in ("trai", "val/")}
+    assert steps_on_disk(trainer, "best")[0] == best["step"]
+    found = CheckpointFolder(trainer.folder.path / "checkpoints").load("best")[0]
+    other = built(tmp_path / "other").model
+    other.load_state_dict(found.weights)
+    expected = measured(other, trainer.test_loader)
+    assert told["test"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert told["test"]["accuracy"] == pytest.approx(expected["accuracy"])
+    assert told["test"]["loss"] != pytest.approx(measured(last_model(trainer, other), trainer.test_loader)["loss"])
+
+
+def last_model(trainer: Trainer, model: nn.Module) -> nn.Module:
+    model.load_state_dict(trainer.folder.checkpoints.load("last")[0].weights)
+    return model
+
+
+def test_summary_and_files(tmp_path):
+    trainer = trained(tmp_path / "run")
+    told = summary(trainer)
+    assert (told["status"], told["stop_reason"], told["step"], told["epoch"]) == ("finished", "max_epochs", 12, 2)
+    assert told["parameters"] == 64 * 16 + 16 + 16 * 4 + 4 and told["seed"] == 0
+    assert torch.__version__.startswith(told["provenance"]["versions"]["torch"])
+    assert told["provenance"]["device"] == "cpu" and told["provenance"]["threads"] == 1
+    assert set(told["test"]) == {"loss", "accuracy"} and told["seconds"] > 0 and told["samples_per_second"] > 0
+    names = {path.name for path in trainer.folder.path.iterdir() if not path.name.startswith("events.out")}
+    assert names == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "summary.json", "train.log"}
+    assert yaml.safe_load((trainer.folder.path / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert steps_on_disk(trainer, "last") == [12, 6]
+
+
+# What ends it
+
+
+@pytest.mark.parametrize(
+    ("given", "step", "reason"),
+    [
+        (["trainer.max_steps=7"], 7, "max_steps"),
+        (["trainer.max_steps=70"], 12, "max_epochs"),
+        (["trainer.max_steps=5", "trainer.max_epochs=null"], 5, "max_steps"),
+        (["trainer.max_epochs=1"], 6, "max_epochs"),
+    ],
+)
+def test_budgets(tmp_path, given, step, reason):
+    trainer = trained(tmp_path / "run", *given)
+    assert (trainer.step, summary(trainer)["stop_reason"], summary(trainer)["status"]) == (step, reason, "finished")
+    assert metrics(trainer)[-1]["step"] == step == steps_on_disk(trainer, "last")[0]
+
+
+def test_max_minutes(tmp_path, monkeypatch):
+    trainer = built(tmp_path / "run", "trainer.max_minutes=2")
+    start = trainer.clock.born
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: start + 24.2 * trainer.step)  # 121 s after the fifth
+    trainer.run()
+    assert (trainer.step, summary(trainer)["stop_reason"], summary(trainer)["status"]) == (
+        5,
+        "max_minutes",
+        "stopped_early",
+    )
+    assert steps_on_disk(trainer, "last")[0] == 5
+
+
+def test_no_budget_is_an_error():
+    with pytest.raises(ConfigError, match=r"trainer.max_epochs = null"):
+        build(composed("trainer.max_epochs=null"))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "given"),
+    [
+        ("val/loss", ["patience=2"]),
+        ("train/accuracy", ["patience=1", "min_delta=0.05"]),
+        ("val/accuracy", ["patience=3", "geometric=1.5"]),
+    ],
+)
+@pytest.mark.parametrize("every", ["1 epoch", "4 steps"])
+def test_early_stopping_is_the_machine_fed_with_metrics(tmp_path, monitor, given, every):
+    stopping = [f"trainer.early_stopping.{item}" for item in (f"monitor={monitor}", *given)]
+    common = ("optimizer.lr=1", "schedule=constant", "trainer.max_epochs=30", f"trainer.evaluate_every={every}")
+    trainer = trained(tmp_path / "run", *common, *stopping)
+    settings: dict[str, Any] = {"monitor": monitor, "mode": "min" if "loss" in monitor else "max"}
+    settings |= {item.partition("=")[0]: float(item.partition("=")[2]) for item in given}
+    machine, lines = EarlyStopping(**settings), metrics(trainer)
+    answers = [machine.observe(line[monitor], line["step"] / 6) for line in lines]
+    assert answers == [False] * (len(lines) - 1) + [True] and 1 < len(lines)
+    told = summary(trainer)
+    assert (told["status"], told["stop_reason"], told["step"]) == ("stopped_early", "early_stopping", lines[-1]["step"])
+    assert trainer.step < 180 and steps_on_disk(trainer, "last")[0] == trainer.step
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(tmp_path, number, code):
+    trainer = built(tmp_path / "run")
+    trainer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), number) if trainer.step == 3 else None)
+    before = signal.getsignal(number)
+    with pytest.raises(StopSignal) as caught:
+        trainer.run()
+    assert caught.value.exit_code == code and signal.getsignal(number) is before
+    assert trainer.step == 4 == steps_on_disk(trainer, "last")[0]
+    told = summary(trainer)
+    assert (told["status"], told["stop_reason"], told["test"]) == ("interrupted", number.name, {})
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    trainer = built(tmp_path / "run")
+
+    def twice(*_: object) -> None:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.optimizer.register_step_post_hook(twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert steps_on_disk(trainer, "last") == [0]
+
+
+# What is not finite
+
+
+def poison(trainer: Trainer, step: int, what: str) -> dict[str, Any]:
+    """Make the loss, or one gradient, of this step infinite or not a number; notes what the weights were before."""
+    noted: dict[str, Any] = {}
+
+    def in_loss(_: nn.Module, given: Any, loss: Tensor) -> Tensor | None:
+        if not (trainer.model.training and trainer.step == step - 1):
+            return None
+        noted.update(before=weights(trainer.model), optimizer=str(trainer.optimizer.state_dict()), labels=given[1])
+        return loss * math.nan if what == "loss" else None
+
+    def in_gradient(gradient: Tensor) -> Tensor:
+        if trainer.step != step - 1:
+            return gradient
+        poisoned = gradient.clone()
+        poisoned.view(-1)[3] = math.inf
+        return poisoned
+
+    trainer.loss_function.register_forward_hook(in_loss)
+    if what == "gradient":
+        trainer.model.head.weight.register_hook(in_gradient)
+    return noted
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("given", [["optimizer=adam"], [*SGD, "trainer.clip_norm=1"]])
+def test_what_is_not_finite_never_reaches_the_weights(tmp_path, what, given):
+    trainer = built(tmp_path / "run", *given, "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
+    noted = poison(trainer, 8, what)
+    with pytest.raises(NumericalError) as caught:
+        trainer.run()
+    assert_equal(weights(trainer.model), noted["before"])
+    assert str(trainer.optimizer.state_dict()) == noted["optimizer"]
+    message, chosen = str(caught.value), trainer.train_loader.order(1)[8:16].tolist()
+    assert caught.value.exit_code == 4 and "step 8 (epoch 1.1667)" in message and "lr 0.0" in message
+    assert ", ".join(map(str, chosen)) in message and torch.equal(
+        trainer.train_loader.source.labels[chosen], noted["labels"]
+    )
+    assert ("loss nan" in message) == (what == "loss") and "gradient norm" in message
+    assert steps_on_disk(trainer, "step") == [7, 6, 5, 4, 3, 2, 1] and steps_on_disk(trainer, "last")[0] == 6
+    told = summary(trainer)
+    assert told["status"] == "failed" and "not finite" in told["stop_reason"] and told["step"] == 7
+    for file in trainer.folder.checkpoints.files("last", "best", "step"):
+        content = safetensors.torch.load_file(file.path)
+        assert all(tensor.isfinite().all() for tensor in content.values()), file.path.name
+
+
+@pytest.mark.parametrize("where", ["log line", "evaluation"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "nesterov"])
+def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, what, where):
+    """As on CUDA: a fused update that is told by a flag; here on the CPU, whose fused kernels obey the same flag."""
+    often, seldom = ("5 steps", "4 epochs") if where == "log line" else ("100 steps", "1 epoch")
+    trainer = built(
+        tmp_path / "run",
+        f"optimizer={name}",
+        "+optimizer.fused=true",
+        f"trainer.log_every={often}",
+        f"trainer.evaluate_every={seldom}",
+        "trainer.max_epochs=4",
+        "trainer.checkpoint.every_steps=1",
+        "trainer.early_stopping.patience=1",
+    )
+    trainer.checks_on_device = True
+    noted, after = poison(trainer, 3, what), []
+    trainer.optimizer.register_step_post_hook(lambda *_: after.append(weights(trainer.model)))
+    with pytest.raises(NumericalError) as caught:
+        trainer.run()
+    seen_at = 5 if where == "log line" else 6
+    assert f"step {seen_at + 1} " in str(caught.value) and len(after) == seen_at == trainer.step
+    assert_equal(after[2], noted["before"])  # the third step was skipped
+    assert not torch.equal(after[3]["head.weight"], after[2]["head.weight"])  # the fourth was not
+    assert all(tensor.isfinite().all() for state in after for tensor in state.values())
+    assert steps_on_disk(trainer, "step") == [2, 1] and steps_on_disk(trainer, "last") == [0]
+    assert metrics(trainer) == []
+
+
+def test_the_device_path_is_the_same_training(tmp_path):
+    """Without anything to skip, telling the fused update so changes no bit."""
+    given = ("optimizer=adamw", "+optimizer.fused=true", "trainer.clip_norm=1")
+    host, device = built(tmp_path / "host", *given), built(tmp_path / "device", *given)
+    device.checks_on_device = True
+    host.run()
+    device.run()
+    assert_equal(weights(host.model), weights(device.model))
+
+
+def test_a_validation_that_is_not_finite_is_no_best(tmp_path):
+    trainer = built(tmp_path / "run", "trainer.max_epochs=3", "trainer.checkpoint.monitor=val/loss")
+    trainer.loss_function.register_forward_hook(
+        lambda _, given, loss: loss * (1 if trainer.model.training or trainer.step != 12 else math.nan)
+    )
+    trainer.evaluated_model.register_forward_hook(lambda *_: None)
+    trainer.run()
+    assert math.isnan(metrics(trainer)[1]["val/loss"]) and summary(trainer)["status"] == "finished"
+    assert summary(trainer)["best"]["step"] != 12 and 12 not in steps_on_disk(trainer, "best")
+    (event,) = read_lines(trainer.folder.path / "events.jsonl")
+    assert event["event"] == "warning" and event["step"] == 12 and "val/loss is nan" in event["text"]
+
+
+def test_a_learning_rate_far_too_large_ends_with_finite_checkpoints(tmp_path):
+    given = ("optimizer.lr=1e30", "schedule=constant", "trainer.max_epochs=9", "trainer.checkpoint.every_steps=1")
+    with pytest.raises(NumericalError, match="lower optimizer.lr"):
+        trained(tmp_path / "run", *given)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        content = safetensors.torch.load_file(path)
+        assert all(tensor.isfinite().all() for key, tensor in content.items() if key.startswith("model.")), path.name
+
+
+# Memory and disk
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] DefaultCPUAllocator: x")],
+)
+def test_out_of_memory(tmp_path, error, training):
+    trainer = built(tmp_path / "run")
+
+    def fail(*_: object) -> None:
+        if trainer.step == 6 and trainer.model.training is training:
+            raise error
+
+    trainer.model.register_forward_pre_hook(fail)
+    with pytest.raises(NumericalError, match=r"out of memory.*data.batch_size"):
+        trainer.run()
+    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == (6 if training else 0)
+
+
+def test_other_errors_are_not_disguised(tmp_path):
+    trainer = built(tmp_path / "run")
+    trainer.model.register_forward_pre_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+
+
+@pytest.mark.parametrize("fails", ["metrics.jsonl", "checkpoints", "summary.json"])
+def test_a_full_disk(tmp_path, monkeypatch, fails):
+    trainer = built(tmp_path / "run", "trainer.max_epochs=3")
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if trainer.step == 12 and fails in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    if fails == "summary.json":
+        trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "total_steps": 12})
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match="No space left"):
+        trainer.run()
+    monkeypatch.undo()
+    assert steps_on_disk(trainer, "last")[0] == (12 if fails == "summary.json" else 6)
+    again = reopened(trainer.folder.path)
+    assert again is not None
+    again.run()
+    whole = trained(tmp_path / "whole", "trainer.max_epochs=3")
+    assert_equal(again.folder.checkpoints.load("last")[0].weights, whole.folder.checkpoints.load("last")[0].weights)
+    assert [line["step"] for line in metrics(again)] == [6, 12, 18]
+
+
+# Precision, loss, presets
+
+
+def test_bf16_runs_and_is_another_training(tmp_path):
+    low, full = trained(tmp_path / "low", "trainer.precision=bf16"), trained(tmp_path / "full")
+    assert low.model.head.weight.dtype == torch.float32
+    assert not torch.equal(low.model.head.weight, full.model.head.weight)
+    assert_close(weights(low.model), weights(full.model), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 1.0, 3.0]])
+def test_cross_entropy_by_hand(smoothing, class_weights):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
+    total = divisor = 0.0
+    for row, label in zip(logits.double().tolist(), labels.tolist()):
+        norm = math.log(sum(math.exp(value) for value in row))
+        wanted = [smoothing / 4 + (1 - smoothing) * (index == label) for index in range(4)]
+        scale = class_weights or [1.0] * 4
+        total += sum(q * w * (norm - value) for q, w, value in zip(wanted, scale, row))
+        divisor += scale[label]
+    loss = CrossEntropy(label_smoothing=smoothing, class_weights=class_weights)(logits, labels)
+    assert loss.item() == pytest.approx(total / divisor, rel=1e-6)
+
+
+def test_balanced_weights(tmp_path):
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])
+    found = balanced_weights(labels, 4)
+    assert found[:2] == pytest.approx([10 / 24, 10 / 12]) and found[3] == pytest.approx(2.5)
+    trainer = built(tmp_path / "run", "loss.class_weights=balanced")
+    counts = trainer.train_loader.source.labels.bincount()
+    assert trainer.loss_function.class_weights.tolist() == pytest.approx(
+        [44 / (4 * count) for count in counts.tolist()]
+    )
+    with pytest.raises(ConfigError, match=r"loss.class_weights.*a list of 4"):
+        build(composed("loss.class_weights=[1,2]"))
+
+
+def test_overfit_learns_a_batch_by_heart(tmp_path):
+    trainer = trained(tmp_path / "run", "debug=overfit", "data.val_fraction=0", "trainer.max_epochs=200")
+    lines = metrics(trainer)
+    assert lines[-1]["train/loss"] < 0.01 and lines[-1]["train/accuracy"] == 1 and trainer.step == 200
+    assert "val/loss" not in lines[-1]
+
+
+def test_steps_preset_goes_through_everything(tmp_path):
+    trainer = trained(tmp_path / "run", "debug=steps")
+    assert [line["step"] for line in metrics(trainer)] == [2, 4] and summary(trainer)["test"]
+
+
+def test_dropout_is_a_function_of_seed_and_step(tmp_path):
+    """Whatever else draws from the global generator."""
+    one, two = (built(tmp_path / name, "model.dropout=0.5", "trainer.checkpoint.monitor=null") for name in "ab")
+    two.optimizer.register_step_post_hook(lambda *_: torch.rand(7))
+    one.run()
+    two.run()
+    assert_equal(weights(one.model), weights(two.model))
+    none = trained(tmp_path / "none", "trainer.checkpoint.monitor=null")
+    assert not torch.equal(one.model.head.weight, none.model.head.weight)
+
+
+def test_too_few_samples(tmp_path):
+    with pytest.raises(DataError, match=r"data.batch_size = 45.*at most 44"):
+        built(tmp_path / "run", "data.batch_size=45")
+    trainer = trained(tmp_path / "limited", "data.limit_train=9", "data.batch_size=9")
+    assert trainer.step == 2 and trainer.train_loader.samples == 9
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_monitor_that_is_not_produced():
+    for section in ("trainer.early_stopping", "trainer.checkpoint"):
+        others = {"trainer.early_stopping", "trainer.checkpoint"} - {section}
+        given = [f"{section}.monitor=val/loss", *(f"{other}.monitor=train/loss" for other in others)]
+        with pytest.raises(ConfigError, match=rf"{section}.monitor = val/loss.*available: train/loss"):
+            build(composed("data.val_fraction=0", *given))
+
+
+def test_a_folder_with_its_data_on_the_way(tmp_path):
+    """An unhappy path in the middle: what the loader raises keeps its class, and the last state stays."""
+    trainer = built(tmp_path / "run")
+    steps = trainer.train_loader.steps
+
+    def broken(epoch: int, start: int = 0) -> Iterator[Any]:
+        if epoch == 1:
+            raise DataError(str(Path("picture.png")), "is gone")
+        yield from steps(epoch, start)
+
+    trainer.train_loader.steps = broken  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="is gone"):
+        trainer.run()
+    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == 6
