@@ -64,7 +64,7 @@ def test_the_data_lie_on_the_device(tmp_path):
     assert source.pixels.device.type == source.labels.device.type == "cuda" and source.pixels.dtype == torch.uint8
     ((images, labels, indices),) = next(iter(trainer.train_loader.steps(0)))
     assert images.device.type == labels.device.type == indices.device.type == "cuda"
-    assert trainer.checks_on_device and trainer.optimizer.defaults["fused"]
+    assert trainer.guard.on_device and trainer.optimizer.defaults["fused"]
 
 
 def test_the_device_changes_no_drawn_number(tmp_path):

@@ -46,12 +46,21 @@ def begin(
         display.say(text)
         folder.append_event("init_from", text=text)
     tracker.config(record)
-    first = next(iter(trainer.train_loader.steps(0)))[0][0]
-    if values["trainer"]["log_images"]:
+    if values["trainer"]["log_images"] or values["trainer"]["log_graph"]:
+        show_first_batch(trainer, images=values["trainer"]["log_images"], graph=values["trainer"]["log_graph"])
+
+
+def show_first_batch(trainer: Trainer, *, images: bool, graph: bool) -> None:
+    """The first batch as it is trained on, and the network's graph, in TensorBoard."""
+    first = next(iter(trainer.train_loader.steps(0)))[0][0]  # (B, C, H, W), standardised
+    if images:
         mean, std = (trainer.data_tensors[name].view(1, -1, 1, 1).to(first) for name in ("mean", "std"))
-        tracker.images("train/augmented", (first[:64] * std + mean).clamp(0, 1).cpu(), 0)
-    if values["trainer"]["log_graph"]:
-        tracker.graph(trainer.model, first)
+        trainer.tracker.images("train/augmented", (first[:64] * std + mean).clamp(0, 1).cpu(), 0)
+    if graph:
+        try:
+            trainer.tracker.graph(trainer.model, first)
+        except Exception as exception:  # the tracer raises anything; a run does not end for a picture
+            trainer.warn(f"no graph in TensorBoard, as the network cannot be traced: {type(exception).__name__}")
 
 
 def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:

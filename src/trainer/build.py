@@ -16,7 +16,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from core.entry import Config
 from core.errors import ConfigError, PreceptorError, suggest
@@ -272,6 +272,8 @@ def build_schedule(
     rates = [group["lr"] for group in optimizer.param_groups]
     own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
     target = _resolve("schedule", node["_target_"])
+    if target is ReduceLROnPlateau:
+        raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
     if inspect.isclass(target) and issubclass(target, LRScheduler):
         scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
         return TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)

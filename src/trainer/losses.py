@@ -8,7 +8,8 @@ from torch.nn import functional
 class CrossEntropy(nn.Module):
     """-sum_k q_k log softmax(logits)_k with q the smoothed one-hot label (Szegedy 2016, section 7).
 
-    With class weights w the mean is weighted: sum_i w[label_i] loss_i / sum_i w[label_i], as torch defines it.
+    With class weights w a sample's loss is multiplied by w[label], and the mean is over samples. (Torch divides by the
+    batch's sum of weights instead, so that the same samples in other batches would give another loss.)
     """
 
     class_weights: Tensor | None
@@ -20,7 +21,11 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (B, K), labels (B,) of integers in [0, K) -> scalar."""
-        return functional.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing)
+        smoothing = self.label_smoothing
+        losses = functional.cross_entropy(
+            logits, labels, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+        )
+        return losses.mean()
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:

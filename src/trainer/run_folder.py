@@ -21,12 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from core.errors import CheckpointError, StorageError
 from trainer.checkpoint import CheckpointFolder, Snapshot, write_durably
 
-PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
+PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
 
 
 def default_path(model: str, data: str) -> Path:
@@ -159,7 +160,7 @@ def provenance() -> dict[str, Any]:
         "git_commit": git("rev-parse", "HEAD"),
         "git_clean": None if changes is None else not changes,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {"torch": torch.__version__} | {package: version(package) for package in PACKAGES},
         "host": platform.node(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": _now(),

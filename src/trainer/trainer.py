@@ -24,6 +24,7 @@ from trainer.display import Display
 from trainer.durations import due
 from trainer.early_stopping import EarlyStopping
 from trainer.ema import ExponentialMovingAverage
+from trainer.finite import FiniteGuard
 from trainer.interrupts import Interrupts
 from trainer.metrics import RunningSums, evaluate, improves
 from trainer.run_folder import RunFolder
@@ -91,10 +92,8 @@ class Trainer:
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
         self.sums = RunningSums(self.device)
         self.clock = Clock()
-        self.nonfinite_steps = torch.zeros((), device=self.device)
+        self.guard = FiniteGuard(self.optimizer, scaler=self.scaler, device=self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # On CUDA a fused update can be told on the device to leave the weights alone; elsewhere the host looks.
-        self.checks_on_device = self.device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
 
     def attach(self, folder: RunFolder, tracker: TensorBoard, display: Display) -> None:
         """Where the run leaves its traces."""
@@ -105,6 +104,11 @@ class Trainer:
         """Epochs done: 3 after the third, 2.5 in its middle."""
         epochs = self.step / self.train_loader.steps_per_epoch
         return int(epochs) if epochs.is_integer() else round(epochs, 4)
+
+    @property
+    def next_step(self) -> str:
+        """The step that is being made, as errors name it."""
+        return f"step {self.step + 1} (epoch {self.epoch})"
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -131,13 +135,14 @@ class Trainer:
 
     def as_told(self, exception: Exception) -> Exception:
         """What the system or torch raised, as one of our errors where the user can mend it."""
-        step = f"step {self.step + 1} (epoch {self.epoch})"
         if isinstance(exception, OSError):
             place = exception.filename or str(self.folder.path)
-            return StorageError(place, f"{step}: {exception.strerror or exception}")
+            return StorageError(place, f"{self.next_step}: {exception.strerror or exception}")
         is_full = isinstance(exception, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception)
         if is_full:
-            return NumericalError(step, "out of memory; try a smaller data.batch_size with a larger trainer.accumulate")
+            return NumericalError(
+                self.next_step, "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
+            )
         return exception
 
     def is_finished(self, folder: RunFolder) -> bool:
@@ -170,7 +175,7 @@ class Trainer:
                         self.sums.add(loss, logits, labels)
                     self.scaler.unscale_(optimizer)
                     norm = self.clip_gradients()
-                    self.refuse_nonfinite(loss, norm, batches)
+                    self.guard.check(loss, norm, (indices for _, _, indices in batches), step=self.next_step)
                     self.scaler.step(optimizer)
                     self.scaler.update()
                     self.step += 1
@@ -197,37 +202,6 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         return norm
 
-    def refuse_nonfinite(self, loss: Tensor, norm: Tensor, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Before the update: a loss or gradient that is not finite must not reach the weights.
-
-        With loss scaling (fp16) an overflowing gradient is the scaler's business, and only the loss is looked at.
-        """
-        watched = loss.detach() if self.scaler.is_enabled() else norm + loss.detach()
-        if self.checks_on_device:
-            not_finite = (~torch.isfinite(watched)).float()
-            self.nonfinite_steps += not_finite
-            if not self.scaler.is_enabled():
-                self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused updates obey it
-        elif not math.isfinite(watched.item()):
-            samples = [index for _, _, indices in batches for index in indices.tolist()]
-            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-            raise self.diverged(
-                f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}; "
-                f"training samples {shown}"
-            )
-
-    def refuse_skipped(self) -> None:
-        """Where the device is waited for anyway: steps that it skipped end the run."""
-        if self.nonfinite_steps.item():
-            raise self.diverged(f"{self.nonfinite_steps.item():g} of the steps since the last log line or evaluation")
-
-    def diverged(self, details: str) -> NumericalError:
-        """The error for a step that is not finite."""
-        return NumericalError(
-            f"step {self.step + 1} (epoch {self.epoch})",
-            f"not finite: {details}. The weights are those before it; try a lower optimizer.lr or trainer.clip_norm",
-        )
-
     def reason_to_stop(self, interrupts: Interrupts) -> str | None:
         """Why training ends at this step, or None."""
         if interrupts.received is not None:
@@ -249,7 +223,7 @@ class Trainer:
         if not due(self.step, self.settings.log_every, total_steps=self.settings.total_steps):
             return
         figures = {f"step/{name}": value for name, value in self.sums.read().items()}  # waits for the device
-        self.refuse_skipped()
+        self.guard.refuse_skipped(step=self.next_step)
         figures["step/gradient_norm"] = norm.item()
         for group in self.optimizer.param_groups:
             figures[f"rate/{group['name']}"] = group["lr"]
@@ -264,7 +238,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Measure, write it down, and tell those who decide by it; True when it is the best so far."""
         metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}  # waits for the device
-        self.refuse_skipped()
+        self.guard.refuse_skipped(step=self.next_step)
         self.clock.stop()
         if self.val_loader is not None:
             measured = evaluate(self.evaluated_model, self.loss_function, self.val_loader, autocast=self.autocast)
@@ -307,8 +281,9 @@ class Trainer:
             "step": due(self.step, self.settings.checkpoint_every),
         }
         kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-        if not kinds or self.nonfinite_steps.item():
+        if not kinds:
             return
+        self.guard.refuse_skipped(step=self.next_step)
         self.clock.stop()
         self.tracker.flush()  # never count a step that TensorBoard has not seen
         keep = {"last": 2, "best": 2, "step": self.settings.checkpoint_keep}
