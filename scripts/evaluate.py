@@ -50,7 +50,9 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    figures = "  ".join(f"{name} {report[name]:.4f}" for name in ("accuracy", "top5_accuracy", "macro_f1", "loss"))
+    figures = "  ".join(
+        f"{name} {report[name]:.4f}" for name in ("accuracy", "top5_accuracy", "macro_f1", "cross_entropy")
+    )
     console.print(f"{report['split']}, {report['samples']:,} samples: {figures}", soft_wrap=True)
     names = list(report["classes"])
     table = Table("class", "precision", "recall", "F1", "samples", title="Classes", title_justify="left")
@@ -59,10 +61,12 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
     if len(names) > 20:
         return  # a matrix of hundreds of columns is for the JSON
-    matrix = Table("", *(name[:8] for name in names), title="Confusion (row: label, column: prediction)")
+    columns = (str(index) for index in range(len(names)))
+    matrix = Table("", *columns, title="Confusion (row: label, column: prediction)")
     matrix.title_justify = "left"
-    for name, counts in zip(names, report["confusion_matrix"], strict=True):
-        matrix.add_row(name[:16], *(str(count) if count else "." for count in counts))
+    for index, (name, counts) in enumerate(zip(names, report["confusion_matrix"], strict=True)):
+        label = name if name == str(index) else f"{index} {name}"
+        matrix.add_row(label[:20], *(str(count) if count else "." for count in counts))
     console.print(matrix)
 
 

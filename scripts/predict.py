@@ -6,10 +6,11 @@ Writes one line an image: file, class, probability, and the probability of each 
 """
 
 import csv
+import io
 from pathlib import Path
 
 from core.entry import Config, launch
-from core.errors import DataError, StorageError
+from core.errors import DataError
 from core.schema import PREDICT
 
 
@@ -17,25 +18,23 @@ def predict(config: Config) -> None:
     """Rebuild the run, decode the images as in training, write the probabilities."""
     import torch
 
+    from data.datasets import pictures_in
     from data.images import SUFFIXES
+    from trainer.checkpoint import write_durably
     from trainer.restore import load_run
 
     values = config.values
     source, output = Path(values["input"]), Path(values["output"])
     if not source.exists():
         raise DataError(str(source), "no such file or folder (input)")
-    found = sorted(source.rglob("*")) if source.is_dir() else [source]
-    paths = [path for path in found if path.suffix.lower() in SUFFIXES]
+    paths = pictures_in(source) if source.is_dir() else [source]
     if not paths:
         raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
     run = load_run(values["run"], checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
-    try:
-        file = output.open("w", newline="")
-    except OSError as exception:
-        raise StorageError(str(output), f"cannot be written: {exception.strerror}") from None
-    with file, torch.inference_mode():
-        table = csv.writer(file)
-        table.writerow(["file", "class", "probability", *run.class_names])
+    content = io.StringIO(newline="")  # the file is written at the end, whole
+    table = csv.writer(content)
+    table.writerow(["file", "class", "probability", *run.class_names])
+    with torch.inference_mode():
         for start in range(0, len(paths), values["batch_size"]):
             chunk = paths[start : start + values["batch_size"]]
             images = torch.stack([run.transform(path) for path in chunk])  # (B, C, H, W)
@@ -44,6 +43,7 @@ def predict(config: Config) -> None:
                 name = path.relative_to(source) if source.is_dir() else path.name
                 top = max(range(len(row)), key=row.__getitem__)
                 table.writerow([name, run.class_names[top], f"{row[top]:.6f}", *(f"{value:.6f}" for value in row)])
+    write_durably(output, content.getvalue().encode())
     print(f"{len(paths):,} images -> {output}")
 
 

@@ -57,7 +57,7 @@ def read(run: Path, folder: Path) -> dict[str, Any] | None:
         return None
     best = summary.get("best") or {}
     test = {f"test/{name}": value for name, value in (summary.get("test") or {}).items()}
-    same = [(name, repr(value)) for name, value in leaves(config) if name not in NOT_THE_EXPERIMENT]
+    same = [(name, value) for name, value in leaves(config) if name not in NOT_THE_EXPERIMENT]
     return {
         "run": str(run.relative_to(folder)),
         "model": config["choices"]["model"],
@@ -67,7 +67,7 @@ def read(run: Path, folder: Path) -> dict[str, Any] | None:
         "parameters": summary.get("parameters", ""),
         "seconds": summary.get("seconds", ""),
         "metrics": {**best.get("metrics", {}), **test},
-        "experiment": tuple(pair for pair in same if not isinstance(pair[1], dict)),
+        "experiment": repr([pair for pair in same if not isinstance(pair[1], dict)]),
     }
 
 

@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +79,7 @@ def test_evaluate_from_the_run_alone(folder, run_folder):
     report = json.loads((run_folder / "evaluation-test.json").read_text())
     summary = json.loads((run_folder / "summary.json").read_text())
     assert report["accuracy"] == pytest.approx(summary["test"]["accuracy"], abs=1e-12)
-    assert report["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
+    assert report["cross_entropy"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
     # A second implementation: predictions of the loaded run, counted by hand.
     run = load_run(run_folder)
     test = digits().test
@@ -141,6 +145,30 @@ def test_grid_leaves_independent_runs(folder):
     alone, within = (load_run(folder / "outputs" / name, checkpoint="last") for name in ("alone", "grid/1"))
     for name, tensor in alone.snapshot.part("model").items():
         assert torch.equal(tensor, within.snapshot.part("model")[name])
+
+
+def test_a_signal_to_the_whole_group_saves_the_run(folder):
+    """As a cluster's scheduler sends it: to the run and to the workers that decode for it."""
+    for index, name in enumerate(("cat", "dog")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            Image.new("RGB", (16, 16), (100 * index, 3 * number, 0)).save(folder / "photos" / name / f"{number}.png")
+    arguments = ("data=image_folder", "data.root=photos", "data.image_size=16", "data.batch_size=4", "model=mlp")
+    arguments += ("data.memory_budget=0", "data.num_workers=2", "trainer.max_epochs=100000", "trainer.threads=1")
+    arguments += ("trainer.log_graph=false", "trainer.early_stopping.patience=null", "run_dir=outputs/signalled")
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics_file = folder / "outputs/signalled/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics_file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    summary = json.loads((folder / "outputs/signalled/summary.json").read_text())
+    assert (summary["status"], summary["stop_reason"]) == ("interrupted", "SIGTERM")
+    assert load_run(folder / "outputs/signalled", checkpoint="last").snapshot.step == summary["step"] > 0
+    shutil.rmtree(folder / "outputs/signalled")
 
 
 def test_runs_table(folder):

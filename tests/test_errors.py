@@ -76,7 +76,7 @@ CONFIG = {
     "C09 no validation": (
         ["data.val_fraction=0.0"],
         "trainer.early_stopping.monitor = val/loss",
-        ["data.val_fraction = 0", "available: train/loss, train/accuracy"],
+        ["(data.val_fraction = 0)", "available: train/loss, train/accuracy"],
     ),
     "C10 size": (["model=lenet", "data.image_size=8"], "model.image_size = 8", ["at least 16"]),
     "C10 channels": (["model.in_channels=3"], "model.in_channels = 3", ["the data has 1"]),
@@ -86,7 +86,23 @@ CONFIG = {
     "no budget": (["trainer.max_epochs=null"], "trainer.max_epochs = null", ["trainer.max_steps"]),
     "warm-up": (["schedule.warmup_epochs=99"], "schedule.warmup_epochs = 99", ["leave nothing"]),
     "weights": (["loss.class_weights=[1.0,2.0]"], "loss.class_weights = [1.0, 2.0]", ["must be a list of 10"]),
-    "target": (["model._target_=models.lenet.LeNet6"], "model._target_ = models.lenet.LeNet6", ["cannot be imported"]),
+    "target": (["model._target_=models.lenet.LeNet6"], "model._target_ = models.lenet.LeNet6", ["did you mean LeNet"]),
+    "list of options": (["augment=[crop_flip,afine]"], "augment = afine", ["did you mean affine?", "crop_flip"]),
+    "not in this file": (["optimizer.nesterov=true"], "optimizer.nesterov = true", ["+optimizer.nesterov="]),
+    "no rate": (["~optimizer.lr"], "optimizer.lr", ["missing"]),
+    "torch scheduler": (
+        ["schedule=torch", "schedule._target_=torch.optim.lr_scheduler.StepLR"],
+        "schedule = torch.optim.lr_scheduler.StepLR",
+        ["step_size"],
+    ),
+    "plateau": (
+        ["schedule=torch", "schedule._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        "schedule._target_",
+        ["schedule=plateau"],
+    ),
+    "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["[0, 1)"]),
+    "threads": (["trainer.threads=999999999999"], "trainer.threads = 999999999999", ["<= 4096"]),
+    "flags anywhere": (["trainer.threads=1", "--cfg", "job", "trainer.max_epoch=1"], "trainer.max_epoch = 1", []),
     "grammar": (["a=[b"], "command line", []),
     "interpolation": (["trainer.device=${nope}"], "trainer.device", ["nope"]),
     "resume twice": (["resume=x", "-m"], "-m", ["not together with resume="]),
@@ -249,11 +265,21 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
         "models.mlp.torch.load",
         "torch.nn.Module.__class__",
     )
+    attacks += (
+        "trainer.restore.load_run",
+        "trainer.checkpoint.write_durably",
+        "torchvision.datasets.utils.download_url",
+    )
     for target in attacks:
         (tmp_path / "run/config.yaml").write_text(config.replace("models.mlp.MLP", target))
         for name, arguments in (("train", ["resume=run"]), ("evaluate", ["run=run"])):
             code, _, err = script(name, *arguments)
             assert code == 7 and err.startswith("error[security] model._target_"), err
+    # Hydra instantiates within lists as well.
+    hidden = "hidden:\n  - _target_: shutil.copyfile\n    src: run/config.yaml\n    dst: stolen"
+    (tmp_path / "run/config.yaml").write_text(config.replace("hidden:\n  - 8", hidden))
+    code, _, err = script("evaluate", "run=run")
+    assert code == 7 and "model.hidden.0._target_ = shutil.copyfile" in err and not (tmp_path / "stolen").exists()
     (tmp_path / "run/config.yaml").write_text(config.replace("models.mlp.MLP", "${oc.env:HOME}"))
     assert script("evaluate", "run=run")[0] == 6
 

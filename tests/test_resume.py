@@ -187,7 +187,7 @@ def test_each_step_is_told_once(tmp_path, whole):
         go_on(folder)
         assert last_state(folder) == state, step
         assert scalars(folder) == expected, step
-        assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["resume"]
+        assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["start", "resume"]
 
 
 @pytest.mark.usefixtures("_event_files_in_order")
@@ -257,7 +257,7 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     newest.path.write_bytes(newest.path.read_bytes()[:-1])
     go_on(folder)
     assert last_state(folder) == last_state(whole(*overrides))
-    warning, event = read_lines(folder / "events.jsonl")
+    _, warning, event = read_lines(folder / "events.jsonl")
     assert newest.path.name in warning["text"] and event["step"] == 6
 
 
@@ -349,7 +349,7 @@ def test_what_may_change(tmp_path):
     assert config["optimizer"]["lr"] == 0.01 and config["trainer"]["max_epochs"] == 3
     assert config["trainer"]["log_every"] == "2 steps" and config["data"]["num_workers"] == 1
     assert config["trainer"]["checkpoint"]["keep"] is None and config["resume"] is None and config["traceback"] is False
-    (event,) = read_lines(folder / "events.jsonl")
+    _, event = read_lines(folder / "events.jsonl")
     assert event["changes"] == {
         "optimizer.lr": [0.05, 0.01],
         "trainer.max_epochs": [2, 3],

@@ -261,7 +261,9 @@ def test_summary_and_files(tmp_path):
     assert told["provenance"]["device"] == "cpu" and told["provenance"]["threads"] == 1
     assert set(told["test"]) == {"loss", "accuracy"} and told["seconds"] > 0 and told["samples_per_second"] > 0
     names = {path.name for path in trainer.folder.path.iterdir() if not path.name.startswith("events.out")}
-    assert names == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "summary.json", "train.log"}
+    assert names == {
+        *(".lock", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "summary.json", "train.log"),
+    }
     assert yaml.safe_load((trainer.folder.path / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     assert steps_on_disk(trainer, "last") == [12, 6]
 
@@ -430,6 +432,24 @@ def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, wha
     assert metrics(trainer) == []
 
 
+def test_a_skipped_first_step_leaves_momentum_at_zero(tmp_path):
+    """Fused SGD allocates its momentum unfilled at the first step, also when it is told to skip that step."""
+    trainer = built(tmp_path / "run", *SGD, "+optimizer.fused=true", "trainer.log_every=100 steps")
+    trainer.guard.on_device = True
+    noted = poison(trainer, 1, "gradient")
+    after: list[dict[str, Tensor]] = []
+    trainer.optimizer.register_step_post_hook(lambda *_: after.append(momentum_of(trainer)))
+    with pytest.raises(NumericalError):
+        trainer.run()
+    assert noted["before"] and all(torch.equal(value, torch.zeros_like(value)) for value in after[0].values())
+    assert all(value.isfinite().all() and value.abs().max() < 100 for value in after[1].values())
+
+
+def momentum_of(trainer: Trainer) -> dict[str, Tensor]:
+    state = trainer.optimizer.state
+    return {name: state[value]["momentum_buffer"].clone() for name, value in trainer.model.named_parameters()}
+
+
 def test_the_device_path_is_the_same_training(tmp_path):
     """Without anything to skip, telling the fused update so changes no bit."""
     given = ("optimizer=adamw", "+optimizer.fused=true", "trainer.clip_norm=1")
@@ -447,9 +467,9 @@ def test_a_validation_that_is_not_finite_is_no_best(tmp_path):
     )
     trainer.evaluated_model.register_forward_hook(lambda *_: None)
     trainer.run()
-    assert math.isnan(metrics(trainer)[1]["val/loss"]) and summary(trainer)["status"] == "finished"
+    assert metrics(trainer)[1]["val/loss"] is None and summary(trainer)["status"] == "finished"
     assert summary(trainer)["best"]["step"] != 12 and 12 not in steps_on_disk(trainer, "best")
-    (event,) = read_lines(trainer.folder.path / "events.jsonl")
+    _, event = read_lines(trainer.folder.path / "events.jsonl")
     assert event["event"] == "warning" and event["step"] == 12 and "val/loss is nan" in event["text"]
 
 

@@ -25,7 +25,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from core.errors import CheckpointError, ConfigError, NumericalError, PreceptorError, StopSignal, spell, suggest
+from core.errors import (
+    CheckpointError,
+    ConfigError,
+    NumericalError,
+    PreceptorError,
+    StopSignal,
+    StorageError,
+    is_out_of_memory,
+    spell,
+    suggest,
+)
 from core.schema import FREE_ON_RESUME, Rule, check, leaves
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,7 +63,7 @@ def launch(main: Callable[[Config], object], *, config_name: str, rules: Mapping
         sys.exit(130)
     except Exception as exception:
         error = as_error(exception, rules)
-        if "traceback=true" in sys.argv:
+        if any(item.lower() == "traceback=true" for item in sys.argv):
             traceback.print_exception(exception)
         if not getattr(exception, "reported", False):
             print(error, file=sys.stderr, flush=True)
@@ -86,24 +96,23 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
                 exception.reported = True  # type: ignore[attr-defined]
             return None
 
-    with _scratch_for_grid():
+    with _argv_for_hydra():
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     if failures:
         raise failures[0]
 
 
 @contextlib.contextmanager
-def _scratch_for_grid() -> Iterator[None]:
-    """Hydra writes a multirun.yaml for a grid; our run folders hold all there is to know, so it goes and is lost."""
-    grid = {"-m", "--multirun"} & set(sys.argv) and not any(item.startswith("hydra.sweep.dir=") for item in sys.argv)
-    if not grid:
-        yield
-        return
+def _argv_for_hydra() -> Iterator[None]:
+    """Flags first, as Hydra's argparse wants them; and the multirun.yaml that Hydra writes for a grid goes and is lost:
+    our run folders hold all there is to know of its jobs."""
     before = list(sys.argv)
-    overrides = [place for place, item in enumerate(before) if "=" in item and not item.startswith("-")]
+    overrides = [item for item in before[1:] if item[0] != "-" and ("=" in item or item[0] == "~")]
+    others = [item for item in before[1:] if item not in overrides]
     with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
-        # Beside the other overrides: argparse wants them in one piece.
-        sys.argv.insert(overrides[0] if overrides else len(before), f"hydra.sweep.dir={scratch}")
+        if {"-m", "--multirun"} & set(others) and not any(item.startswith("hydra.sweep.dir=") for item in overrides):
+            overrides.append(f"hydra.sweep.dir={scratch}")
+        sys.argv[1:] = others + overrides
         try:
             yield
         finally:
@@ -116,9 +125,13 @@ def _run_one(main: Callable[[Config], object], config: Config) -> object:
         return main(config)
     except PreceptorError:
         raise
-    except MemoryError as exception:
-        raise NumericalError("memory", "out of memory; a smaller data.batch_size needs less") from exception
+    except BrokenPipeError:
+        raise  # whoever read our output has gone
+    except OSError as exception:
+        raise StorageError(str(exception.filename or "storage"), exception.strerror or str(exception)) from exception
     except Exception as exception:
+        if is_out_of_memory(exception):
+            raise NumericalError("memory", "out of memory; a smaller data.batch_size needs less") from exception
         what = f"{type(exception).__name__}: {exception}"
         raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
 
@@ -159,7 +172,7 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
 
 
 def _resumed_folder(arguments: list[str]) -> Path | None:
-    values = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == "resume"]
+    values = [item.partition("=")[2] for item in arguments if item.partition("=")[0].lstrip("+") == "resume"]
     named = [value.strip("'\"") for value in values if value.strip("'\"") not in ("", "null")]
     return Path(named[-1]) if named else None
 
@@ -208,6 +221,8 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
     known = dict(leaves(record))
     for override in OverridesParser.create().parse_overrides(arguments):
         name, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            raise ConfigError(name, "takes one value on resume", value=str(override.input_line).partition("=")[2])
         if name in own:
             own[name] = value
         elif name not in known:
@@ -231,7 +246,7 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
             section[key] = value
     values = fill_environment(values)
     values |= own
-    check(values, rules, shown=record)
+    check(values, rules, shown=record | own)
     return Config(values=values, record=record, changes=changes, job=None, from_run=True)
 
 
@@ -245,6 +260,8 @@ def _hint(name: str, rules: Mapping[str, Rule]) -> str:
     for path in CONFIGS.glob("*/*.yaml"):
         known |= {f"{path.parent.name}.{key}" for key, _ in leaves(yaml.safe_load(path.read_text()) or {})}
     section = name.partition(".")[0] + "." if "." in name else ""
+    if name in known:
+        return f"not in the options chosen; add it as +{name}=..."
     near = sorted(key for key in known if key.startswith(section) and ("." in key) == ("." in name))
     return suggest(name, near) or f"known there: {', '.join(key for key in near if key in rules)}"
 
@@ -254,9 +271,10 @@ def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
     if isinstance(exception, PreceptorError):
         return exception
     message = str(exception)
-    if isinstance(exception, MissingConfigException) and exception.options is not None:
+    if isinstance(exception, MissingConfigException) and "/" in str(exception.missing_cfg_file):
         group, _, option = str(exception.missing_cfg_file).rpartition("/")
-        options = [name for name in exception.options if not name.startswith("_")]
+        found = exception.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+        options = sorted(name for name in found if not name.startswith("_"))
         hint = suggest(option, options)
         return ConfigError(group, f"no such option; {hint} One of: {', '.join(options)}", value=option)
     name = message.split("'")[1].lstrip("+~") if message.startswith("Could not") and "'" in message else ""
@@ -269,7 +287,7 @@ def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
             return ConfigError(name, f"unknown key; {hint}", **value)
         return ConfigError(name, str(exception.__cause__ or message), **value)
     if message.startswith("Config group override"):  # model=null, trainer=3
-        for group, given in (item.split("=", 1) for item in sys.argv[1:] if "=" in item):
+        for group, given in (item.split("=", 1) for item in sys.argv[1:] if "=" in item[1:]):
             if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
                 options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
                 return ConfigError(group, f"must name one of {', '.join(options)}", value=given)

@@ -79,6 +79,12 @@ class StopSignal(BaseException):
         self.exit_code = exit_code
 
 
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Python's own, torch's on CUDA (known by its name: torch may not be loaded), and torch's on the CPU."""
+    named = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(exception)
+
+
 def spell(value: object) -> str:
     """A value as YAML's users write it: `null`, `true`, text without quotes."""
     if value is None:

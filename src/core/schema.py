@@ -20,9 +20,10 @@ DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?|samp
 # Rules: what is allowed
 
 
-def whole(low: int) -> Rule:
-    """An integer >= low."""
-    return lambda value: None if type(value) is int and value >= low else f"must be an integer >= {low}"
+def whole(low: int, high: int = 2**53) -> Rule:
+    """An integer in [low, high]."""
+    allowed = f"must be an integer >= {low}" + (f" and <= {high}" if high < 2**53 else "")
+    return lambda value: None if type(value) is int and low <= value <= high else allowed
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, without: str = "") -> Rule:
@@ -142,6 +143,8 @@ TRAIN: dict[str, Rule] = {
     "optimizer.weight_decay": number(0),
     "optimizer.nesterov": flag,
     "schedule.warmup_epochs": number(0),
+    "schedule.momentum": optional(list_of(number(0, 1, without="high"), length=2)),
+    "schedule.rise": number(0, 1, without="low high"),
     "schedule.interval": one_of("epoch", "step"),
     "schedule.monitor": METRIC,
     "schedule.mode": MODE,
@@ -151,7 +154,7 @@ TRAIN: dict[str, Rule] = {
     "trainer.max_steps": optional(whole(1)),
     "trainer.max_minutes": optional(number(0, without="low")),
     "trainer.device": one_of("auto", "cpu", "cuda"),
-    "trainer.threads": optional(whole(1)),
+    "trainer.threads": optional(whole(1, 4096)),
     "trainer.precision": one_of("fp32", "bf16", "fp16"),
     "trainer.compile": flag,
     "trainer.channels_last": one_of("auto", True, False),

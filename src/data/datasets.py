@@ -94,7 +94,7 @@ def image_folder(*, root: str, image_size: int, channels: int, test_fraction: fl
     parts: dict[str, Images] = {}
     for part, folder in folders.items():
         _same_classes(folder, expected=class_names, found=_class_names(folder))
-        paths = [_pictures(folder / name) for name in class_names]
+        paths = [pictures_in(folder / name) for name in class_names]
         empty = [name for name, found in zip(class_names, paths, strict=True) if not found]
         if empty and (empty_class == "error" or len(empty) == len(class_names)):
             explanation = f"has no pictures for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
@@ -129,8 +129,8 @@ def _same_classes(folder: Path, *, expected: list[str], found: list[str]) -> Non
         raise DataError(str(folder), f"{' and '.join(said)}: must have the same class folders as train")
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """All pictures below a class folder, sorted by their path in it."""
+def pictures_in(folder: Path) -> list[Path]:
+    """All picture files below a folder, hidden ones left out, sorted by their path in it."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
 

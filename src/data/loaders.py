@@ -7,6 +7,10 @@ The order of an epoch is randperm(N) of fold(seed, "order", epoch); step k has t
 cut into A micro-batches of B. So a run can go on at any step, and the number of workers changes no number.
 """
 
+import atexit
+import contextlib
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -154,7 +158,9 @@ class Streamed(Dataset[Tensor]):
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # a DataLoader draws a seed for its workers: never from the global generator
         )
-        for indices, images in zip(batches, loader, strict=True):
+        with _signals_held():
+            fetched = iter(loader)
+        for indices, images in zip(batches, fetched, strict=True):
             if isinstance(images, DataError):
                 raise images
             yield Batch(
@@ -162,6 +168,24 @@ class Streamed(Dataset[Tensor]):
                 labels=self.labels[indices].to(self.device),
                 indices=indices.to(self.device),
             )
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Workers are born with SIGINT and SIGTERM blocked: one to the whole process group asks the run to save and stop,
+    and they serve it until it has. Here they are only held up meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Those that are left when the process ends; multiprocessing would send SIGTERM, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _as_it_is(fetched: Any) -> Any:

@@ -45,6 +45,7 @@ def begin(
     for text in weights_report:
         display.say(text)
         folder.append_event("init_from", text=text)
+    folder.append_event("start", provenance=dict(trainer.provenance))
     tracker.config(record)
     if values["trainer"]["log_images"] or values["trainer"]["log_graph"]:
         show_first_batch(trainer, images=values["trainer"]["log_images"], graph=values["trainer"]["log_graph"])
@@ -86,7 +87,8 @@ def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
         trainer.warn(text)
     if config.changes:
         folder.write_config(record)
-    folder.append_event("resume", step=trainer.step, checkpoint=path.name, changes=config.changes)
+    facts = {"checkpoint": path.name, "changes": config.changes, "provenance": dict(trainer.provenance)}
+    folder.append_event("resume", step=trainer.step, **facts)
     display.say(f"resumed {folder.path} at step {trainer.step:,} of {trainer.settings.total_steps:,} from {path.name}")
     for name, (before, now) in config.changes.items():
         display.say(f"  {name}: {before} -> {now}")

@@ -6,7 +6,9 @@ Whatever can be wrong is found here, before the first step, and told by its key.
 builds only classes that are trusted (`refuse_untrusted`).
 """
 
+import copy
 import inspect
+import pydoc
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -36,7 +38,7 @@ from trainer.metrics import resolve_mode
 from trainer.run_folder import provenance
 from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, one_cycle_momentum
 from trainer.trainer import Settings, Trainer
-from trainer.trust import refuse_untrusted
+from trainer.trust import refuse_untrusted, without_downloads
 from trainer.weights import init_from
 
 # Keys of every data set's config that splitting and loading read; the rest is for the function that it names.
@@ -52,12 +54,13 @@ def build(config: Config) -> Trainer | None:
     settings = values["trainer"]
     device = choose_device(settings["device"], settings["precision"])
     configure_torch(settings, device)
-    monitors = check_monitors(values)
     if config.from_run:
-        refuse_untrusted(config.values, trust=values["trust"])
+        values = without_downloads(values)
+        refuse_untrusted(values, trust=values["trust"])
     check_classes(values)
 
     splits = build_data(values["data"], seed=values["seed"])
+    monitors = check_monitors(values, has_val=splits.val is not None)
     record = with_classes(config.record, splits.class_names)
     values = with_classes(values, splits.class_names)
     model = build_model(values, init_seed=fold(values["seed"], "init"))
@@ -99,7 +102,7 @@ def build(config: Config) -> Trainer | None:
             checkpoint_every=settings["checkpoint"]["every_steps"],
             checkpoint_keep=settings["checkpoint"]["keep"],
             monitor=settings["checkpoint"]["monitor"],
-            monitor_mode=monitors["trainer.checkpoint"],
+            monitor_mode=monitors.get("trainer.checkpoint", "min"),
             clip_norm=settings["clip_norm"],
             budget="max_steps" if total == settings["max_steps"] else "max_epochs",
         ),
@@ -138,10 +141,17 @@ def build(config: Config) -> Trainer | None:
 
 
 def _resolve(section: str, target: str) -> Any:
+    """What a dotted name leads to; ConfigError, with the nearest name, where it leads nowhere."""
+    key = f"{section}._target_"
     try:
-        return get_object(target)
-    except Exception as exception:
-        raise ConfigError(f"{section}._target_", f"cannot be imported: {exception}", value=target) from None
+        found = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
+        raise ConfigError(key, f"cannot be imported: {error.exc}: {error.value}", value=target) from None
+    if found is None:
+        parent, _, name = target.rpartition(".")
+        hint = suggest(name, dir(pydoc.locate(parent)) if parent else ())
+        raise ConfigError(key, f"cannot be imported: there is no such class or function; {hint}", value=target)
+    return found
 
 
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
@@ -201,6 +211,10 @@ def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
 def build_augmentations(steps: Mapping[str, Any], *, seed: int) -> Augmentations:
     """The augmentation steps of a config, in order."""
     built = {name: construct(node, f"augment.{name}") for name, node in steps.items()}
+    for name, step in built.items():
+        if not hasattr(step, "numbers"):
+            explanation = "is no step of ours: it must say how many random `numbers` a sample needs"
+            raise ConfigError(f"augment.{name}._target_", explanation, value=steps[name]["_target_"])
     return Augmentations(built, seed=seed)
 
 
@@ -216,14 +230,18 @@ def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
     if data["image_size"] < smallest:
         needs = f"{values['model']['_target_']} needs images of at least {smallest} pixels"
         raise ConfigError("data.image_size", needs, value=data["image_size"])
-    was_training = model.training
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(shape))
-    except (RuntimeError, ValueError, IndexError) as exception:
+            in_training = copy.deepcopy(model).train()(torch.rand(shape))  # a copy: batch norm takes note of it
+    except (RuntimeError, ValueError, IndexError, TypeError) as exception:
         explanation = f"does not take images of {shape[1:]} (channels, height, width): {exception}"
         raise ConfigError("model", explanation, value=values["model"]["_target_"]) from None
-    model.train(was_training)
+    if not isinstance(in_training, torch.Tensor):
+        explanation = f"gives a {type(in_training).__name__} in training, where a tensor of logits is expected"
+        raise ConfigError(
+            "model", f"{explanation} (auxiliary heads? aux_logits=false)", value=values["model"]["_target_"]
+        )
     if tuple(logits.shape) != (2, data["num_classes"]):
         explanation = (
             f"gives {tuple(logits.shape)[1:]} outputs an image where the data has {data['num_classes']} classes"
@@ -255,14 +273,30 @@ def build_optimizer(
             {"name": "spared", "params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     groups = [group for group in groups if group["params"]]
+    if "lr" not in node:
+        raise ConfigError("optimizer.lr", "missing: the learning rate, a number > 0")
     target = _resolve("optimizer", node["_target_"])
-    if device.type == "cuda" and "fused" in inspect.signature(target).parameters:
+    takes_fused = "fused" in inspect.signature(target).parameters and not node.get("foreach")
+    if device.type == "cuda" and takes_fused:
         node = {"fused": True, **node}  # one kernel a step, and it can be told on the device to skip
     make = construct({**node, "_partial_": True}, "optimizer")
     try:
-        return make(groups)
-    except (TypeError, ValueError) as exception:
+        optimizer = make(groups)
+    except (TypeError, ValueError, RuntimeError) as exception:
         raise ConfigError("optimizer", str(exception), value=node["_target_"]) from None
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("optimizer._target_", "must be an optimizer that steps without a closure", value=target)
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
+        fill_momentum(optimizer)
+    return optimizer
+
+
+def fill_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum from zero. Fused SGD allocates it unfilled at its first step, and a step that it is told to skip leaves
+    it so; zeros change nothing else, as momentum x 0 + gradient is what the first step takes (dampening 0)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_schedule(
@@ -275,7 +309,10 @@ def build_schedule(
     if target is ReduceLROnPlateau:
         raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
     if inspect.isclass(target) and issubclass(target, LRScheduler):
-        scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
+        try:
+            scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
+        except (TypeError, ValueError) as exception:
+            raise ConfigError("schedule", str(exception), value=node["_target_"]) from None
         return TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)
     warmup = warmup_steps(node.get("warmup_epochs", 0), steps_per_epoch=steps_per_epoch)
     if warmup >= total:
@@ -292,10 +329,14 @@ def build_schedule(
     if node.get("momentum") is not None:
         if not any("momentum" in group or "betas" in group for group in optimizer.param_groups):
             raise ConfigError("schedule.momentum", "this optimizer has none; set null", value=node["momentum"])
-        low, high = node["momentum"]
+        low, high = node["momentum"]  # the schema has seen to its form
+        if low > high:
+            raise ConfigError("schedule.momentum", "must be [lowest, highest]", value=node["momentum"])
         momentum = partial(one_cycle_momentum, low=low, high=high, rise=node["rise"])
     try:
         factor(0, total, warmup)
     except ConfigError as error:
         raise error.under("schedule") from None
+    except TypeError as exception:
+        raise ConfigError("schedule", str(exception), value=node["_target_"]) from None
     return FactorSchedule(factor, base_rates=rates, total_steps=total, warmup_steps=warmup, momentum=momentum)

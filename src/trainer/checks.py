@@ -7,7 +7,7 @@ from core.errors import ConfigError
 from trainer.metrics import resolve_mode
 
 
-def check_monitors(values: Mapping[str, Any]) -> dict[str, str]:
+def check_monitors(values: Mapping[str, Any], *, has_val: bool) -> dict[str, str]:
     """The mode of each monitor; ConfigError where one watches a metric that this run does not produce."""
     sections = {
         "trainer.early_stopping": values["trainer"]["early_stopping"],
@@ -18,12 +18,12 @@ def check_monitors(values: Mapping[str, Any]) -> dict[str, str]:
     for name, section in sections.items():
         monitor = section.get("monitor")
         if monitor is None:
-            modes[name] = "min"
             continue
-        if monitor.startswith("val/") and values["data"].get("val_fraction") == 0.0:
+        unused = name == "trainer.early_stopping" and section["patience"] is None
+        if monitor.startswith("val/") and not has_val and not unused:
             raise ConfigError(
                 f"{name}.monitor",
-                "is not produced, as data.val_fraction = 0 leaves no validation part; "
+                "is not produced, as there is no validation part (data.val_fraction = 0); "
                 "available: train/loss, train/accuracy",
                 value=monitor,
             )
@@ -32,7 +32,7 @@ def check_monitors(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_classes(values: Mapping[str, Any]) -> None:
-    """C11: before any data is read, where the config knows its number of classes."""
+    """Classes and channels, before any data is read: where the config says them."""
     wanted, given = values["data"]["num_classes"], values["model"].get("num_classes")
     if wanted is not None and given is not None and given != wanted:
         raise ConfigError("model.num_classes", f"the data has {wanted} classes (data.num_classes)", value=given)

@@ -82,7 +82,7 @@ class Display:
             rows.append(("test", f"accuracy {test['accuracy']:.2%}  loss {test['loss']:.4f}"))
         rows += [
             ("parameters", f"{summary['parameters']:,}"),
-            ("training", f"{summary['seconds']:.1f} s, {summary['samples_per_second']:,.0f} samples/s"),
+            ("time", f"{summary['seconds']:.1f} s; {summary['samples_per_second']:,.0f} samples/s in training steps"),
             ("run folder", str(folder)),
         ]
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

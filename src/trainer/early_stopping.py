@@ -34,7 +34,7 @@ class EarlyStopping:
             end = self.best_epoch + self.patience
         else:
             end = max(self.patience, self.geometric * self.best_epoch)
-        self.stopped = epoch >= end - 1e-6  # fractions of epochs are rounded: 4.6667 - 2.6667 is less than 2
+        self.stopped = epoch >= end - 1e-6  # 14/3 - 8/3 may be a hair less than 2
         return self.stopped
 
     def state(self) -> dict[str, Any]:

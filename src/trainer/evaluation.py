@@ -17,7 +17,7 @@ def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) 
 
 
 def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, Any]:
-    """Accuracy, top-5 accuracy, macro-F1, loss, a row a class, and the confusion matrix (row: label).
+    """Accuracy, top-5 accuracy, macro-F1, plain cross-entropy, a row a class, and the confusion matrix (row: label).
 
     Undefined figures (a class that was never predicted or never occurs) count as 0; macro-F1 is the plain mean over the
     classes that occur or were predicted.
@@ -36,7 +36,7 @@ def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str,
         "accuracy": float(metrics.accuracy_score(truth, predicted)),
         "top5_accuracy": hits.double().mean().item(),
         "macro_f1": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0.0)),
-        "loss": functional.cross_entropy(logits.double(), labels).item(),
+        "cross_entropy": functional.cross_entropy(logits.double(), labels).item(),
         "classes": {
             name: {
                 "precision": float(precision[index]),

@@ -8,7 +8,7 @@ from torch.nn import functional
 class CrossEntropy(nn.Module):
     """-sum_k q_k log softmax(logits)_k with q the smoothed one-hot label (Szegedy 2016, section 7).
 
-    With class weights w a sample's loss is multiplied by w[label], and the mean is over samples. (Torch divides by the
+    With class weights w it is -sum_k w_k q_k log softmax(logits)_k, and the mean is over samples. (Torch divides by the
     batch's sum of weights instead, so that the same samples in other batches would give another loss.)
     """
 

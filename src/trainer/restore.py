@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from core.entry import fill_environment, read_run_config
+from core.errors import CheckpointError
 from data.images import decode
 from data.normalisation import Standardise
 from data.splits import recolour, resize
 from trainer.build import build_model, choose_device
 from trainer.checkpoint import CheckpointFolder, Snapshot
-from trainer.trust import refuse_untrusted
+from trainer.trust import refuse_untrusted, without_downloads
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     that are not ours, torch's or torchvision's; `trust=["package"]` allows those of a package.
     """
     folder = Path(path)
-    config = read_run_config(folder)
+    config = without_downloads(read_run_config(folder))
     refuse_untrusted(config, trust=trust or [])
     checkpoints = CheckpointFolder(folder / "checkpoints")
     kinds = ("best",) if checkpoint == "best" and checkpoints.files("best") else ("last", "step", "best")
     snapshot, _, _ = checkpoints.load(*kinds)
     model = build_model(config, init_seed=0)
-    model.load_state_dict(snapshot.weights)
+    try:
+        model.load_state_dict(snapshot.weights)
+    except RuntimeError as exception:
+        raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
     place = choose_device(device, "fp32")
     data = config["data"]
     standardise = Standardise(snapshot.tensors["data.mean"], snapshot.tensors["data.std"], device=torch.device("cpu"))

@@ -9,6 +9,7 @@ folder sees a run that can be resumed.
 import datetime
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -72,8 +73,8 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """An existing run, to go on with."""
-        if not path.is_dir():
-            raise CheckpointError(str(path), "no such run folder")
+        if not (path / "checkpoints").is_dir():  # before a lock is left in it
+            raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
         return cls(path, _take_lock(path))
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ class RunFolder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_valid(line), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -111,12 +112,20 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, whole or not at all."""
-        write_durably(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        content = json.dumps(_valid(dict(summary)), indent=2, allow_nan=False) + "\n"
+        write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json, empty while there is none."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _valid(node: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(node, Mapping):
+        return {key: _valid(value) for key, value in node.items()}
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -53,6 +53,9 @@ def load(trainer: "Trainer", snapshot: Snapshot) -> None:
     values = snapshot.values
     if values["data"]["fingerprint"] != trainer.data_values["fingerprint"]:
         raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
+    for name, tensor in trainer.data_tensors.items():
+        if not torch.equal(tensor, snapshot.tensors[f"data.{name}"]):
+            raise CheckpointError("data", f"its {name} differs from that of the data this run was trained on")
     try:
         trainer.model.load_state_dict(snapshot.part("model"))
         if trainer.ema:

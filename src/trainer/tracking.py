@@ -68,9 +68,13 @@ class TensorBoard:
     def histograms(self, model: nn.Module, step: int) -> None:
         """Every parameter, and its gradient where there is one."""
         for name, parameter in model.named_parameters():
-            self.writer.add_histogram(f"weights/{name}", parameter.detach().float(), step)
+            self._histogram(f"weights/{name}", parameter.detach(), step)
             if parameter.grad is not None:
-                self.writer.add_histogram(f"gradients/{name}", parameter.grad.float(), step)
+                self._histogram(f"gradients/{name}", parameter.grad, step)
+
+    def _histogram(self, tag: str, values: Tensor, step: int) -> None:
+        if torch.isfinite(values).all():  # a scaled fp16 gradient may overflow now and then
+            self.writer.add_histogram(tag, values.float(), step)
 
     def flush(self) -> None:
         """To the file, so that a checkpoint never counts a step that TensorBoard has not seen."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from core.errors import NumericalError, PreceptorError, StopSignal, StorageError
+from core.errors import NumericalError, StopSignal, StorageError, is_out_of_memory
 from core.seeding import fold
 from trainer.clock import Clock
 from trainer.display import Display
@@ -120,16 +120,17 @@ class Trainer:
         try:
             with self.display:
                 self.fit()
-        except (PreceptorError, OSError, MemoryError, RuntimeError) as exception:
+        except Exception as exception:
             error = self.as_told(exception)
             self.stop_reason = str(error)
-            with suppress(StorageError):  # on a full disk the first error is the one to tell
+            with suppress(StorageError):
                 self.summarise("failed")
             if error is exception:
                 raise
             raise error from exception
         finally:
-            self.tracker.close()
+            with suppress(OSError):  # on a full disk the first error is the one to tell
+                self.tracker.close()
             self.folder.close()
         return self.best.get("metrics", {}).get(self.settings.monitor)
 
@@ -138,8 +139,7 @@ class Trainer:
         if isinstance(exception, OSError):
             place = exception.filename or str(self.folder.path)
             return StorageError(place, f"{self.next_step}: {exception.strerror or exception}")
-        is_full = isinstance(exception, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exception)
-        if is_full:
+        if is_out_of_memory(exception):
             return NumericalError(
                 self.next_step, "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
             )
@@ -167,15 +167,18 @@ class Trainer:
                     self.schedule.apply(optimizer, self.step)
                     reseed(fold(settings.seed, "dropout", self.step), self.device)
                     samples = sum(len(labels) for _, labels, _ in batches)
+                    step_loss = torch.zeros((), device=self.device)
                     for images, labels, _ in batches:
                         with self.autocast:
                             logits = self.forward(images)
                             loss = self.loss_function(logits, labels)
-                        self.scaler.scale(loss * (len(labels) / samples)).backward()
+                        share = loss * (len(labels) / samples)
+                        self.scaler.scale(share).backward()
+                        step_loss += share.detach()
                         self.sums.add(loss, logits, labels)
                     self.scaler.unscale_(optimizer)
                     norm = self.clip_gradients()
-                    self.guard.check(loss, norm, (indices for _, _, indices in batches), step=self.next_step)
+                    self.guard.check(step_loss, norm, (indices for _, _, indices in batches), step=self.next_step)
                     self.scaler.step(optimizer)
                     self.scaler.update()
                     self.step += 1
@@ -250,7 +253,8 @@ class Trainer:
         if improved:
             self.best = {"step": self.step, "epoch": self.epoch, "metrics": metrics}
         self.schedule.observe(metrics)
-        self.early_stopping.observe(metrics[self.early_stopping.monitor], self.epoch)
+        epochs = self.step / self.train_loader.steps_per_epoch  # not rounded: this decides
+        self.early_stopping.observe(metrics.get(self.early_stopping.monitor, math.nan), epochs)
         line = {
             "step": self.step,
             "epoch": self.epoch,
@@ -333,8 +337,7 @@ class Trainer:
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Seed what dropout draws from: one generator (2 us), where torch.manual_seed visits every backend (150 us)."""
+    """Seed what dropout draws from, generator by generator (2 us); torch.manual_seed visits every backend (150 us)."""
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
