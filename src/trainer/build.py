@@ -8,8 +8,7 @@ builds only classes that are trusted (`refuse_untrusted`).
 
 import copy
 import inspect
-import pydoc
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from core.entry import Config
-from core.errors import ConfigError, PreceptorError, suggest
+from core.errors import ConfigError, PreceptorError
 from core.schema import TRAIN
 from core.seeding import fold
 from data.augmentations import Augmentations
@@ -37,7 +36,9 @@ from trainer.machine import choose_device, configure_torch
 from trainer.metrics import resolve_mode
 from trainer.run_folder import provenance
 from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, one_cycle_momentum
-from trainer.trainer import Settings, Trainer
+from trainer.settings import Settings
+from trainer.targets import check_arguments, resolve
+from trainer.trainer import Trainer
 from trainer.trust import refuse_untrusted, without_downloads
 from trainer.weights import init_from
 
@@ -140,20 +141,6 @@ def build(config: Config) -> Trainer | None:
     return trainer
 
 
-def _resolve(section: str, target: str) -> Any:
-    """What a dotted name leads to; ConfigError, with the nearest name, where it leads nowhere."""
-    key = f"{section}._target_"
-    try:
-        found = pydoc.locate(target)
-    except pydoc.ErrorDuringImport as error:
-        raise ConfigError(key, f"cannot be imported: {error.exc}: {error.value}", value=target) from None
-    if found is None:
-        parent, _, name = target.rpartition(".")
-        hint = suggest(name, dir(pydoc.locate(parent)) if parent else ())
-        raise ConfigError(key, f"cannot be imported: there is no such class or function; {hint}", value=target)
-    return found
-
-
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
     """Instantiate a config node; an argument that its class does not take, or refuses, is told by its key."""
     if "_target_" not in node:
@@ -170,30 +157,9 @@ def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
         raise ConfigError(section, str(cause or exception), value=node["_target_"]) from exception
 
 
-def check_arguments(
-    node: Mapping[str, Any], section: str, *, given: Collection[str] = (), also: Collection[str] = ()
-) -> None:
-    """Refuse a key that is no argument of the node's class; `given` are filled in by us, `also` are read by others."""
-    target = _resolve(section, node["_target_"])
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return
-    for key, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
-            check_arguments(value, f"{section}.{key}")
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for key, value in node.items():
-        if not key.startswith("_") and key not in parameters and key not in also:
-            known = [*(name for name in parameters if name not in given), *also]
-            hint = suggest(key, known) or f"it takes {', '.join(known)}"
-            raise ConfigError(f"{section}.{key}", f"{node['_target_']} takes no such argument; {hint}", value=value)
-
-
 def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
     """The data set that a config names, read, split and measured; its function gets the keys its signature names."""
-    function = _resolve("data", node["_target_"])
+    function = resolve("data", node["_target_"])
     takes = inspect.signature(function).parameters
     arguments = {key: value for key, value in node.items() if key in takes}
     check_arguments(node, "data", also=SHARED_DATA_KEYS)
@@ -275,7 +241,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if "lr" not in node:
         raise ConfigError("optimizer.lr", "missing: the learning rate, a number > 0")
-    target = _resolve("optimizer", node["_target_"])
+    target = resolve("optimizer", node["_target_"])
     takes_fused = "fused" in inspect.signature(target).parameters and not node.get("foreach")
     if device.type == "cuda" and takes_fused:
         node = {"fused": True, **node}  # one kernel a step, and it can be told on the device to skip
@@ -305,7 +271,7 @@ def build_schedule(
     """The schedule over the groups' rates."""
     rates = [group["lr"] for group in optimizer.param_groups]
     own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
-    target = _resolve("schedule", node["_target_"])
+    target = resolve("schedule", node["_target_"])
     if target is ReduceLROnPlateau:
         raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
     if inspect.isclass(target) and issubclass(target, LRScheduler):

@@ -29,6 +29,7 @@ from trainer.interrupts import Interrupts
 from trainer.metrics import RunningSums, evaluate, improves
 from trainer.run_folder import RunFolder
 from trainer.schedules import Schedule, momentum_of
+from trainer.settings import Settings
 from trainer.state import snapshot
 from trainer.tracking import TensorBoard
 
@@ -43,24 +44,6 @@ class StepLoader(Protocol):
 
     def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
         """The batches of each step of an epoch, from its step `start` on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The loop's numbers; durations in steps."""
-
-    seed: int
-    total_steps: int
-    max_minutes: float | None
-    evaluate_every: int
-    log_every: int
-    histograms_every: int | None
-    checkpoint_every: int | None
-    checkpoint_keep: int | None
-    monitor: str | None  # the metric by which a checkpoint is the best
-    monitor_mode: str
-    clip_norm: float | None
-    budget: str  # max_epochs or max_steps: which of them total_steps is
 
 
 @dataclass(kw_only=True)
