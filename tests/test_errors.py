@@ -103,7 +103,9 @@ CONFIG = {
     "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["[0, 1)"]),
     "threads": (["trainer.threads=999999999999"], "trainer.threads = 999999999999", ["<= 4096"]),
     "flags anywhere": (["trainer.threads=1", "--cfg", "job", "trainer.max_epoch=1"], "trainer.max_epoch = 1", []),
-    "grammar": (["a=[b"], "command line", []),
+    "grammar": (["optimizer.lr=[b"], "optimizer.lr=[b", []),
+    "flag": (["--multi-run", "seed=0,1"], "--multi-run", ["did you mean --multirun?"]),
+    "pickle": (["--experimental-rerun=x.pickle"], "--experimental-rerun", ["unknown flag"]),
     "interpolation": (["trainer.device=${nope}"], "trainer.device", ["nope"]),
     "resume twice": (["resume=x", "-m"], "-m", ["not together with resume="]),
 }

@@ -39,6 +39,11 @@ from core.errors import (
 from core.schema import FREE_ON_RESUME, Rule, check, leaves
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i"),
+    *("--shell-completion", "-sc"),
+)
 FROM_ENVIRONMENT = "environment:"  # stands in config.yaml where an environment variable's value was used
 
 
@@ -109,6 +114,9 @@ def _argv_for_hydra() -> Iterator[None]:
     before = list(sys.argv)
     overrides = [item for item in before[1:] if item[0] != "-" and ("=" in item or item[0] == "~")]
     others = [item for item in before[1:] if item not in overrides]
+    for flag in (item.partition("=")[0] for item in others if item.startswith("-")):
+        if flag not in FLAGS:  # argparse would print its usage
+            raise ConfigError(flag, f"unknown flag; {suggest(flag, FLAGS) or 'known: ' + ' '.join(FLAGS)}")
     with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
         if {"-m", "--multirun"} & set(others) and not any(item.startswith("hydra.sweep.dir=") for item in overrides):
             overrides.append(f"hydra.sweep.dir={scratch}")
@@ -291,5 +299,5 @@ def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
             if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
                 options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
                 return ConfigError(group, f"must name one of {', '.join(options)}", value=given)
-    key = getattr(exception, "full_key", None)
+    key = getattr(exception, "full_key", None) or getattr(exception, "override", None)
     return ConfigError(key or "command line", message.partition("\n")[0] if key else message)
