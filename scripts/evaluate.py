@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.entry import Config, launch
+from core.config import Config
+from core.entry import launch
 from core.errors import DataError
 from core.schema import EVALUATE
 

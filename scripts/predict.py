@@ -9,7 +9,8 @@ import csv
 import io
 from pathlib import Path
 
-from core.entry import Config, launch
+from core.config import Config
+from core.entry import launch
 from core.errors import DataError
 from core.schema import PREDICT
 

@@ -9,7 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from core.entry import Config, launch, read_run_config
+from core.config import Config, read_run_config
+from core.entry import launch
 from core.errors import DataError, PreceptorError
 from core.schema import RUNS, leaves
 

@@ -6,7 +6,8 @@ scripts/train.py -m model=mlp,lenet5 seed=0,1       every combination, a run eac
 scripts/train.py resume=outputs/RUN                 goes on with a run
 """
 
-from core.entry import Config, launch
+from core.config import Config
+from core.entry import launch
 from core.schema import TRAIN
 
 

@@ -15,7 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import trainer.build
-from core.entry import CONFIGS, Config, resumed, settle
+from core.config import Config, resumed, settle
+from core.entry import CONFIGS
 from core.schema import TRAIN
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder, Snapshot, pack

@@ -18,7 +18,7 @@ from sklearn import metrics
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from core.entry import read_run_config
+from core.config import read_run_config
 from data.datasets import digits
 from data.splits import resize
 from trainer.restore import load_run

@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from core.entry import resumed
+from core.config import resumed
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal
 from core.schema import TRAIN
 from trainer import checkpoint

@@ -18,7 +18,7 @@ ALLOWED = {
     "trainer": {"core", "trainer"},
 }
 MAY_IMPORT_DATA = {"trainer/build.py", "trainer/begin.py", "trainer/restore.py"}
-MAY_IMPORT_HYDRA = {"core/entry.py", "trainer/build.py"}
+MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.entry import Config
+from core.config import Config
 from core.errors import PreceptorError, StorageError
 from core.schema import SPLITS
 from data.splits import Splits

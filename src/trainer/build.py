@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from core.entry import Config
+from core.config import Config
 from core.errors import ConfigError, PreceptorError
 from core.schema import TRAIN
 from core.seeding import fold

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.entry import fill_environment, read_run_config
+from core.config import fill_environment, read_run_config
 from core.errors import CheckpointError
 from data.images import decode
 from data.normalisation import Standardise
