@@ -69,6 +69,7 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
 
 
 def resumed_folder(arguments: list[str]) -> Path | None:
+    """The folder of a `resume=` among the arguments; it is needed before anything is composed."""
     values = [item.partition("=")[2] for item in arguments if item.partition("=")[0].lstrip("+") == "resume"]
     named = [value.strip("'\"") for value in values if value.strip("'\"") not in ("", "null")]
     return Path(named[-1]) if named else None

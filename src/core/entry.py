@@ -110,13 +110,11 @@ def _argv_for_hydra() -> Iterator[None]:
 
 
 def _run_one(main: Callable[[Config], object], config: Config) -> object:
-    """Call `main`; what it raises beside our own errors is a bug of ours, or the machine's memory."""
+    """Call `main`; what it raises beside our own errors is the machine's storage or memory, or a bug of ours."""
     try:
         return main(config)
     except PreceptorError:
         raise
-    except BrokenPipeError:
-        raise  # whoever read our output has gone
     except OSError as exception:
         raise StorageError(str(exception.filename or "storage"), exception.strerror or str(exception)) from exception
     except Exception as exception:

@@ -65,6 +65,7 @@ def build(config: Config) -> Trainer | None:
     record = with_classes(config.record, splits.class_names)
     values = with_classes(values, splits.class_names)
     model = build_model(values, init_seed=fold(values["seed"], "init"))
+    try_out(model, values)
     weights_report = init_from(Path(values["init_from"]), model) if values["init_from"] and not config.from_run else []
     wants_channels_last = settings["channels_last"]
     if wants_channels_last == "auto":
@@ -163,15 +164,12 @@ def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
     takes = inspect.signature(function).parameters
     arguments = {key: value for key, value in node.items() if key in takes}
     check_arguments(node, "data", also=SHARED_DATA_KEYS)
+    collection = construct({"_target_": node["_target_"], **arguments}, "data")
+    keys = [key for key in inspect.signature(prepare).parameters if key in node]
     try:
-        collection = construct({"_target_": node["_target_"], **arguments}, "data")
-        return prepare(
-            collection,
-            seed=seed,
-            **{key: node[key] for key in inspect.signature(prepare).parameters if key in node},
-        )
+        return prepare(collection, seed=seed, **{key: node[key] for key in keys})
     except ConfigError as error:
-        raise error if error.subject.startswith("data") else error.under("data") from None
+        raise error.under("data") from None
 
 
 def build_augmentations(steps: Mapping[str, Any], *, seed: int) -> Augmentations:
@@ -185,11 +183,16 @@ def build_augmentations(steps: Mapping[str, Any], *, seed: int) -> Augmentations
 
 
 def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
-    """The network, its initial weights a function of the seed, tried out on two blank images."""
+    """The network, its initial weights a function of the seed."""
     torch.manual_seed(init_seed)
     model = construct(values["model"], "model")
     if not isinstance(model, nn.Module):
         raise ConfigError("model._target_", "must build a torch.nn.Module", value=values["model"]["_target_"])
+    return model
+
+
+def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Two images through a new network, as in evaluation and as in training: what it cannot take is told now."""
     data = values["data"]
     shape = (2, data["channels"], data["image_size"], data["image_size"])
     smallest = getattr(model, "minimum_size", 1)
@@ -213,7 +216,6 @@ def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
             f"gives {tuple(logits.shape)[1:]} outputs an image where the data has {data['num_classes']} classes"
         )
         raise ConfigError("model", explanation, value=values["model"]["_target_"])
-    return model
 
 
 def build_loss(node: Mapping[str, Any], splits: Splits) -> nn.Module:
