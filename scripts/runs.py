@@ -6,6 +6,7 @@ scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv]
 import csv
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,11 @@ def read(run: Path, folder: Path) -> dict[str, Any] | None:
 def show(found: list[dict[str, Any]], metric: str) -> None:
     """The table of runs and, where an experiment has several seeds, that of their means."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console(highlight=False)
-    table = Table("run", "model", "data", "seed", "status", "seconds", metric)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    run = Column("run", no_wrap=True)  # the name is what other commands take
+    table = Table(run, "model", "data", "seed", "status", "seconds", metric)
     for row in found:
         value = row["metrics"].get(metric)
         figures = [str(row["seconds"]), "" if value is None else f"{value:.4f}"]
