@@ -28,14 +28,16 @@ def evaluate(config: Config) -> None:
     folder, split = Path(values["run"]), values["split"]
     run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
     run_config = with_data_root(run, values["root"])
-    splits = build_data(run_config["data"], seed=run_config["seed"])
+    # Nothing is fitted again: the run has its normalisation with it.
+    splits = build_data({**run_config["data"], "normalise": "none"}, seed=run_config["seed"])
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
         raise DataError("data", "differs from the data this run was trained on (fingerprint)")
     images = getattr(splits, split)
     if images is None:
         raise DataError(f"split={split}", "this run's data has no such part")
     batch_size = run_config["data"]["eval_batch_size"]
-    loader = EvalLoader(images, batch_size=batch_size, mean=splits.mean, std=splits.std, device=run.device)
+    normalisation = run.transform.normalisation.to(run.device)
+    loader = EvalLoader(images, batch_size=batch_size, normalisation=normalisation, device=run.device)
     logits, labels = predict(run.model, loader)
     report = {"run": str(folder), "split": split, "step": run.snapshot.step}
     report |= measure(logits, labels, run.class_names)

@@ -1,6 +1,6 @@
 """The table of all runs under a folder, and the mean over seeds of runs that differ in nothing else.
 
-scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv]
+scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv] [curves=FILE.png]
 """
 
 import csv
@@ -46,6 +46,19 @@ def runs(config: Config) -> None:
                     + [row["parameters"], row["seconds"], *metrics]
                 )
         print(f"written to {values['output']}")
+    if values["curves"]:
+        draw_curves(found, folder, name=metric.partition("/")[2], path=Path(values["curves"]))
+
+
+def draw_curves(found: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
+    """The metric over the steps of every run that has it, named by its model where that tells them apart."""
+    from analysis.figures import learning_curves, save
+    from trainer.run_folder import read_lines
+
+    models = [row["model"] for row in found]
+    key = "model" if len(set(models)) == len(models) else "run"
+    save(learning_curves({row[key]: read_lines(folder / row["run"] / "metrics.jsonl") for row in found}, name), path)
+    print(f"written to {path}")
 
 
 def read(run: Path, folder: Path) -> dict[str, Any] | None:

@@ -1,16 +1,20 @@
-"""Augmentations against torchvision's own, for given numbers; and what they may depend on."""
+"""Each augmentation against torchvision's own, or another independent reference, for given numbers."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage, stats
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as reference
 
 from core.errors import ConfigError
-from core.seeding import fold
-from data.augmentations import Augmentations, RandomAffine, RandomCrop, RandomFlip
-
-CPU = torch.device("cpu")
+from data.augmentations import Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, rectangles
+from data.color import ColorShift, PCAColor
+from data.corruptions import RandomBlur, RandomErasing, RandomNoise
+from data.distributions import SymmetricBeta, normal, per_pixel
+from data.mixing import CutMix, Mixup
 
 
 def pictures(batch: int, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:
@@ -20,6 +24,9 @@ def pictures(batch: int, channels: int = 3, height: int = 12, width: int = 12) -
 
 def uniform(batch: int, count: int) -> torch.Tensor:
     return torch.rand(batch, count, generator=torch.Generator().manual_seed(4))
+
+
+# Geometry
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])
@@ -65,7 +72,7 @@ def test_affine_is_torchvisions(height, width):
     for ours, picture, row in zip(result, images, numbers.tolist()):
         right, down, size, turn, lean, mirror = row
         flips += mirror < 0.5
-        reference = affine(
+        expected = affine(
             (picture.flip(-1) if mirror < 0.5 else picture).float()[None],
             angle=60 * (2 * turn - 1),
             translate=[0.2 * (2 * right - 1) * width, 0.2 * (2 * down - 1) * height],
@@ -74,7 +81,7 @@ def test_affine_is_torchvisions(height, width):
             interpolation=InterpolationMode.BILINEAR,
             fill=None,  # zeros; a value would be blended in by a mask
         )[0]
-        assert (ours - reference).abs().max() < 0.02  # of 255
+        assert (ours - expected).abs().max() < 0.02  # of 255
     assert 0 < flips < 40
 
 
@@ -88,62 +95,289 @@ def test_affine_of_no_change_changes_nothing():
     assert shifted(images, numbers)[..., :3].abs().max() < 1e-3
 
 
-STEPS = {
-    "crop": RandomCrop(padding=2),
-    "affine": RandomAffine(translate=0.2, scale=[0.7, 1.4], rotate=60, shear=25, mirror=0.5),
-    "flip": RandomFlip(probability=0.5),
-}
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 12, 12), (1, 9, 14)])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_resized_crop_is_torchvisions(channels, height, width, as_float):
+    step = RandomResizedCrop(area=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+    images, numbers = pictures(60, channels, height, width), uniform(60, 4)
+    images = images.float() if as_float else images
+    numbers[0], numbers[1] = 0, 1 - 2**-24
+    result = step(images, numbers)
+    assert result.dtype == torch.float32
+    boxes = rectangles(numbers, area=step.area, ratio=step.ratio, height=height, width=width)
+    for ours, picture, box in zip(result, images, torch.stack(boxes, dim=1).long().tolist()):
+        for antialias in (False, True):
+            expected = reference.resized_crop(picture.float(), *box, size=[height, width], antialias=antialias)
+            assert (ours - expected).abs().max() < 0.02  # of 255
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone():
-    images, indices = pictures(50), torch.arange(50)
-    frame = Augmentations(STEPS, seed=1)
-    frame.draw(epoch=2, samples=50, device=CPU)
-    whole = frame(images, indices, 2)
-    mixed = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    for part in (*mixed.split(7), *indices.split(1)[:5]):
-        assert torch.equal(frame(images[part], part, 2), whole[part])
-        # Another frame, which nobody has told how many samples there are, nor the epoch.
-        assert torch.equal(Augmentations(STEPS, seed=1)(images[part], part, 2), whole[part])
-    assert not torch.equal(frame(images, indices, 3), whole)
-    assert torch.equal(frame(images, indices, 2), whole)
+@pytest.mark.parametrize(("area", "ratio", "height", "width"), [
+    ((0.08, 1.0), (3 / 4, 4 / 3), 224, 224),
+    ((0.02, 0.4), (0.3, 1 / 0.3), 200, 400),
+    ((0.5, 1.0), (3 / 4, 4 / 3), 300, 100),
+])  # fmt: skip
+def test_rectangles_are_as_large_and_as_shaped_as_asked_for(area, ratio, height, width):
+    top, left, tall, wide = (
+        part.double() for part in rectangles(uniform(20000, 4), area=area, ratio=ratio, height=height, width=width)
+    )
+    assert min(top.min(), left.min()) >= 0 and min(tall.min(), wide.min()) >= 1
+    assert (top + tall).max() <= height and (left + wide).max() <= width
+    shares = tall * wide / (height * width)
+    assert stats.kstest(shares.numpy(), stats.uniform(area[0], area[1] - area[0]).cdf).statistic < 0.02
+    shapes = wide / tall
+    if height == width:
+        fits = shares < 0.7  # then every ratio has room
+        assert shapes[fits].min() > ratio[0] * 0.96 and shapes[fits].max() < ratio[1] * 1.04
+        spread = stats.uniform(math.log(ratio[0]), math.log(ratio[1] / ratio[0]))
+        assert stats.kstest(shapes[fits].log().numpy(), spread.cdf).statistic < 0.03
+    # Where there is room, each place is as likely as any other, the last one too.
+    for start, side, room in ((top, tall, height), (left, wide, width)):
+        if (free := side < 0.7 * room).any():
+            assert abs((start / (room - side))[free].mean() - 0.5) < 0.02
+            assert start[free].min() == 0 and (start + side)[free].max() == room
 
 
-def test_seed_epoch_index_and_step_all_matter():
-    images, indices = pictures(1).expand(50, -1, -1, -1), torch.arange(50)
-    base = Augmentations(STEPS, seed=1)(images, indices, 0)
-    for seed, epoch in ((2, 0), (1, 1)):
-        other = Augmentations(STEPS, seed=seed)(images, indices, epoch)
-        assert all(not torch.equal(ours, theirs) for ours, theirs in zip(base, other))
-    assert len({picture.numpy().tobytes() for picture in base}) == 50
-    frame = Augmentations({"a": RandomFlip(probability=0.5), "b": RandomFlip(probability=0.5)}, seed=1)
-    frame.draw(epoch=0, samples=50, device=CPU)
-    assert not torch.equal(frame.drawn["a"], frame.drawn["b"])
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 33)])
+def test_elastic_is_torchvisions_of_scipys_displacement(height, width):
+    step = Elastic(alpha=34, sigma=4)
+    images, numbers = pictures(6, 1, height, width), uniform(6, 1)
+    given = step.displacements(numbers, height=height, width=width)
+    noise = (2 * (per_pixel(numbers[:, 0], 2 * height * width) >> 16) + 1) / 2**16
+    assert noise.min() >= -1 and noise.max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.01
+    for displacement, field, ours, picture in zip(given, noise.view(given.shape), step(images, numbers), images):
+        for smooth, axis in zip(displacement.numpy(), field.double().numpy()):
+            assert abs(34 * ndimage.gaussian_filter(axis, 4, mode="constant", truncate=8) - smooth).max() < 2e-3
+        across = displacement * torch.tensor([2 / width, 2 / height]).view(2, 1, 1)  # the sides are -1 to 1
+        expected = reference.elastic(picture.float(), across.permute(1, 2, 0)[None], fill=None)
+        assert (ours - expected).abs().max() < 0.02
+    assert 1 < given.square().mean().sqrt() < 1.5  # 0.16 * 34 / 4, and less at the border
+    assert torch.equal(Elastic(alpha=0, sigma=4)(images, numbers).round(), images.float())
 
 
-def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_move_anothers():
-    frame = Augmentations(STEPS, seed=9)
-    frame.draw(epoch=4, samples=30, device=CPU)
-    generator = torch.Generator().manual_seed(fold(9, "augment", "flip", 4))
-    assert torch.equal(frame.drawn["flip"], torch.rand(30, 1, generator=generator))
-    alone = Augmentations({"flip": STEPS["flip"]}, seed=9)
-    alone.draw(epoch=4, samples=30, device=CPU)
-    assert torch.equal(alone.drawn["flip"], frame.drawn["flip"])
+# Colour
 
 
-def test_the_global_generator_is_left_alone():
-    before = torch.get_rng_state()
-    Augmentations(STEPS, seed=1)(pictures(5), torch.arange(5), 0)
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_color_shift_is_torchvisions(channels, as_float):
+    images, numbers = pictures(40, channels), uniform(40, 4)
+    images[0], images[1, :, :, :6] = 0, 255  # black, and greys among colours
+    images = images.float() if as_float else images
+    strengths = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.9, "hue": 0.5}
+    result = ColorShift(**strengths)(images, numbers)
+    for ours, picture, row in zip(result, images, numbers.tolist()):
+        brightness, contrast, saturation, hue = ((2 * u - 1) * s for u, s in zip(row, strengths.values()))
+        expected = reference.adjust_brightness(picture.float() / 255, 1 + brightness)
+        expected = reference.adjust_contrast(expected, 1 + contrast)
+        expected = reference.adjust_saturation(expected, 1 + saturation)
+        expected = reference.adjust_hue(expected, hue)
+        assert (ours - 255 * expected).abs().max() < 0.02
+    assert (result[1:] - images[1:]).abs().amax(dim=(1, 2, 3)).min() > 1
+    nothing = ColorShift(brightness=0, contrast=0, saturation=0, hue=0)
+    assert torch.equal(nothing(images, numbers), images.float())
 
 
-def test_nothing_to_do():
-    images = pictures(5)
-    assert Augmentations({}, seed=1)(images, torch.arange(5), 0) is images
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_color_shift_one_at_a_time(name):
+    """Alone, so that no order and no cutting off of the others hides a mistake."""
+    images, numbers = pictures(20), uniform(20, 4)
+    strengths = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0} | {name: 0.3}
+    result = ColorShift(**strengths)(images, numbers)
+    adjust = getattr(reference, f"adjust_{name}")
+    for ours, picture, number in zip(result, images, numbers[:, list(strengths).index(name)].tolist()):
+        change = 0.3 * (2 * number - 1) + (name != "hue")
+        assert (ours - 255 * adjust(picture.float() / 255, change)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pca_color_is_the_papers_formula_with_numpys_eigenvectors(channels):
+    images, numbers = pictures(30, channels, 5, 5), uniform(30, 3)
+    mixing = np.array([[0.2, 0.05, 0.1], [0.0, 0.1, 0.03], [0.02, 0.01, 0.04]])[:channels, :channels]
+    covariance = mixing @ mixing.T
+    step = PCAColor(sigma=0.7)
+    step.fit(torch.zeros(channels), torch.from_numpy(covariance))
+    values, vectors = np.linalg.eigh(covariance)
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(channels)])
+    for ours, picture, row in zip(step(images, numbers), images, numbers.double().numpy()):
+        multiples = 0.7 * stats.norm.ppf(row[:channels] + 2**-25)
+        shift = 255 * vectors @ (multiples * values)
+        assert np.abs(ours.numpy() - (picture.numpy() + shift[:, None, None])).max() < 1e-3
+    assert torch.equal(PCAColor(sigma=0.7)(images, numbers), images.float())  # fitted to nothing
+
+
+def test_shifts_of_pca_color_spread_as_the_data_does():
+    covariance = torch.tensor([[0.06, 0.05, 0.04], [0.05, 0.06, 0.05], [0.04, 0.05, 0.07]], dtype=torch.float64)
+    step = PCAColor(sigma=1)
+    step.fit(torch.zeros(3), covariance)
+    shifts = step(torch.zeros(50000, 3, 1, 1), uniform(50000, 3)).view(-1, 3).double() / 255
+    assert shifts.mean(0).abs().max() < 2e-3
+    assert (shifts.T.cov() - covariance @ covariance).abs().max() < 3e-4  # P diag(l^2) P^T
+
+
+# Corruptions
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("as_float", [False, True])
+@pytest.mark.parametrize("fill", ["random", "mean", "black"])
+def test_erasing_is_torchvisions(channels, as_float, fill):
+    step = RandomErasing(probability=0.6, area=[0.02, 0.4], ratio=[0.3, 1 / 0.3], fill=fill)
+    step.fit(torch.tensor([0.2, 0.4, 0.6][:channels]), torch.eye(channels))
+    images, numbers = pictures(60, channels, 12, 20), uniform(60, 6)
+    images = images.float() if as_float else images
+    result = step(images, numbers)
+    assert result.dtype == images.dtype
+    noise = (per_pixel(numbers[:, 5], channels * 240) >> 24).view(images.shape) + 128
+    boxes = rectangles(numbers[:, 1:5], area=step.area, ratio=step.ratio, height=12, width=20)
+    erased = 0
+    for index, (top, left, tall, wide) in enumerate(torch.stack(boxes, dim=1).long().tolist()):
+        value = torch.tensor([51, 102, 153][:channels] if fill == "mean" else [0] * channels)[:, None, None]
+        if fill == "random":
+            value = noise[index, :, top : top + tall, left : left + wide]
+        expected = images[index]
+        if numbers[index, 0] < 0.6:
+            expected = reference.erase(expected, top, left, tall, wide, value.to(images.dtype))
+            erased += 1
+        assert torch.equal(result[index], expected)
+    assert 20 < erased < 50
+    assert noise.min() >= 0 and noise.max() <= 255 and abs(noise.double().mean() - 127.5) < 2
+
+
+@pytest.mark.parametrize(("sigma", "height", "width"), [([0.1, 1.0], 12, 12), ([0.5, 2.0], 9, 14), ([1.0, 3.0], 5, 7)])
+def test_blur_is_torchvisions(sigma, height, width):
+    images, numbers = pictures(20, 3, height, width), uniform(20, 2)
+    result = RandomBlur(probability=0.7, sigma=sigma)(images, numbers)
+    radius = min(math.ceil(3 * sigma[1]), height - 1)
+    for ours, picture, (chance, size) in zip(result, images, numbers.tolist()):
+        if chance >= 0.7:
+            assert torch.equal(ours, picture.float())
+            continue
+        width_of_gaussian = sigma[0] + size * (sigma[1] - sigma[0])
+        expected = reference.gaussian_blur(picture.float(), [2 * radius + 1] * 2, [width_of_gaussian] * 2)
+        assert (ours - expected).abs().max() < 0.01
+
+
+def test_noise_is_normal_and_as_strong_as_asked_for():
+    images = torch.full((400, 3, 24, 24), 128, dtype=torch.uint8)
+    numbers = uniform(400, 3)
+    noise = RandomNoise(probability=0.5, sd=20)(images, numbers).double() - 128
+    noisy = numbers[:, 0] < 0.5
+    assert noise[~noisy].abs().max() == 0
+    unit = (noise[noisy] / (20 * numbers[noisy, 1, None, None, None].double())).clamp(-9, 9)
+    unit = unit[numbers[noisy, 1] > 0.1]
+    assert stats.kstest(unit.flatten().numpy(), "norm").statistic < 0.005
+    assert abs(unit.var() - 1) < 0.01 and len(unit.unique()) > 40000
+    for shift in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):  # samples, colours, neighbours
+        assert abs((unit * unit.roll(shift, (0, 1, 2, 3))).mean()) < 0.01
+    grey = RandomNoise(probability=1, sd=255)(pictures(50, 1), uniform(50, 3))
+    assert grey.min() == 0 and grey.max() == 255
+
+
+# Mixing
+
+
+def test_mixup_by_hand():
+    images = torch.tensor([[[[100, 200]]], [[[0, 40]]]], dtype=torch.uint8)  # a sample and its partner
+    labels = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    step = Mixup(alpha=1, probability=0.5)  # Beta(1, 1) is uniform
+    mixed, targets = step(images, labels, torch.tensor([[0.4, 0.75]]))
+    assert mixed.tolist() == [[[[75.0, 160.0]]]] and targets.tolist() == [[0.25, 0.75, 0.0]]
+    mixed, targets = step(images, labels, torch.tensor([[0.5, 0.75]]))  # not below the probability
+    assert mixed.tolist() == [[[[100.0, 200.0]]]] and targets.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_cutmix_is_the_papers_algorithm(as_float):
+    images, numbers = pictures(60, 3, 10, 14), uniform(30, 4)
+    images = images.float() if as_float else images
+    labels = functional.one_hot(torch.arange(60) % 7, 7).float()  # never the same as the partner's
+    mixed, targets = CutMix(alpha=1, probability=0.8)(images, labels, numbers)
+    assert mixed.dtype == images.dtype
+    for index, (chance, share, across, down) in enumerate(numbers.tolist()):
+        expected, kept = images[index].clone(), 1.0
+        if chance < 0.8:
+            wide, tall = int(14 * math.sqrt(1 - share)), int(10 * math.sqrt(1 - share))
+            x, y = int(14 * across), int(10 * down)
+            left, right = max(x - wide // 2, 0), min(x + wide // 2, 14)
+            top, bottom = max(y - tall // 2, 0), min(y + tall // 2, 10)
+            expected[:, top:bottom, left:right] = images[30 + index, :, top:bottom, left:right]
+            kept = 1 - (right - left) * (bottom - top) / 140
+        assert torch.equal(mixed[index], expected)
+        assert (targets[index] - (kept * labels[index] + (1 - kept) * labels[30 + index])).abs().max() < 1e-6
+    assert (targets.sum(1) - 1).abs().max() < 1e-6
+
+
+# Distributions
+
+
+@pytest.mark.parametrize("a", [0.05, 0.2, 0.4, 1.0, 1.5, 8.0])
+def test_beta_is_scipys(a):
+    numbers = torch.cat([uniform(20000, 1)[:, 0], torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])])
+    ours = SymmetricBeta("alpha", a)(numbers).double().numpy()
+    expected = stats.beta.ppf(numbers.double().numpy(), a, a)
+    assert ours.min() >= 0 and ours.max() <= 1
+    assert np.abs(ours - expected).mean() < 2e-5
+    inside = (numbers > 1e-3) & (numbers < 1 - 1e-3)  # steep ends are straight lines of the table
+    assert np.abs(ours - expected)[inside.numpy()].max() < 1e-3
+
+
+def test_normal_is_scipys():
+    numbers = torch.cat([uniform(2000, 1)[:, 0], torch.tensor([0.0, 1 - 2**-24])])
+    assert np.abs(normal(numbers).numpy() - stats.norm.ppf(numbers.double().numpy() + 2**-25)).max() < 1e-5
+
+
+def test_numbers_for_pixels_are_even_and_unlike_each_other():
+    seeds = torch.cat([uniform(100, 1)[:, 0], torch.arange(100) / 2**24])  # near ones too
+    numbers = per_pixel(seeds, 5000)
+    assert len(numbers.unique()) > 0.999 * numbers.numel()
+    spread = numbers.double() / 2**32 + 0.5
+    assert stats.kstest(spread[:, ::5].flatten().numpy(), "uniform").statistic < 0.003
+    for bit in range(32):
+        ones = (numbers >> bit & 1).double()
+        assert abs(ones.mean() - 0.5) < 0.002
+    unit = (spread - 0.5) * 12**0.5
+    for shift in ((1, 0), (0, 1), (0, 28), (0, 32)):
+        assert abs((unit * unit.roll(shift, (0, 1))).mean()) < 0.004
+    assert (unit.mean(1).abs() < 6 / 5000**0.5).all() and (unit.mean(0).abs() < 6 / 200**0.5).all()
+
+
+# Wrong arguments
 
 
 def affine(**changes: object) -> RandomAffine:
     return RandomAffine(**{"translate": 0.1, "scale": [0.9, 1.1], "rotate": 5, "shear": 5, "mirror": 0} | changes)
+
+
+def resized_crop(**changes: object) -> RandomResizedCrop:
+    return RandomResizedCrop(**{"area": [0.1, 1], "ratio": [0.5, 2]} | changes)
+
+
+def elastic(**changes: object) -> Elastic:
+    return Elastic(**{"alpha": 1, "sigma": 1} | changes)
+
+
+def color_shift(**changes: object) -> ColorShift:
+    return ColorShift(**{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0} | changes)
+
+
+def erasing(**changes: object) -> RandomErasing:
+    return RandomErasing(**{"probability": 1, "area": [0.1, 1], "ratio": [0.5, 2], "fill": "black"} | changes)
+
+
+def blur(**changes: object) -> RandomBlur:
+    return RandomBlur(**{"probability": 1, "sigma": [1, 2]} | changes)
+
+
+def noise(**changes: object) -> RandomNoise:
+    return RandomNoise(**{"probability": 1, "sd": 2} | changes)
+
+
+def mixup(**changes: object) -> Mixup:
+    return Mixup(**{"alpha": 1, "probability": 1} | changes)
+
+
+def cutmix(**changes: object) -> CutMix:
+    return CutMix(**{"alpha": 1, "probability": 1} | changes)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +385,37 @@ def affine(**changes: object) -> RandomAffine:
     [
         (RandomCrop, "padding", -1),
         (RandomFlip, "probability", 1.5),
+        (RandomFlip, "probability", "half"),
         (affine, "translate", -0.1),
         (affine, "scale", [1.1, 0.9]),
         (affine, "scale", [0.0, 0.9]),
         (affine, "scale", [1.0]),
+        (affine, "scale", 1.0),
         (affine, "rotate", 181),
         (affine, "shear", 90),
         (affine, "mirror", float("nan")),
+        (resized_crop, "area", [0, 1]),
+        (resized_crop, "area", [0.5, 1.1]),
+        (resized_crop, "ratio", [2, 1]),
+        (elastic, "alpha", -1),
+        (elastic, "sigma", 0),
+        (color_shift, "brightness", 1.1),
+        (color_shift, "contrast", -0.1),
+        (color_shift, "saturation", 2),
+        (color_shift, "hue", 0.6),
+        (PCAColor, "sigma", -0.1),
+        (erasing, "probability", 2),
+        (erasing, "area", [0.1, 2]),
+        (erasing, "ratio", ["a", "b"]),
+        (erasing, "fill", "white"),
+        (blur, "probability", -1),
+        (blur, "sigma", [0, 1]),
+        (noise, "probability", -1),
+        (noise, "sd", 256),
+        (mixup, "alpha", 0),
+        (mixup, "probability", 2),
+        (cutmix, "alpha", True),
+        (cutmix, "probability", 2),
     ],
 )
 def test_bad_arguments_name_themselves(build, key, value):

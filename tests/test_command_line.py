@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,3 +228,28 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
     named = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
     assert named <= scalars.keys()  # each metric column has a value
     assert "_hparams_/session_end_info" in run.summary_metadata
+
+
+def test_a_network_from_outside_as_contributing_shows_it(tmp_path):
+    """The section's own files and commands, in a folder that is not the repository."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## A new network")[2].partition("\n## ")[0]
+    for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
+        path = tmp_path / re.match(r"# (mine/[\w/]+\.\w+)", block)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block)
+    train, evaluate = re.findall(r"PYTHONPATH=mine .venv/bin/python scripts/(\w+)\.py (.*)", section)
+    environment = os.environ | {"PYTHONPATH": "mine"}
+
+    def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+
+    done = call(train[0], *train[1].split(), "trainer.max_epochs=12", "trainer.threads=1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "outputs/pooled/summary.json").read_text())
+    assert summary["parameters"] == 32 * 25 + 32 + 32 * 10 + 10  # model.filters=32 has arrived
+    assert summary["test"]["accuracy"] > 0.3  # a tenth by chance
+    done = call(evaluate[0], *evaluate[1].split())
+    assert done.returncode == 0, done.stderr
+    refused = call(evaluate[0], evaluate[1].split()[0])
+    assert refused.returncode == 7 and "trust=[pooled]" in refused.stderr

@@ -3,21 +3,28 @@
 import gzip
 import hashlib
 import pickle
+import runpy
 import struct
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from conftest import built, trained
 from PIL import Image
 
+from core.config import Config
 from core.errors import ConfigError, DataError
 from data import datasets, splits
 from data.datasets import Collection
 from data.images import Files, Images, decode
-from data.normalisation import Standardise, statistics
 from data.stratification import split, stratified
 from data.synthetic import synthetic
+from trainer.restore import load_run
 
 
 def prepare(collection: Collection, **changes: object) -> splits.Splits:
@@ -91,7 +98,9 @@ def write_mnist(folder: Path) -> dict[str, np.ndarray]:
     return written
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 def test_idx_files_in_the_official_layout(tmp_path, name, folder):
     written = write_mnist(tmp_path / folder / "raw")
     collection = getattr(datasets, name)(root=str(tmp_path), download=True)
@@ -102,29 +111,131 @@ def test_idx_files_in_the_official_layout(tmp_path, name, folder):
     assert len(collection.class_names) == 10 and collection.val is None
 
 
-def test_cifar_batches_in_the_official_layout(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
+# Of each: folder, training files, test files, the key of their labels; the file of names, its key, how many there are.
+CIFAR = {
+    "cifar10": (
+        *("cifar-10-batches-py", [f"data_batch_{number}" for number in range(1, 6)], ["test_batch"]),
+        *("labels", "batches.meta", "label_names", 10),
+    ),
+    "cifar100": ("cifar-100-python", ["train"], ["test"], "fine_labels", "meta", "fine_label_names", 100),
+}
 
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
+
+def write_cifar(root: Path, name: str, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Small files in the official format, whose digests pass for the official ones; their planes, by file."""
+    from torchvision import datasets as official
+
+    folder, train, test, key, meta, names_key, classes = CIFAR[name]
+    (root / folder).mkdir()
     random = np.random.default_rng(2)
     planes = {}
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        planes[name] = random.integers(0, 256, (10, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": planes[name], "labels": list(range(10))}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"name {label}" for label in range(10)]}))
+    for file in (*train, *test):
+        planes[file] = random.integers(0, 256, (2 * classes, 3072), dtype=np.uint8)
+        labels = {key: list(range(classes)) * 2, "coarse_labels": [0] * classes * 2}
+        (root / folder / file).write_bytes(pickle.dumps({"data": planes[file], **labels}))
+    names = {names_key: [f"name {label}" for label in range(classes)], "coarse_label_names": ["none"]}
+    (root / folder / meta).write_bytes(pickle.dumps(names))
 
+    def listed(files: list[str]) -> list[list[str]]:
+        return [[file, hashlib.md5((root / folder / file).read_bytes()).hexdigest()] for file in files]
+
+    source = getattr(official, name.upper())
+    patch.setattr(source, "train_list", listed(train))
+    patch.setattr(source, "test_list", listed(test))
+    patch.setitem(source.meta, "md5", listed([meta])[0][1])
+    return planes
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_batches_in_the_official_layout(tmp_path, name):
+    folder, train, test, *_, classes = CIFAR[name]
+    read = getattr(datasets, name)
+    with pytest.MonkeyPatch.context() as patch:
+        planes = write_cifar(tmp_path, name, patch)
+        collection = read(root=str(tmp_path), download=False)
+        for part, files in ((collection.train, train), (collection.test, test)):
+            assert np.array_equal(
+                part.pixels.numpy(), np.concatenate([planes[file] for file in files]).reshape(-1, 3, 32, 32)
+            )
+            assert part.labels.tolist() == list(range(classes)) * 2 * len(files)
+        assert collection.class_names == [f"name {label}" for label in range(classes)] and collection.val is None
     with pytest.raises(DataError, match="damaged") as caught:  # these files are not the official ones
-        datasets.cifar10(root=str(tmp_path), download=False)
-    assert caught.value.subject == str(folder)
+        read(root=str(tmp_path), download=False)
+    assert caught.value.subject == str(tmp_path / folder)
+    (tmp_path / folder / test[0]).unlink()
+    with pytest.raises(DataError, match=f"lacks {test[0]}; .*data.download=true"):
+        read(root=str(tmp_path), download=False)
 
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setitem(CIFAR10.meta, "md5", None)
-    collection = datasets.cifar10(root=str(tmp_path), download=False)
-    expected = np.concatenate([planes[f"data_batch_{number}"] for number in range(1, 6)]).reshape(50, 3, 32, 32)
-    assert np.array_equal(collection.train.pixels.numpy(), expected)
-    assert collection.test.labels.tolist() == list(range(10))
-    assert collection.class_names[3] == "name 3"
+
+def write_svhn(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Small files in MATLAB's format, whose digests pass for the official ones; their pixels (N, H, W, C), by part."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    folder.mkdir()
+    random = np.random.default_rng(3)
+    written = {part: random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for part, count in SVHN_SIZES.items()}
+    listed = {}
+    for part, pixels in written.items():
+        file = folder / f"{part}_32x32.mat"
+        labels = np.arange(len(pixels))[:, None] % 10 + 1  # 1 to 10, and 10 stands for the digit 0
+        savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": labels.astype(np.uint8)})
+        listed[part] = [file.as_uri(), file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    patch.setattr(SVHN, "split_list", listed)
+    return written
+
+
+SVHN_SIZES = {"train": 30, "test": 20}
+
+
+def test_svhn_files_in_the_official_format(tmp_path, monkeypatch):
+    written = write_svhn(tmp_path / "svhn", monkeypatch)
+    collection = datasets.svhn(root=str(tmp_path), download=False)
+    for part in SVHN_SIZES:
+        images = getattr(collection, part)
+        assert images.pixels.dtype == torch.uint8 and images.pixels.is_contiguous()
+        assert np.array_equal(images.pixels.numpy(), written[part].transpose(0, 3, 1, 2))
+        assert images.labels.tolist() == [(label + 1) % 10 for label in range(len(images))]
+    assert collection.class_names == list("0123456789") and collection.val is None
+    file = tmp_path / "svhn/test_32x32.mat"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match="damaged") as caught:
+        datasets.svhn(root=str(tmp_path), download=True)
+    assert caught.value.subject == str(tmp_path / "svhn")
+
+
+@pytest.fixture
+def served(tmp_path) -> Iterator[str]:
+    """The address of a web server on this machine, for the files in tmp_path."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, args=(0.02,)).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_svhn_is_downloaded_part_by_part_but_appears_whole(tmp_path, monkeypatch, capsys, served):
+    from torchvision.datasets import SVHN
+
+    written = write_svhn(tmp_path / "there", monkeypatch)
+    for part, address in (("train", f"{served}/there/train_32x32.mat"), ("test", f"{served}/nowhere")):
+        monkeypatch.setitem(SVHN.split_list, part, [address, *SVHN.split_list[part][1:]])
+    with pytest.raises(DataError, match="cannot be downloaded.*404.*data.root") as caught:
+        datasets.svhn(root=str(tmp_path / "root"), download=True)
+    assert caught.value.subject == str(tmp_path / "root/svhn")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    # The part that somebody has put there is checked, and used; the address of the other one works.
+    (tmp_path / "root/svhn").mkdir(parents=True)
+    whole = (tmp_path / "there/test_32x32.mat").read_bytes()
+    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(whole[:-1])
+    with pytest.raises(DataError, match="digest does not match") as caught:
+        datasets.svhn(root=str(tmp_path / "root"), download=True)
+    assert caught.value.subject == str(tmp_path / "root/svhn/test_32x32.mat")
+    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(whole)
+    collection = datasets.svhn(root=str(tmp_path / "root"), download=True)
+    assert np.array_equal(collection.train.pixels.numpy(), written["train"].transpose(0, 3, 1, 2))
+    assert sorted(path.name for path in (tmp_path / "root/svhn").iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["svhn"]
+    assert capsys.readouterr().out == ""
 
 
 def test_missing_files_without_download_are_named(tmp_path):
@@ -134,6 +245,9 @@ def test_missing_files_without_download_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is not a folder"):
         datasets.mnist(root=str(tmp_path / "file"), download=True)
+    with pytest.raises(DataError, match="is not a folder") as caught:
+        datasets.svhn(root=str(tmp_path / "file"), download=True)
+    assert caught.value.subject == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize("trouble", [OSError("no network"), RuntimeError("File not found or corrupted.")])
@@ -278,6 +392,67 @@ def test_empty_class_folder(tmp_path):
     write_folder(tmp_path / "all", {"a": 0, "b": 0})
     with pytest.raises(DataError, match="no pictures for a, b"):
         folder(tmp_path / "all", empty_class="keep")
+
+
+# --------------------------------------------------------------------------------------------- runs on what was read
+
+
+@pytest.mark.parametrize("name", ["kmnist", "cifar100", "svhn", "imagenet"])
+def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name):
+    root = tmp_path / "data"
+    root.mkdir()
+    overrides = [f"data={name}", f"data.root={root}", "data.batch_size=8", "data.val_fraction=0.5"]
+    if name == "kmnist":
+        write_mnist(root / "KMNIST/raw")
+    elif name == "cifar100":
+        write_cifar(root, name, monkeypatch)
+    elif name == "svhn":
+        write_svhn(root / "svhn", monkeypatch)
+    else:
+        for part in ("train", "val"):
+            write_folder(root / part, {"n01440764": 9, "n01443537": 9})
+        with pytest.raises(ConfigError, match="data.num_classes = 1000: the data has 2 classes"):
+            built(tmp_path / "run", *overrides)
+        overrides += ["data.num_classes=2", "data.image_size=6", "data.num_workers=1", "data.memory_budget=0"]
+    trainer = trained(tmp_path / "run", *overrides, "trainer.max_epochs=1")
+    run = load_run(tmp_path / "run")
+    assert run.class_names == trainer.data_values["class_names"]
+
+    # The pictures as they were found, through the run's transform: what the trainer gave to the network.
+    if name == "imagenet":
+        split, found, [batch] = "val", folder(root).val, trainer.val_loader
+        pictures = found.pixels.paths
+    else:
+        split, found, [batch] = (
+            "test",
+            getattr(datasets, name)(root=str(root), download=False).test,
+            trainer.test_loader,
+        )
+        pictures = found.pixels
+    assert torch.equal(torch.stack([run.transform(picture) for picture in pictures]), batch.images)
+    with torch.inference_mode():
+        probabilities = run.model(batch.images).softmax(1)
+
+    shared = {"run": str(tmp_path / "run"), "checkpoint": "best", "device": "cpu", "trust": []}
+    call("evaluate", shared | {"split": split, "root": None})
+    accuracy = (probabilities.argmax(1) == found.labels).float().mean().item()
+    assert f"{len(found)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
+
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pictures[:3]):
+        pixels = decode(picture, image_size=None, channels=3) if isinstance(picture, Path) else picture
+        Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"pictures/{number}.png")
+    call("predict", shared | {"input": str(tmp_path / "pictures"), "output": str(tmp_path / "out"), "batch_size": 2})
+    rows = [line.split(",") for line in (tmp_path / "out").read_text().splitlines()]
+    assert rows[0][3:] == run.class_names
+    written = torch.tensor([[float(value) for value in row[3:]] for row in rows[1:]])
+    torch.testing.assert_close(written, probabilities[:3], rtol=0, atol=2e-6)  # six digits are written
+
+
+def call(script: str, values: dict[str, object]) -> None:
+    """Do in this process what a script does with a config of these values."""
+    path = Path(__file__).resolve().parents[1] / f"scripts/{script}.py"
+    runpy.run_path(str(path))[script](Config(values, record={}, changes={}, job=None))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -431,35 +606,6 @@ def test_limit_train_leaves_the_other_parts_alone():
     assert len(prepare(collection, limit_train=1000).train) == 90
 
 
-def test_statistics_are_those_of_the_training_part_alone():
-    ready = prepare(numbered([300, 200], channels=3), channels=3, val_fraction=0.3)
-    pixels = ready.train.pixels.numpy().astype(np.float64) / 255
-    assert np.allclose(ready.mean.numpy(), pixels.mean((0, 2, 3)), rtol=1e-7, atol=0)
-    assert np.allclose(ready.std.numpy(), pixels.std((0, 2, 3)), rtol=1e-7, atol=0)
-
-
-def test_statistics_stay_exact_where_floats_would_cancel():
-    pixels = torch.full((2000, 1, 64, 64), 255, dtype=torch.uint8)  # 8.2 million pixels
-    pixels[0, 0, 0, 0] = 254
-    mean, std = statistics([pixels[:700], pixels[700:]])
-    share = 1 / pixels.numel()
-    assert std.item() == pytest.approx((share * (1 - share)) ** 0.5 / 255, rel=1e-6)
-    assert mean.item() == pytest.approx(1 - share / 255, rel=1e-7)
-    assert statistics([pixels[1:]])[1].item() == 1  # no contrast at all
-
-
-def test_standardise():
-    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
-    mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 1.0])
-    expected = (images.numpy() / 255 - mean.numpy().reshape(3, 1, 1)) / std.numpy().reshape(3, 1, 1)
-    for given in (images, images.float()):
-        copy = given.clone()
-        ready = Standardise(mean, std, device=torch.device("cpu"), channels_last=True)(given)
-        assert ready.dtype == torch.float32 and ready.is_contiguous(memory_format=torch.channels_last)
-        assert np.allclose(ready.numpy(), expected, atol=1e-6)
-        assert torch.equal(given, copy)
-
-
 def test_channels_follow_pillow():
     collection = numbered([30, 30], channels=3)
     ready = prepare(collection, val_fraction=0)
@@ -514,6 +660,7 @@ def test_labels_that_cannot_be(labels, message):
         ("limit_train", 0),
         ("limit_eval", 0),
         ("image_size", 0),
+        ("normalise", "zac"),
     ],
 )
 def test_bad_settings_name_their_key(key, value):
@@ -541,7 +688,8 @@ def test_memory_budget_decides_whether_files_are_decoded_at_once(tmp_path):
     assert torch.equal(
         kept.train.pixels, torch.stack([streamed.train.pixels[index] for index in range(len(kept.train))])
     )
-    assert torch.equal(kept.mean, streamed.mean) and torch.equal(kept.std, streamed.std)
+    for name, tensor in kept.normalisation.tensors.items():
+        assert torch.equal(tensor, streamed.normalisation.tensors[name])
     assert kept.fingerprint == streamed.fingerprint
     with pytest.raises(ConfigError, match="fit = pad"):
         prepare(collection, fit="pad")

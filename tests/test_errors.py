@@ -36,7 +36,7 @@ def script(tmp_path, monkeypatch, capfd):
 
 
 CONFIG = {
-    "C01 option": (["model=resnet19"], "model = resnet19", ["did you mean resnet18?", "lenet5, mlp"]),
+    "C01 option": (["model=resnet19"], "model = resnet19", ["did you mean resnet18?", "lenet5, maxout, mlp, nin"]),
     "C01 group": (["modle=mlp"], "modle = mlp", ["did you mean model?"]),
     "C02 key": (["trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
     "C02 plus": (["+trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),

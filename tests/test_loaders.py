@@ -1,17 +1,24 @@
 """What the loop gets: every sample once an epoch, the same numbers whatever the workers and wherever it starts."""
 
+import multiprocessing
+
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.augmentations import Augmentations, RandomAffine, RandomCrop
+from data.adapter import ASampleAtATime
+from data.augmentations import RandomAffine, RandomCrop
 from data.images import Files, Images
 from data.loaders import Batch, EvalLoader, TrainLoader
+from data.mixing import CutMix, Mixup
+from data.normalisation import Normalisation
+from data.pipeline import Augmentations
 
 CPU = torch.device("cpu")
-MEAN, STD = torch.tensor([0.4]), torch.tensor([0.2])
+NORMALISATION = Normalisation({"mean": torch.tensor([0.4]), "std": torch.tensor([0.2])})
 
 
 def images(count: int) -> Images:
@@ -19,10 +26,18 @@ def images(count: int) -> Images:
     return Images(pixels, torch.arange(count) % 3)
 
 
+STEPS = {"crop": RandomCrop(padding=2), "affine": RandomAffine(0.1, [0.8, 1.2], 20, 10, 0.5)}
+MIX = {"mixup": Mixup(alpha=1, probability=0.8), "cutmix": CutMix(alpha=1, probability=0.8)}
+TRANSFORM = {"transform": ASampleAtATime(v2.TrivialAugmentWide(), name="augment.transform")}
+
+
+def augmentations(**steps: object) -> Augmentations:
+    return Augmentations(steps, seed=1, num_classes=3)
+
+
 def train_loader(data: Images, **changes: object) -> TrainLoader:
-    steps = {"crop": RandomCrop(padding=2), "affine": RandomAffine(0.1, [0.8, 1.2], 20, 10, 0.5)}
-    settings = {"batch_size": 4, "accumulate": 1, "seed": 1, "augmentations": Augmentations(steps, 1)}
-    return TrainLoader(data, **(settings | {"mean": MEAN, "std": STD, "device": CPU} | changes))
+    settings = {"batch_size": 4, "accumulate": 1, "seed": 1, "augmentations": augmentations(**STEPS)}
+    return TrainLoader(data, **(settings | {"normalisation": NORMALISATION, "device": CPU} | changes))
 
 
 def seen(steps: list[list[Batch]]) -> list[list[list[int]]]:
@@ -99,7 +114,7 @@ def test_a_start_in_the_middle_gives_the_same_bits(start):
 
 def test_labels_and_pixels_belong_to_the_indices():
     data = images(14)
-    for [batch] in train_loader(data, augmentations=Augmentations({}, 1)).steps(0):
+    for [batch] in train_loader(data, augmentations=augmentations()).steps(0):
         assert torch.equal(batch.labels, data.labels[batch.indices])
         expected = (data.pixels[batch.indices].double() / 255 - 0.4) / 0.2
         assert batch.images.dtype == torch.float32
@@ -108,7 +123,7 @@ def test_labels_and_pixels_belong_to_the_indices():
 
 def test_channels_last():
     data = Images(images(8).pixels.repeat(1, 3, 1, 1), images(8).labels)
-    for [batch] in train_loader(data, mean=MEAN.repeat(3), std=STD.repeat(3), channels_last=True).steps(0):
+    for [batch] in train_loader(data, normalisation=NORMALISATION.to(CPU, channels_last=True)).steps(0):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -121,12 +136,66 @@ def files(tmp_path):
     return Images(Files(paths, image_size=6, channels=1), images(22).labels)
 
 
-def test_streamed_files_give_the_bits_of_resident_pixels_whatever_the_workers(files):
-    expected = list(train_loader(images(22), accumulate=2).steps(1, 1))
+@pytest.mark.parametrize("steps", [STEPS, STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["own", "mixed", "from elsewhere"])
+def test_files_and_workers_change_no_bit(files, steps):
+    expected = list(train_loader(images(22), accumulate=2, augmentations=augmentations(**steps)).steps(1))
+    for batch in (batch for step in expected for batch in step):
+        assert len(batch.images) == len(batch.labels) == len(batch.indices)
+        assert batch.labels.dtype == (torch.float32 if MIX.keys() <= steps.keys() else torch.int64)
     state = torch.get_rng_state()
-    for num_workers in (0, 2):
-        assert same(list(train_loader(files, accumulate=2, num_workers=num_workers).steps(1, 1)), expected)
+    for data in (images(22), files):
+        for num_workers in (0, 1, 2):
+            loader = train_loader(data, accumulate=2, augmentations=augmentations(**steps), num_workers=num_workers)
+            assert same(list(loader.steps(1, 1)), expected[1:])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("steps", [STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["mixed", "from elsewhere"])
+def test_sizes_of_batches_do_not_change_a_sample(steps):
+    """Partners included, which may stand in any batch, and be samples that drop_last leaves out."""
+
+    def sample_by_sample(**changes: object) -> dict[int, tuple[bytes, list[float]]]:
+        loader = train_loader(images(23), augmentations=augmentations(**steps), **changes)
+        return {
+            index: (picture.numpy().tobytes(), label.tolist())
+            for step in loader.steps(3)
+            for batch in step
+            for picture, label, index in zip(batch.images, batch.labels, batch.indices.tolist(), strict=True)
+        }
+
+    reference = sample_by_sample(batch_size=23)
+    assert len(reference) == 23
+    for batch_size, accumulate in ((1, 1), (3, 2), (8, 1)):
+        assert sample_by_sample(batch_size=batch_size, accumulate=accumulate) == reference
+    fewer = sample_by_sample(batch_size=8, drop_last=True)
+    assert len(fewer) == 16 and all(reference[index] == sample for index, sample in fewer.items())
+
+
+class InWorker:
+    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(picture, multiprocessing.parent_process() is not None)
+
+
+def test_transforms_run_in_the_workers():
+    for num_workers in (0, 1):
+        mine = augmentations(mine=ASampleAtATime(InWorker(), name="augment.mine"))
+        loader = train_loader(images(8), augmentations=mine, num_workers=num_workers)
+        assert {batch.images.unique().item() for batch in loader.pictures(0)} == {num_workers}
+
+
+class Breaks:
+    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_transform_that_breaks_is_named_also_from_a_worker(num_workers):
+    broken = augmentations(mine=ASampleAtATime(Breaks(), name="augment.mine"))
+    with pytest.raises(ConfigError) as caught:
+        list(train_loader(images(22), augmentations=broken, num_workers=num_workers).steps(0))
+    told = "error[config] augment.mine: fails on a picture (1, 6, 6): RuntimeError: on purpose"
+    assert str(caught.value) == told
+    assert not multiprocessing.active_children()  # though `caught` holds the frames of the error
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -134,13 +203,13 @@ def test_a_broken_file_is_named_also_from_a_worker(files, num_workers):
     files.pixels.paths[7].write_bytes(b"")
     with pytest.raises(DataError) as caught:
         list(train_loader(files, num_workers=num_workers).steps(0))
-    assert caught.value.subject == str(files.pixels.paths[7])
+    assert str(caught.value).startswith(f"error[data] {files.pixels.paths[7]}: is not a picture")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_evaluation_keeps_the_order_and_drops_nothing(files, streamed):
     data = files if streamed else images(22)
-    loader = EvalLoader(data, batch_size=7, mean=MEAN, std=STD, device=CPU)
+    loader = EvalLoader(data, batch_size=7, normalisation=NORMALISATION, device=CPU)
     for _ in range(2):
         batches = list(loader)
         assert len(loader) == len(batches) == 4

@@ -13,10 +13,14 @@ from torch.nn import functional
 
 from core.errors import ConfigError
 from models.adapter import adapt
-from models.blocks import ACTIVATIONS, SCHEMES, activation, initialise
+from models.alexnet import AlexNet
+from models.blocks import ACTIVATIONS, SCHEMES, LocalResponseNorm, Maxout, activation, initialise
 from models.lenet import LeNet, LeNet5
+from models.maxout import MaxoutNet
 from models.mlp import MLP
+from models.nin import NIN
 from models.resnet import PaddedShortcut, ResNet
+from models.vgg import VGG
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
@@ -25,6 +29,18 @@ GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
 DIGITS: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": 28}
 CIFAR: dict[str, Any] = {"num_classes": 10, "in_channels": 3}
 SMALL: dict[str, Any] = {**CIFAR, "depths": [1, 1, 1], "widths": [4, 8, 16], "stem": "small"}  # quick to run
+SMALL_VGG: dict[str, Any] = {**CIFAR, "stages": [[4], [8, 8]], "head": "small"}
+SMALL_NIN: dict[str, Any] = {**CIFAR, "widths": [[6, 5], [8, 7, 6]], "kernel_sizes": [5, 3]}
+ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small network of each class
+    **dict.fromkeys((MLP, LeNet5, LeNet), DIGITS),
+    ResNet: SMALL,
+    VGG: SMALL_VGG,
+    NIN: SMALL_NIN,
+    MaxoutNet: {**DIGITS, "widths": [4, 8]},
+    AlexNet: {**CIFAR, "image_size": 67},  # 18 million parameters: its linear layers have one width
+}
+# The others take seconds each: `make test-slow` trains every config at its own size.
+CHEAP = [name for name in NAMES if GOLDENS[name]["parameters"] < 15e6]
 
 
 def _load_zoo() -> Any:
@@ -88,9 +104,53 @@ def test_goldens_have_no_other_entries() -> None:
         ("lenet", 233_196, 24**2 * 20 * 25 + 8**2 * 50 * 20 * 25 + 800 * 256 + 256 * 10),
         # Each stage does the same work but for its first convolution, which reads half the channels.
         ("resnet20", 269_722, 32**2 * 16 * 27 + (6 + 5.5 + 5.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("resnet32", 464_154, 32**2 * 16 * 27 + (10 + 9.5 + 9.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("resnet44", 658_586, 32**2 * 16 * 27 + (14 + 13.5 + 13.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("resnet56", 853_018, 32**2 * 16 * 27 + (18 + 17.5 + 17.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("resnet110", 1_727_962, 32**2 * 16 * 27 + (36 + 35.5 + 35.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("plain20", 269_722, 32**2 * 16 * 27 + (6 + 5.5 + 5.5) * 32**2 * 16 * 144 + 64 * 10),
+        ("plain110", 1_727_962, 32**2 * 16 * 27 + (36 + 35.5 + 35.5) * 32**2 * 16 * 144 + 64 * 10),
         ("resnet18", 11_689_512, 1_814_073_344),
         ("resnet34", 21_797_672, 3_663_761_408),
         ("resnet50", 25_557_032, 4_089_184_256),
+        ("resnet101", 44_549_160, 7_801_405_440),
+        ("resnet152", 60_192_808, 11_513_626_624),
+        # By hand from figure 2: a unit of convolution 2, 4 or 5 reads half of the channels.
+        (
+            "alexnet",
+            60_965_224,
+            55**2 * 96 * 3 * 121
+            + 27**2 * 256 * 48 * 25
+            + 13**2 * (384 * 256 + 384 * 192 + 256 * 192) * 9
+            + 9216 * 4096
+            + 4096 * 4096
+            + 4096 * 1000,
+        ),
+        ("vgg11", 132_863_336, 7_609_090_048),
+        ("vgg13", 133_047_848, 11_308_466_176),
+        ("vgg16", 138_357_544, 15_470_264_320),
+        ("vgg19", 143_667_240, 19_632_062_464),
+        ("vgg11_bn", 132_868_840, 7_609_090_048),
+        ("vgg13_bn", 133_053_736, 11_308_466_176),
+        ("vgg16_bn", 138_365_992, 15_470_264_320),
+        ("vgg19_bn", 143_678_248, 19_632_062_464),
+        # VGG-16's convolutions, at a 49th of the pixels.
+        ("vgg16_small", 14_728_266, (15_470_264_320 - 25_088 * 4096 - 4096 * 4096 - 4096 * 1000) // 49 + 512 * 10),
+        (
+            "vgg_tiny",
+            140_778,
+            28**2 * (32 + 32 * 32) * 9 + 14**2 * (32 * 64 + 64 * 64) * 9 + 7**2 * 64 * 128 * 9 + 128 * 10,
+        ),
+        (
+            "nin",
+            966_986,
+            32**2 * (192 * 75 + 160 * 192 + 96 * 160)
+            + 16**2 * (192 * 96 * 25 + 192 * 192 + 192 * 192)
+            + 8**2 * (192 * 192 * 9 + 192 * 192 + 10 * 192),
+        ),
+        ("maxout", 165_706, 28**2 * 64 * 25 + 14**2 * 64 * 32 * 25 + 7**2 * 128 * 32 * 25 + 1024 * 10),
+        ("googlenet", 13_378_280, 1_582_671_872),
+        ("inception_v3", 27_161_264, 5_713_216_096),
     ],
 )
 def test_goldens_are_the_numbers_of_the_papers(name: str, parameters: int, multiply_adds: int) -> None:
@@ -98,24 +158,28 @@ def test_goldens_are_the_numbers_of_the_papers(name: str, parameters: int, multi
     assert (GOLDENS[name]["parameters"], GOLDENS[name]["multiply_adds"]) == (parameters, multiply_adds)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_config_builds_and_learns_on_grey_and_colour(name: str, channels: int) -> None:
-    """On real numbers, from the composed node alone: every parameter gets a finite gradient from a batch."""
-    network = zoo.build(name, {"input": [channels, 32, 32], "num_classes": 7, "overrides": []}).train()
-    logits = network(torch.randn(4, channels, 32, 32))
-    assert logits.shape == (4, 7)
-    functional.cross_entropy(logits, torch.arange(4)).backward()
+def test_page_is_up_to_date() -> None:
+    assert zoo.PAGE.read_text() == zoo.page(GOLDENS), "python scripts/zoo.py --write"
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_config_learns_and_is_head_of_features(name: str) -> None:
+    """On real numbers, from the composed node alone, with colour where the golden has grey and grey where colour:
+    every parameter gets a finite gradient from a batch."""
+    channels, side = 4 - GOLDENS[name]["input"][0], 64 if name == "googlenet" else 32
+    network = zoo.build(name, {"input": [channels, side, side], "num_classes": 7, "overrides": []}).train()
+    images = torch.randn(2, channels, side, side)
+    outputs = network(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)  # auxiliary heads answer in training
+    assert all(logits.shape == (2, 7) for logits in outputs)
+    sum(functional.cross_entropy(logits, torch.arange(2)) for logits in outputs).backward()
     for parameter_name, parameter in network.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
 
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "torchvision"])
-def test_forward_is_head_of_features(name: str) -> None:
-    network = zoo.build(name, {"input": [3, 32, 32], "num_classes": 7, "overrides": []}).eval()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(network(images), network.head(network.features(images)))
+    if name != "torchvision":
+        network.eval()
+        assert torch.equal(network(images), network.head(network.features(images)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,19 +188,27 @@ def test_every_key_of_a_config_has_a_comment(name: str) -> None:
         assert line.startswith("#") or "  # " in line, line
 
 
-@pytest.mark.parametrize("network_class", [MLP, LeNet5, LeNet, ResNet])
+@pytest.mark.parametrize("network_class", ARGUMENTS)
 def test_minimum_size_is_the_smallest_that_works(network_class: Any) -> None:
-    def build(side: int) -> nn.Module:
-        sized = {} if network_class is ResNet else {"image_size": side}
-        return network_class(num_classes=10, in_channels=1, **sized).eval()
+    """By shapes alone, on the meta device."""
+    arguments = ARGUMENTS[network_class]
 
-    smallest = network_class.minimum_size
+    def run(side: int) -> torch.Size:
+        sized = {"image_size": side} if "image_size" in arguments else {}
+        with torch.device("meta"):
+            network = network_class(**{**arguments, **sized}).eval()
+            return network(torch.empty(1, arguments["in_channels"], side, side)).shape
+
+    smallest = network_class(**arguments).minimum_size
     for side in (smallest, smallest + 1, smallest + 5):
-        assert build(side)(torch.randn(1, 1, side, side)).shape == (1, 10)
-    if network_class in (LeNet, LeNet5):
-        with pytest.raises(ConfigError) as error:
-            build(15)
-        assert str(error.value) == f"error[config] image_size = 15: {network_class.__name__} needs at least 16 px"
+        assert run(side) == (1, 10)
+    if smallest > 1:
+        with pytest.raises((ConfigError, RuntimeError)) as error:
+            run(smallest - 1)
+        if "image_size" in arguments:
+            name = network_class.__name__
+            message = f"error[config] image_size = {smallest - 1}: {name} needs at least {smallest} px"
+            assert str(error.value) == message
 
 
 # ---- MLP
@@ -314,9 +386,264 @@ def test_resnet_keeps_channels_last(shortcut: str) -> None:
     torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [LeNet(**DIGITS), LeNet5(**DIGITS), ResNet(**SMALL, shortcut="A")], ids=type)
+# ---- VGG
+
+
+VGGS = ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
+
+
+def assert_same_answers_and_gradients(ours: nn.Module, theirs: nn.Module, side: int) -> None:
+    """With their weights, loaded strictly."""
+    shake(theirs)
+    ours.eval().load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, side, side)
+    logits, expected = ours(images), theirs(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, parameter), reference in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, reference.grad, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", VGGS)
+def test_vgg_has_torchvisions_names_and_shapes(name: str) -> None:
+    import torchvision
+
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(init_weights=False).state_dict()
+        ours = zoo.build(name, {"input": [3, 224, 224], "num_classes": 1000, "overrides": []}).state_dict()
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+
+
+@pytest.mark.parametrize(("batch_norm", "side"), [(True, 28), (False, 20)])
+def test_narrow_vgg_is_torchvisions(batch_norm: bool, side: int) -> None:
+    """Two stages and the large head on maps of 7x7, and of 5x5 that it brings to that."""
+    from torchvision.models.vgg import VGG as Theirs
+    from torchvision.models.vgg import make_layers
+
+    with torch.device("meta"):  # whose own first linear layer reads 512 channels: 100 million weights
+        theirs = Theirs(make_layers([8, "M", 12, 16, "M"], batch_norm=batch_norm), num_classes=10)
+        theirs.classifier[0] = nn.Linear(16 * 7 * 7, 4096)
+    theirs.to_empty(device="cpu")
+    for layer in theirs.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            nn.init.uniform_(layer.bias, -0.1, 0.1)
+    ours = VGG(**CIFAR, stages=[[8], [12, 16]], batch_norm=batch_norm)
+    assert_same_answers_and_gradients(ours, theirs, side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VGGS)
+def test_vgg_is_torchvisions(name: str) -> None:
+    import torchvision
+
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    for layer in theirs.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+    ours = zoo.build(name, {"input": [3, 64, 64], "num_classes": 10, "overrides": []})
+    assert_same_answers_and_gradients(ours, theirs, 64)
+
+
+@pytest.mark.parametrize("side", [32, 33, 40])
+def test_small_vgg_reads_the_mean_over_pixels(side: int) -> None:
+    """A second implementation; 40 px leave more than one pixel behind the three pools."""
+    network = VGG(**CIFAR, stages=[[4], [8, 8], [6]], head="small").eval()
+    weights = list(network.parameters())
+    images = torch.randn(2, 3, side, side)
+    maps = images
+    for index, pooled in enumerate((True, False, True, True)):
+        maps = functional.relu(functional.conv2d(maps, weights[2 * index], weights[2 * index + 1], padding=1))
+        maps = functional.max_pool2d(maps, 2) if pooled else maps
+    assert maps.shape[2] == side // 8
+    expected = maps.flatten(2).mean(2) @ weights[8].T + weights[9]
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_vgg_orders_norm_activation_pool_and_drops_out_its_head() -> None:
+    network = VGG(**SMALL_VGG, batch_norm=True, dropout=0.25)
+    block = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert [type(layer) for layer in network.features] == [*block, nn.MaxPool2d, *block, *block, nn.MaxPool2d]
+    for head, dropped in (("small", [0]), ("imagenet", [2, 5])):
+        with torch.device("meta"):
+            classifier = VGG(**{**SMALL_VGG, "head": head}, dropout=0.25).classifier
+        rates = {index: layer.p for index, layer in enumerate(classifier) if isinstance(layer, nn.Dropout)}
+        assert rates == dict.fromkeys(dropped, 0.25)
+
+
+# ---- AlexNet
+
+
+def test_local_response_norm_is_the_formula_of_the_paper() -> None:
+    """Section 3.3, written out: the sum is over at most n maps, and is not divided by n."""
+    layer = LocalResponseNorm(size=5, alpha=0.1, beta=0.75, k=2.0)
+    maps = torch.randn(2, 8, 2, 3, dtype=torch.float64).requires_grad_()
+    expected = torch.empty_like(maps)
+    for sample in range(2):
+        for channel in range(8):
+            for row in range(2):
+                for column in range(3):
+                    total = 0.0
+                    for neighbour in range(max(0, channel - 2), min(7, channel + 2) + 1):
+                        total += maps[sample, neighbour, row, column].item() ** 2
+                    value = maps[sample, channel, row, column].item()
+                    expected[sample, channel, row, column] = value / (2.0 + 0.1 * total) ** 0.75
+    torch.testing.assert_close(layer(maps), expected)
+    assert torch.autograd.gradcheck(layer, maps)
+
+
+@pytest.mark.parametrize("switches", [{}, {"groups": 1, "local_response_norm": False}], ids=["paper", "neither"])
+def test_alexnet_equals_one_written_by_hand(switches: dict[str, Any]) -> None:
+    """A second implementation with torch's norm, which divides alpha by n, and the halves apart, as on two cards."""
+    network = AlexNet(**ARGUMENTS[AlexNet], init="he_normal", **switches).eval()
+    weights = list(network.parameters())
+    groups = switches.get("groups", 2)
+
+    def convolve(maps: torch.Tensor, number: int, halves: int, **options: int) -> torch.Tensor:
+        kernels, biases = (parameter.chunk(halves) for parameter in weights[2 * number - 2 : 2 * number])
+        outputs = map(lambda *parts: functional.conv2d(*parts, **options), maps.chunk(halves, dim=1), kernels, biases)
+        return functional.relu(torch.cat(list(outputs), dim=1))
+
+    def normalise(maps: torch.Tensor) -> torch.Tensor:
+        return functional.local_response_norm(maps, 5, alpha=5e-4, beta=0.75, k=2.0) if not switches else maps
+
+    images = 100 * torch.randn(2, 3, 67, 67)  # so large that the norm matters
+    maps = functional.max_pool2d(normalise(convolve(images, 1, 1, stride=4)), 3, stride=2)
+    maps = functional.max_pool2d(normalise(convolve(maps, 2, groups, padding=2)), 3, stride=2)
+    maps = convolve(convolve(maps, 3, 1, padding=1), 4, groups, padding=1)
+    values = functional.max_pool2d(convolve(maps, 5, groups, padding=1), 3, stride=2).flatten(1)
+    for number in (6, 7):
+        values = functional.relu(functional.linear(values, *weights[2 * number - 2 : 2 * number]))
+    expected = functional.linear(values, *weights[14:])
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network.head(maps.new_ones(2, 256, 1, 1)).shape, expected.shape)
+
+
+def test_alexnets_sizes_and_switches() -> None:
+    """The head fits the image: 6x6 maps at the paper's 227, 5x5 at 224. Without groups 1.4 million weights more."""
+    with torch.device("meta"):
+        for image_size, side in ((227, 6), (224, 5), (128, 2)):
+            network = AlexNet(num_classes=1000, in_channels=3, image_size=image_size)
+            assert network.features(torch.empty(1, 3, image_size, image_size)).shape == (1, 256, side, side)
+            assert network.head[1].in_features == 256 * side**2
+        assert count(AlexNet(num_classes=1000, in_channels=3, groups=1)) == 62_378_344
+        assert [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
+
+
+# ---- Network in network
+
+
+@pytest.mark.parametrize("side", [8, 7])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_nin_equals_one_written_by_hand(batch_norm: bool, side: int) -> None:
+    """1x1 convolutions as matrix products at each pixel, and pools that round up."""
+    network = shake(NIN(**SMALL_NIN, batch_norm=batch_norm, init="he_normal"))
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(convolutions) == 6 and len(norms) == (5 if batch_norm else 0)
+
+    images = torch.randn(2, 3, side, side)
+    maps = images
+    for index, layer in enumerate(convolutions):
+        if index in (0, 2):
+            maps = functional.conv2d(maps, layer.weight, padding=layer.weight.shape[-1] // 2)
+        else:
+            maps = torch.einsum("oc,bchw->bohw", layer.weight.flatten(1), maps)
+        if layer.bias is not None:
+            maps = maps + layer.bias.reshape(1, -1, 1, 1)
+        if index < 5:
+            maps = functional.relu(norms[index](maps) if batch_norm else maps)
+        if index == 1:
+            maps = functional.max_pool2d(functional.pad(maps, (1, 1, 1, 1), value=-torch.inf), 3, stride=2)
+            assert maps.shape[2] == 4
+    torch.testing.assert_close(network(images), maps.flatten(2).mean(2), rtol=1e-5, atol=1e-5)
+
+
+def test_nin_drops_out_between_its_blocks() -> None:
+    layers = list(NIN(**CIFAR, dropout=0.3).features)
+    dropped = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Dropout)]
+    assert len(dropped) == 2
+    assert all(layers[index].p == 0.3 and isinstance(layers[index - 1], nn.MaxPool2d) for index in dropped)
+
+
+# ---- Maxout
+
+
+def test_maxout_is_the_largest_piece_and_passes_its_gradient_alone() -> None:
+    values = torch.randn(2, 6, 3, 2).requires_grad_()
+    out = Maxout(pieces=3)(values)
+    assert out.shape == (2, 2, 3, 2)
+    out.sum().backward()
+    for sample in range(2):
+        for channel in range(2):
+            for row in range(3):
+                for column in range(2):
+                    pieces = values[sample, channel::2, row, column]  # channels c, c + C and c + 2C
+                    assert out[sample, channel, row, column] == pieces.max()
+                    gradient = values.grad[sample, channel::2, row, column]
+                    assert torch.equal(gradient, functional.one_hot(pieces.argmax(), 3).float())
+
+
+def test_maxout_of_opposite_pieces_is_the_absolute_value() -> None:
+    values = torch.randn(4, 5)
+    assert torch.equal(Maxout(pieces=2)(torch.cat([values, -values], dim=1)), values.abs())
+    assert torch.equal(Maxout(pieces=2)(torch.cat([values, 0 * values], dim=1)), functional.relu(values))
+    assert torch.equal(Maxout(pieces=1)(values), values)
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_mlp_of_maxout_units_is_maxima_of_matrix_products(pieces: int) -> None:
+    network = MLP(**DIGITS, hidden=[9, 4], activation="maxout", pieces=pieces)
+    images = torch.randn(3, 1, 28, 28)
+    values = images.flatten(1)
+    for layer, units in zip((layer for layer in network.features if isinstance(layer, nn.Linear)), (9, 4)):
+        weights, biases = layer.weight.reshape(pieces, units, -1), layer.bias.reshape(pieces, units)
+        values = (torch.einsum("kui,bi->bku", weights, values) + biases).amax(dim=1)
+    expected = values @ network.head.weight.T + network.head.bias
+    torch.testing.assert_close(network(images), expected)
+    assert count(network) == 785 * 9 * pieces + 10 * 4 * pieces + 5 * 10
+
+
+@pytest.mark.parametrize("side", [28, 27])
+def test_maxout_network_equals_one_written_by_hand(side: int) -> None:
+    network = MaxoutNet(num_classes=10, in_channels=1, image_size=side, widths=[4, 6], pieces=3).eval()
+    weights = list(network.parameters())
+    images = torch.randn(2, 1, side, side)
+    maps = images
+    for index, width in enumerate((4, 6)):
+        maps = functional.conv2d(maps, weights[2 * index], weights[2 * index + 1], padding=2)
+        maps = torch.stack([maps[:, piece * width : (piece + 1) * width] for piece in range(3)]).amax(dim=0)
+        maps = functional.max_pool2d(functional.pad(maps, (1, 1, 1, 1), value=-torch.inf), 3, stride=2)
+    assert maps.shape == (2, 6, 7, 7)
+    torch.testing.assert_close(network(images), maps.flatten(1) @ weights[4].T + weights[5])
+
+
+def test_maxout_and_response_norm_keep_channels_last() -> None:
+    maps = torch.randn(2, 8, 4, 4)
+    for layer in (Maxout(pieces=2), LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0)):
+        out = layer(maps.contiguous(memory_format=torch.channels_last))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(out, layer(maps))
+
+
+# ---- The compiler
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        LeNet(**DIGITS),
+        LeNet5(**DIGITS),
+        ResNet(**SMALL, shortcut="A"),
+        VGG(**SMALL_VGG),
+        nn.Sequential(LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0), Maxout(pieces=3)),
+    ],
+    ids=type,
+)
 def test_network_is_one_graph_for_the_compiler(network: nn.Module) -> None:
-    images = torch.randn(2, 3 if isinstance(network, ResNet) else 1, 28, 28)
+    images = torch.randn(2, 1 if isinstance(network, LeNet | LeNet5) else 3, 28, 28)
     network.eval()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), network(images))
@@ -370,10 +697,9 @@ def test_named_starting_weights_have_the_deviation_of_their_formula(init: str) -
 
 
 @pytest.mark.parametrize("init", SCHEMES)
-@pytest.mark.parametrize("network_class", [MLP, LeNet5, LeNet, ResNet])
+@pytest.mark.parametrize("network_class", [name for name in ARGUMENTS if name is not AlexNet])
 def test_every_network_takes_every_scheme(network_class: Any, init: str) -> None:
-    sized = SMALL if network_class is ResNet else DIGITS
-    network = network_class(**sized, init=init)
+    network = network_class(**ARGUMENTS[network_class], init=init)
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     biases = [layer.bias.abs().sum().item() for layer in layers if layer.bias is not None]
     assert all(bias > 0 for bias in biases) if init == "default" else not any(biases)
@@ -403,6 +729,53 @@ def test_papers_starting_weights() -> None:
         assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03), name
     torch.manual_seed(0)
     assert not torch.equal(resnet.fc.weight, torch.zeros_like(resnet.fc.weight))
+
+    vgg = VGG(**CIFAR, stages=[[64], [128]], head="small", init="paper")
+    for layer, fan_in, fan_out in ((vgg.features[3], 64 * 9, 128 * 9), (vgg.classifier[1], 128, 10)):
+        assert layer.weight.std().item() == pytest.approx((2 / (fan_in + fan_out)) ** 0.5, rel=0.05)
+        assert layer.weight.abs().max().item() == pytest.approx((6 / (fan_in + fan_out)) ** 0.5, rel=0.05)
+
+    alexnet = AlexNet(**ARGUMENTS[AlexNet], init="paper")
+    layers = [layer for layer in alexnet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer, bias in zip(layers, (0, 1, 0, 1, 1, 1, 1, 0), strict=True):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert (layer.bias == bias).all()
+
+    for layer in (layer for layer in NIN(**CIFAR, init="paper").modules() if isinstance(layer, nn.Conv2d)):
+        assert layer.weight.std().item() == pytest.approx(0.05, rel=0.03)
+
+
+@pytest.mark.parametrize(("init", "alike"), [("equal_anyway", True), ("xavier_normal", False)])
+def test_equal_weights_stay_equal_so_that_a_layer_is_worth_one_unit(init: str, alike: bool) -> None:
+    """It learns something, by the differences between the classes, but its hidden units remain copies of each other."""
+    network = MLP(**DIGITS, hidden=[6, 5], init=init).double()
+    images, labels = torch.rand(40, 1, 28, 28).double(), torch.arange(40) % 10
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for layer in (layer for layer in network.features if isinstance(layer, nn.Linear)):
+        for values in (layer.weight, layer.bias):
+            assert values.grad.abs().max() > 1e-5
+            assert ((values - values[:1]).abs().max().item() < 1e-12) is alike  # but for rounding
+
+
+def test_equal_weights_are_refused_with_the_reason_unless_asked_for_plainly() -> None:
+    for network_class, arguments in ARGUMENTS.items():
+        with torch.device("meta"), pytest.raises(ConfigError) as error:
+            network_class(**arguments, init="equal")
+        assert str(error.value) == (
+            "error[config] init = equal: cannot break symmetry: all units of a layer compute the same and get the same "
+            "gradient, for ever; to see that happen, set equal_anyway"
+        )
+    network = nn.Sequential(nn.Conv2d(4, 8, 5), nn.Linear(25, 3))
+    initialise(network, "equal_anyway")
+    assert (network[0].weight == 1 / 100).all() and (network[1].weight == 1 / 25).all()
 
 
 # ---- The adapter
@@ -513,12 +886,27 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
         (ResNet, {"block": "botleneck"}, "must be one of basic, bottleneck; did you mean bottleneck?"),
         (ResNet, {"stem": "large"}, "stem = large: must be one of imagenet, small"),
         (ResNet, {"shortcut": "C"}, "shortcut = C: must be one of A, B, none"),
+        (MLP, {"pieces": 0}, "pieces = 0: must be a whole number >= 1"),
+        (MLP, {"activation": "maxot"}, "did you mean maxout?"),
+        (LeNet5, {"activation": "maxout"}, "activation = maxout: must be one of relu"),
+        (MaxoutNet, {"pieces": 1.5}, "pieces = 1.5: must be a whole number >= 1"),
+        (MaxoutNet, {"widths": []}, "widths = []: must have one number or more"),
+        (VGG, {"stages": []}, "stages = []: must be lists of whole numbers >= 1, such as [[64], [128, 128]]"),
+        (VGG, {"stages": [64, 128]}, "stages = [64, 128]: must be lists of whole numbers >= 1"),
+        (VGG, {"stages": [[64], []]}, "stages = [[64], []]: must be lists of whole numbers >= 1"),
+        (VGG, {"stages": "64"}, "stages = 64: must be lists of whole numbers >= 1"),
+        (VGG, {"head": "smal"}, "must be one of imagenet, small; did you mean small?"),
+        (VGG, {"dropout": 1}, "dropout = 1: must be a number >= 0 and < 1"),
+        (NIN, {"widths": [[8, 0], [4]]}, "widths = [[8, 0], [4]]: must be lists of whole numbers >= 1"),
+        (NIN, {"kernel_sizes": [5, 4]}, "kernel_sizes = [5, 4]: must be 2 odd numbers, as many as widths"),
+        (NIN, {"kernel_sizes": [5]}, "kernel_sizes = [5]: must be 2 odd numbers, as many as widths"),
+        (AlexNet, {"groups": 3}, "groups = 3: must be 1 or 2"),
+        (AlexNet, {"image_size": 64}, "image_size = 64: AlexNet needs at least 67 px"),
     ],
 )
 def test_wrong_arguments_are_named(network_class: Any, arguments: dict[str, Any], message: str) -> None:
-    sized = SMALL if network_class is ResNet else DIGITS
     with pytest.raises(ConfigError) as error:
-        network_class(**{**sized, **arguments})
+        network_class(**{**ARGUMENTS[network_class], **arguments})
     assert message in str(error.value)
 
 

@@ -18,9 +18,14 @@ from trainer.schedules import (
     TorchScheduler,
     constant,
     cosine,
+    cosine_restarts,
+    exponential,
+    inverse_time,
     momentum_of,
+    multistep,
     one_cycle,
     one_cycle_momentum,
+    polynomial,
     step_decay,
 )
 
@@ -89,6 +94,71 @@ def test_cosine_is_cosine_annealing_lr(steps):
     assert_same(ours(cosine, steps=steps), theirs(lr_scheduler.CosineAnnealingLR(optimizer(), steps), steps))
 
 
+@pytest.mark.parametrize(("steps", "at"), [(40, [10, 22, 30]), (31, [11, 21]), (30, [10, 20]), (40, [])])
+def test_multistep_is_multi_step_lr(steps, at):
+    shares = {31: [0.33333333, 0.66666667], 30: [0.33333333, 0.66666667]}.get(steps, [step / steps for step in at])
+    factor = partial(multistep, milestones=shares, gamma=0.3)
+    assert_same(ours(factor, steps=steps), theirs(lr_scheduler.MultiStepLR(optimizer(), at, gamma=0.3), steps))
+
+
+def test_exponential_is_exponential_lr():
+    reference = theirs(lr_scheduler.ExponentialLR(optimizer(), gamma=0.05 ** (1 / 50)), 50)
+    assert_same(ours(partial(exponential, final=0.05), steps=50), reference)
+
+
+def test_inverse_time_is_its_formula():
+    """Bottou's rate / (1 + rate lambda t): with a rate of 0.3 and lambda 2, over 50 steps."""
+    seen = [row[0][0] for row in ours(partial(inverse_time, decay=0.3 * 2 * 50), steps=50)]
+    assert seen == close([0.3 / (1 + 0.3 * 2 * step) for step in range(50)])
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_polynomial_is_polynomial_lr(power):
+    reference = theirs(lr_scheduler.PolynomialLR(optimizer(), total_iters=50, power=power), 50)
+    assert_same(ours(partial(polynomial, power=power), steps=50), reference)
+    raised = ours(partial(polynomial, power=power, final=0.2), steps=50)
+    assert [row[0] for row in raised] == [
+        close([0.2 * top + 0.8 * rate for top, rate in zip(RATES, row[0])]) for row in reference
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "periods", "multiplier", "first"),
+    [(70, 3, 2, 10), (700, 3, 2, 100), (30, 3, 1, 10), (40, 1, 2, 40), (93, 5, 2, 3), (80, 4, 3, 2)],
+)
+def test_cosine_restarts_is_cosine_annealing_warm_restarts(steps, periods, multiplier, first):
+    made = optimizer([0.3, 0.3])  # torch's eta_min is one rate for all groups
+    reference = lr_scheduler.CosineAnnealingWarmRestarts(made, first, T_mult=multiplier, eta_min=0.06)
+    seen = [row[0][0] for row in theirs(reference, steps)]
+    factor = partial(cosine_restarts, periods=periods, multiplier=multiplier, final=0.2)
+    found = [row[0][0] for row in ours(factor, steps=steps)]
+    assert found == close(seen)
+    starts = [step for step in range(steps) if step == 0 or found[step] > found[step - 1]]
+    assert len(starts) == periods and all(found[step] == close(0.3) for step in starts)
+
+
+def test_periods_that_end_between_steps():
+    """Thirds of 31 steps: each period starts at the first step behind its beginning, and the last ends with the run."""
+    found = [cosine_restarts(step, 31, 0, periods=3, multiplier=1.0) for step in range(31)]
+    assert [step for step in range(1, 31) if found[step] > found[step - 1]] == [11, 21]
+    assert found[11] == close((1 + math.cos(math.pi * (33 / 31 - 1))) / 2) and found[30] < 0.03
+
+
+def test_a_longer_run_stretches_the_shape():
+    """As a run resumed with more epochs goes on: at the step of the longer run, which is that share of the way."""
+    factors = {
+        "multistep": partial(multistep, milestones=[0.3, 0.6]),
+        "exponential": exponential,
+        "inverse_time": inverse_time,
+        "polynomial": polynomial,
+        "cosine_restarts": cosine_restarts,
+    }
+    for name, factor in factors.items():
+        for step in range(0, 60, 7):
+            assert factor(2 * step, 120, 0) == close(factor(step, 60, 0)), name
+        assert factor(55, 120, 0) > factor(55, 60, 0), name
+
+
 def test_cosine_with_an_end():
     made = optimizer([0.3, 0.3])  # torch's eta_min is one rate for all groups
     seen = [row[0][0] for row in theirs(lr_scheduler.CosineAnnealingLR(made, 50, eta_min=0.06), 50)]
@@ -125,6 +195,16 @@ def test_warm_up_by_hand():
     assert [step_decay(step, 10, 4, every=0.5, gamma=0.1) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
     half_wave = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert [cosine(step, 10, 4) for step in range(10)] == close([*ramp, *half_wave])
+    falls = partial(multistep, milestones=[0.5], gamma=0.1)
+    assert [falls(step, 10, 4) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
+    shrinking = [0.01 ** (step / 6) for step in range(6)]
+    assert [exponential(step, 10, 4) for step in range(10)] == close([*ramp, *shrinking])
+    inverse = [1 / (1 + 99 * step / 6) for step in range(6)]
+    assert [inverse_time(step, 10, 4) for step in range(10)] == close([*ramp, *inverse])
+    line = [1 - step / 6 for step in range(6)]
+    assert [polynomial(step, 10, 4) for step in range(10)] == close([*ramp, *line])
+    waves = [*half_wave[::3], *[(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]]
+    assert [cosine_restarts(step, 10, 4, periods=2) for step in range(10)] == close([*ramp, *waves])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +213,21 @@ def test_warm_up_by_hand():
         (partial(step_decay, every=0, gamma=0.1), "every"),
         (partial(step_decay, every=0.5, gamma=1.1), "gamma"),
         (partial(cosine, final=1.5), "final"),
+        (partial(multistep, milestones=[0.5, 0.5]), "milestones"),
+        (partial(multistep, milestones=[0.5, 1.0]), "milestones"),
+        (partial(multistep, milestones=[0.0]), "milestones"),
+        (partial(multistep, milestones=[30, 60]), "milestones"),
+        (partial(multistep, milestones=["0.5"]), "milestones"),
+        (partial(multistep, milestones=0.5), "milestones"),
+        (partial(multistep, milestones=[0.5], gamma=0), "gamma"),
+        (partial(exponential, final=0), "final"),
+        (partial(inverse_time, decay=-1), "decay"),
+        (partial(polynomial, power=0), "power"),
+        (partial(polynomial, final=-0.1), "final"),
+        (partial(cosine_restarts, periods=0), "periods"),
+        (partial(cosine_restarts, periods=2.5), "periods"),
+        (partial(cosine_restarts, multiplier=0.9), "multiplier"),
+        (partial(cosine_restarts, final=1.1), "final"),
         (partial(one_cycle, rise=1), "rise"),
         (partial(one_cycle, start_divisor=0.5), "start_divisor"),
         (partial(one_cycle, final_divisor=0.5), "final_divisor"),

@@ -22,7 +22,6 @@ from trainer import clock
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder
 from trainer.early_stopping import EarlyStopping
-from trainer.losses import CrossEntropy, balanced_weights
 from trainer.run_folder import read_lines
 from trainer.trainer import Trainer
 
@@ -61,14 +60,16 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance
 def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The training part in the epoch's order, cut and standardised by hand."""
     loader, order = trainer.train_loader, trainer.train_loader.order(epoch)
-    mean, std = (trainer.data_tensors[name][:, None, None] for name in ("mean", "std"))
+    mean, std = (trainer.normalisation.tensors[name][:, None, None] for name in ("mean", "std"))
     for start in range(0, len(order), loader.batch_size):
         chosen = order[start : start + loader.batch_size]
         scale, bias = (1 / (255 * std.double())).float(), (-mean.double() / std.double()).float()
         yield loader.source.pixels[chosen] * scale + bias, loader.source.labels[chosen]
 
 
-def plain_loop(trainer: Trainer, *, epochs: int, lr: float, momentum: float, decay: float, clip: float | None) -> Any:
+def plain_loop(
+    trainer: Trainer, *, epochs: int, lr: float, momentum: float, decay: float, clip: float | None, l1: float = 0
+) -> Any:
     """SGD with momentum under a cosine, in a few lines: the last weights, the gradients' norms, the moving average."""
     model, names = trainer.model, [name for name, _ in trainer.model.named_parameters()]
     velocity: dict[str, Tensor] = {}
@@ -81,6 +82,8 @@ def plain_loop(trainer: Trainer, *, epochs: int, lr: float, momentum: float, dec
             rate = lr * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch))) / 2
             model.zero_grad()
             functional.cross_entropy(model(images), labels).backward()
+            for parameter in model.parameters():
+                parameter.grad += l1 * torch.sign(parameter.detach())
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item())
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -97,16 +100,17 @@ def plain_loop(trainer: Trainer, *, epochs: int, lr: float, momentum: float, dec
 SGD = ("optimizer=sgd", "optimizer.lr=0.2", "optimizer.momentum=0.8", "optimizer.weight_decay=0.01")
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip):
-    given = (*SGD, f"trainer.clip_norm={'null' if clip is None else clip}", "trainer.checkpoint.monitor=null")
+@pytest.mark.parametrize(("clip", "l1"), [(None, 0), (0.5, 0), (None, 0.01), (0.5, 0.01)])
+def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip, l1):
+    clipping = f"trainer.clip_norm={'null' if clip is None else clip}"
+    given = (*SGD, clipping, f"trainer.l1={l1}", "trainer.checkpoint.monitor=null")
     trainer = built(tmp_path / "run", *given)
     seen: list[float] = []
     log_step = trainer.log_step
     trainer.log_step = lambda norm: (seen.append(norm.item()), log_step(norm))  # type: ignore[method-assign]
     trainer.run()
     other = built(tmp_path / "other", *given)
-    expected, norms, _ = plain_loop(other, epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=clip)
+    expected, norms, _ = plain_loop(other, epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=clip, l1=l1)
     assert len(norms) == 12 == trainer.step and len(set(norms)) == 12
     assert seen == norms  # before clipping
     assert clip is None or max(norms) > clip > min(norms) or min(norms) > clip
@@ -174,6 +178,26 @@ def test_weight_decay_on_weights_spares_biases_and_norms(tmp_path):
         assert {group["name"] for group in trainer.optimizer.param_groups} == (
             {"all"} if where == "all" else {"weights", "spared"}
         )
+
+
+@pytest.mark.parametrize("where", ["all", "weights"])
+def test_an_l1_step_by_hand(tmp_path, where):
+    """w <- w - lr (g + l1 sign w), once a step of two batches; at 0 nothing is added, and the loss is the data's."""
+    plain = ("optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.lr=0.5", "schedule=constant")
+    plain += ("trainer.accumulate=2", "trainer.max_steps=1", f"trainer.weight_decay_on={where}", "data.val_fraction=0")
+    plain += ("trainer.checkpoint.monitor=null", "trainer.early_stopping.monitor=train/loss")
+    without, with_l1 = (built(tmp_path / str(l1), *plain, f"trainer.l1={l1}") for l1 in (0, 0.25))
+    with torch.no_grad():
+        for trainer in (without, with_l1):
+            trainer.model.head.weight[0] = 0
+    first = weights(with_l1.model)
+    without.run()
+    with_l1.run()
+    for name, tensor in weights(without.model).items():
+        is_penalised = where == "all" or tensor.ndim > 1
+        expected = tensor - 0.5 * 0.25 * torch.sign(first[name]) * is_penalised
+        torch.testing.assert_close(with_l1.model.state_dict()[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+    assert metrics(with_l1)[0]["train/loss"] == metrics(without)[0]["train/loss"]
 
 
 # What it writes
@@ -535,7 +559,7 @@ def test_a_full_disk(tmp_path, monkeypatch, fails):
     assert [line["step"] for line in metrics(again)] == [6, 12, 18]
 
 
-# Precision, loss, presets
+# Precision, presets
 
 
 def test_bf16_runs_and_is_another_training(tmp_path):
@@ -543,34 +567,6 @@ def test_bf16_runs_and_is_another_training(tmp_path):
     assert low.model.head.weight.dtype == torch.float32
     assert not torch.equal(low.model.head.weight, full.model.head.weight)
     assert_close(weights(low.model), weights(full.model), rtol=0.1, atol=0.02)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 1.0, 3.0]])
-def test_cross_entropy_by_hand(smoothing, class_weights):
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(9, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
-    total = 0.0
-    for row, label in zip(logits.double().tolist(), labels.tolist()):
-        norm = math.log(sum(math.exp(value) for value in row))
-        wanted = [smoothing / 4 + (1 - smoothing) * (index == label) for index in range(4)]
-        scale = class_weights or [1.0] * 4
-        total += sum(q * w * (norm - value) for q, w, value in zip(wanted, scale, row))
-    loss = CrossEntropy(label_smoothing=smoothing, class_weights=class_weights)(logits, labels)
-    assert loss.item() == pytest.approx(total / 9, rel=1e-6)
-
-
-def test_balanced_weights(tmp_path):
-    labels = torch.tensor([0] * 6 + [1] * 3 + [3])
-    found = balanced_weights(labels, 4)
-    assert found[:2] == pytest.approx([10 / 24, 10 / 12]) and found[3] == pytest.approx(2.5)
-    trainer = built(tmp_path / "run", "loss.class_weights=balanced")
-    counts = trainer.train_loader.source.labels.bincount()
-    assert trainer.loss_function.class_weights.tolist() == pytest.approx(
-        [44 / (4 * count) for count in counts.tolist()]
-    )
-    with pytest.raises(ConfigError, match=r"loss.class_weights.*a list of 4"):
-        build(composed("loss.class_weights=[1,2]"))
 
 
 def test_overfit_learns_a_batch_by_heart(tmp_path):

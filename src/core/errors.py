@@ -9,7 +9,7 @@ Whatever is raised here is the user's to mend, so no traceback is shown. Any oth
 import difflib
 from collections.abc import Iterable
 
-_NO_VALUE = object()
+_NO_VALUE = ...  # the same object also in an error that a worker sends
 
 
 class PreceptorError(Exception):

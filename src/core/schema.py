@@ -134,6 +134,8 @@ TRAIN: dict[str, Rule] = {
     "data.limit_eval": optional(whole(1)),
     "data.drop_last": one_of("auto", True, False),
     "data.memory_budget": number(0),
+    "data.normalise": one_of("none", "per_channel", "pca", "zca"),
+    "data.whitening_epsilon": number(0, without="low"),
     "model.num_classes": optional(whole(2)),
     "model.in_channels": whole(1),
     "optimizer.lr": number(0, without="low"),
@@ -142,12 +144,18 @@ TRAIN: dict[str, Rule] = {
     "optimizer.eps": number(0, without="low"),
     "optimizer.weight_decay": number(0),
     "optimizer.nesterov": flag,
+    "optimizer.alpha": number(0, 1, without="high"),
+    "optimizer.centered": flag,
+    "optimizer.lr_decay": number(0),
+    "optimizer.initial_accumulator_value": number(0),
+    "optimizer.adamw_lr": optional(number(0, without="low")),
     "schedule.warmup_epochs": number(0),
     "schedule.momentum": optional(list_of(number(0, 1, without="high"), length=2)),
     "schedule.rise": number(0, 1, without="low high"),
     "schedule.interval": one_of("epoch", "step"),
     "schedule.monitor": METRIC,
     "schedule.mode": MODE,
+    "loss.auxiliary_weight": optional(number(0)),
     "loss.label_smoothing": number(0, 1, without="high"),
     "loss.class_weights": optional(either(one_of("balanced"), list_of(number(0, without="low")))),
     "trainer.max_epochs": optional(whole(1)),
@@ -161,6 +169,7 @@ TRAIN: dict[str, Rule] = {
     "trainer.deterministic": flag,
     "trainer.accumulate": whole(1),
     "trainer.clip_norm": optional(number(0, without="low")),
+    "trainer.l1": number(0),
     "trainer.ema_decay": optional(number(0, 1, without="low high")),
     "trainer.weight_decay_on": one_of("all", "weights"),
     "trainer.evaluate_every": duration,
@@ -194,14 +203,20 @@ PREDICT: dict[str, Rule] = {
     "checkpoint": one_of("best", "last"),
     "batch_size": whole(1),
 }
-RUNS: dict[str, Rule] = {"folder": text, "sort": text, "output": optional(text), "traceback": flag}
+RUNS: dict[str, Rule] = {
+    "folder": text,
+    "sort": text,
+    "output": optional(text),
+    "curves": optional(text),
+    "traceback": flag,
+}
 
 # What a resumed run may change: how long, how fast and where it runs, what it logs; never what it computes.
 FREE_ON_RESUME = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
     *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
     *("trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
-    *("optimizer.lr", "data.num_workers", "data.root", "data.memory_budget", "data.download"),
+    *("optimizer.lr", "optimizer.adamw_lr", "data.num_workers", "data.root", "data.memory_budget", "data.download"),
 )
 
 

@@ -1,61 +1,18 @@
-"""Augmentation: a whole batch at once, each sample with its own numbers.
+"""Augmentations that move pixels: shifted, mirrored, turned, enlarged, bent.
 
-A step is an object with `numbers`, how many uniform numbers a sample needs, and a call (images, numbers) -> images;
-it draws nothing itself. The frame draws all numbers of an epoch at once, with a generator of their own:
-
-    numbers = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
-
-so that what happens to a sample depends on seed, epoch and sample alone: not on its batch, the workers, or other steps.
-Pixels stay uint8 as long as a step allows it, and are on the scale 0 to 255 throughout.
+Each is a step of `data.pipeline`: it takes a batch and each sample's own uniform numbers, and draws nothing itself.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from core.errors import ConfigError
-from core.seeding import fold
-
-
-class Step(Protocol):
-    """One augmentation."""
-
-    numbers: int  # uniform numbers a sample
-
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images (B, C, H, W), uint8 or float, and numbers (B, k) in [0, 1) to images of the same shape."""
-        ...
-
-
-class Augmentations:
-    """Steps in their order; an empty mapping changes nothing."""
-
-    def __init__(self, steps: Mapping[str, Step], seed: int) -> None:
-        self.steps = dict(steps)
-        self.seed = seed
-        self.epoch: int | None = None
-        self.samples = 0
-        self.drawn: dict[str, Tensor] = {}  # step's name -> (N, k), of this epoch
-
-    def draw(self, *, epoch: int, samples: int, device: torch.device) -> None:
-        """Draw an epoch's numbers: always on the CPU, so that they are the same for every device."""
-        self.epoch, self.samples, self.drawn = epoch, samples, {}
-        for name, step in self.steps.items():
-            generator = torch.Generator().manual_seed(fold(self.seed, "augment", name, epoch))
-            self.drawn[name] = torch.rand(samples, step.numbers, generator=generator).to(device)
-
-    def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Images uint8 (B, C, H, W), at these positions (B,) of the training part, as this epoch shows them."""
-        if self.steps and epoch != self.epoch:
-            # A loader has drawn before. Rows do not depend on how many follow them, so any number will do here.
-            self.draw(epoch=epoch, samples=max(self.samples, int(indices.max()) + 1), device=images.device)
-        for name, step in self.steps.items():
-            images = step(images, self.drawn[name].index_select(0, indices))
-        return images
+from data.checks import require_interval, require_within
+from data.distributions import per_pixel
 
 
 class RandomCrop:
@@ -87,7 +44,7 @@ class RandomFlip:
     numbers = 1
 
     def __init__(self, probability: float) -> None:
-        self.probability = _within("probability", probability, 0, 1)
+        self.probability = require_within("probability", probability, 0, 1)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         # Choosing whole pictures among both versions copies them in one piece: four times as fast as torch.where.
@@ -107,13 +64,11 @@ class RandomAffine:
     numbers = 6  # shift right, shift down, scale, rotation, shear, mirror
 
     def __init__(self, translate: float, scale: Sequence[float], rotate: float, shear: float, mirror: float) -> None:
-        self.translate = _within("translate", translate, 0, 1)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ConfigError("scale", "must be [lowest, highest] with 0 < lowest <= highest", value=list(scale))
-        self.scale = (float(scale[0]), float(scale[1]))
-        self.rotate = math.radians(_within("rotate", rotate, 0, 180))
-        self.shear = math.radians(_within("shear", shear, 0, 80))
-        self.mirror = _within("mirror", mirror, 0, 1)
+        self.translate = require_within("translate", translate, 0, 1)
+        self.scale = require_interval("scale", scale)
+        self.rotate = math.radians(require_within("rotate", rotate, 0, 180))
+        self.shear = math.radians(require_within("shear", shear, 0, 80))
+        self.mirror = require_within("mirror", mirror, 0, 1)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -130,17 +85,109 @@ class RandomAffine:
         x_from_1 = -(x_from_x * right + x_from_y * down)
         y_from_1 = -(y_from_x * right + y_from_y * down)
         # Built by hand, because affine_grid is ten times slower, and because sums of two terms have no batch's order.
-        x = torch.arange(width, device=images.device) + 0.5 - width / 2
-        y = torch.arange(height, device=images.device) + 0.5 - height / 2
+        x, y = _from_centre(width, images.device), _from_centre(height, images.device)
         rows = [
             (across[:, None] * x + constant[:, None])[:, None, :] + (along[:, None] * y)[:, :, None]  # (B, H, W)
             for across, along, constant in ((x_from_x, x_from_y, x_from_1), (y_from_x, y_from_y, y_from_1))
         ]
-        grid = torch.stack([rows[0] * (2 / width), rows[1] * (2 / height)], dim=-1)  # (B, H, W, 2), -1 to 1
-        return functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return _fetch(images, *rows)
 
 
-def _within(name: str, value: float, low: float, high: float) -> float:
-    if not low <= value <= high:
-        raise ConfigError(name, f"must be within {low} to {high}", value=value)
-    return float(value)
+class RandomResizedCrop:
+    """A rectangle of any size and nearly any shape, resized to the old size; bilinear, the result is float32.
+
+    `area` is the share of the picture, evenly spread; `ratio` is width / height, its logarithm evenly spread over
+    what the picture has room for. (Torchvision draws both until the rectangle fits into the picture, which makes large
+    areas rarer.) The rectangle is no larger than the picture, so that it is only ever enlarged, where antialiasing
+    would change nothing.
+
+    Source: Szegedy et al., Going Deeper with Convolutions, 2014, section 6 (8 % to 100 %, 3/4 to 4/3).
+    """
+
+    numbers = 4  # area, ratio, top, left
+
+    def __init__(self, area: Sequence[float], ratio: Sequence[float]) -> None:
+        self.area = require_interval("area", area, high=1)
+        self.ratio = require_interval("ratio", ratio)
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        box = rectangles(numbers, area=self.area, ratio=self.ratio, height=height, width=width)
+        top, left, tall, wide = (part[:, None] for part in box)  # (B, 1) each
+        # A pixel of the result is a point of the rectangle; beyond its outermost pixels, theirs are repeated.
+        x = _from_centre(width, images.device) * (wide / width) + (wide - 1) / 2  # (B, W), in pixels of the rectangle
+        y = _from_centre(height, images.device) * (tall / height) + (tall - 1) / 2  # (B, H)
+        x = left + torch.minimum(x.clamp(min=0), wide - 1) - (width - 1) / 2
+        y = top + torch.minimum(y.clamp(min=0), tall - 1) - (height - 1) / 2
+        return _fetch(images, x[:, None, :], y[:, :, None])
+
+
+class Elastic:
+    """Bend the picture like rubber: each pixel is fetched from a place nearby, neighbours from nearly the same.
+
+        displacement = alpha * (Gaussian of standard deviation sigma, convolved with noise within -1 to 1)
+
+    in pixels, for x and y each; outside the picture the noise is 0. A small sigma is frosted glass, a large one shifts
+    the whole picture. Bilinear, black outside; the result is float32. (Torchvision's alpha is twice this one.)
+
+    Source: Simard, Steinkraus and Platt, Best Practices for Convolutional Neural Networks, 2003, section 2.
+    """
+
+    numbers = 1  # the noise
+
+    def __init__(self, alpha: float, sigma: float) -> None:
+        self.alpha = require_within("alpha", alpha, 0, 1000)
+        self.sigma = require_within("sigma", sigma, 0.5, 100)
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        right, down = self.displacements(numbers, height=height, width=width).unbind(1)  # (B, H, W) each
+        x, y = _from_centre(width, images.device), _from_centre(height, images.device)
+        return _fetch(images, right + x, down + y[:, None])
+
+    def displacements(self, numbers: Tensor, *, height: int, width: int) -> Tensor:
+        """From where each pixel is fetched, (B, 2, H, W): pixels to the right and down from its own place."""
+        # Noise and weights are whole numbers, whose sums stay below 2^53: in double precision these matrix products
+        # are exact, so that the order of their sums, which depends on the batch's size, changes no bit.
+        noise = (per_pixel(numbers[:, 0], 2 * height * width) >> 15) | 1  # odd, -65535 to 65535
+        noise = noise.view(-1, 2, height, width).double()
+        smooth = self._weights(height, numbers.device) @ noise @ self._weights(width, numbers.device)
+        return (smooth * (self.alpha * 2.0**-48)).float()
+
+    def _weights(self, size: int, device: torch.device) -> Tensor:
+        """Whole numbers (size, size): 2^16 times the Gaussian of the distance between two places."""
+        place = torch.arange(size, dtype=torch.float64, device=device)
+        gaussian = torch.exp(-0.5 * ((place - place[:, None]) / self.sigma) ** 2)
+        return (gaussian * (2**16 / (self.sigma * math.sqrt(2 * math.pi)))).round()
+
+
+def rectangles(
+    numbers: Tensor, *, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers (B, 4) to rectangles of whole pixels within a picture: top, left, height, width, (B,) float32 each."""
+    size, shape, down, right = numbers.double().unbind(1)  # logarithms and roots: no last bit of theirs shall matter
+    share = area[0] + size * (area[1] - area[0])  # of the picture
+    # wide = sqrt(share H W ratio) <= W and tall = sqrt(share H W / ratio) <= H leave these ratios.
+    least, most = share * width / height, width / (share * height)
+    lowest, highest = (torch.clamp(torch.full_like(share, end), least, most).log() for end in ratio)
+    root = torch.exp((lowest + shape * (highest - lowest)) / 2)  # of the ratio
+    side = torch.sqrt(share * (height * width))
+    wide, tall = (side * root).round().clamp(1, width), (side / root).round().clamp(1, height)
+    top, left = (down * (height - tall + 1)).floor(), (right * (width - wide + 1)).floor()
+    return top.float(), left.float(), tall.float(), wide.float()
+
+
+def _from_centre(size: int, device: torch.device) -> Tensor:
+    """Where the pixels of a side are, in pixels from its centre: (size,)."""
+    return torch.arange(size, device=device) + 0.5 - size / 2
+
+
+def _fetch(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The images at these points, in pixels from the centre: bilinear, black outside; float32.
+
+    x and y are (B, H, W), or 1 where they are the same along a side.
+    """
+    height, width = images.shape[2:]
+    grid = torch.empty(len(images), height, width, 2, device=images.device)  # -1 to 1; filled, as a stack takes longer
+    grid[..., 0], grid[..., 1] = x * (2 / width), y * (2 / height)
+    return functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

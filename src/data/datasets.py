@@ -3,8 +3,10 @@
     digits                  1,797 digits of 8 x 8, embedded here (UCI Optical Recognition of Handwritten Digits,
                             Alpaydin and Kaynak, 1998, CC BY 4.0; the part that scikit-learn carries, in its order)
     mnist, fashion_mnist    60,000 + 10,000 of 28 x 28 grey (LeCun et al., 1998; Xiao et al., 2017)
-    cifar10                 50,000 + 10,000 of 32 x 32 RGB (Krizhevsky, 2009)
-    image_folder            one's own pictures, a folder for each class
+    kmnist                  the same of cursive Japanese (Clanuwat et al., 2018)
+    cifar10, cifar100       50,000 + 10,000 of 32 x 32 RGB (Krizhevsky, 2009)
+    svhn                    73,257 + 26,032 of 32 x 32 RGB, house numbers (Netzer et al., 2011)
+    image_folder            one's own pictures, a folder for each class; ImageNet too
 
 torchvision downloads and reads the official archives. It is imported only there: the import takes seconds.
 """
@@ -13,6 +15,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,13 @@ from data.stratification import split
 
 DIGITS = Path(__file__).with_name("digits.npz")  # pixels uint8 (1797, 8, 8), 0 to 16; labels uint8 (1797,)
 DIGITS_TEST_FRACTION = 0.2
+DIGIT_NAMES = [str(label) for label in range(10)]
 TEST_SEED = fold(0, "test")  # the test part never depends on a run's seed
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-CIFAR_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+CIFAR100_FILES = ("train", "test", "meta")
+SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 FOLDER_LAYOUT = (
     "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
@@ -53,8 +59,7 @@ def digits() -> Collection:
     with np.load(DIGITS, allow_pickle=False) as file:
         levels, labels = torch.from_numpy(file["pixels"]), torch.from_numpy(file["labels"]).long()
     pixels = (levels * (255 / 16)).round().to(torch.uint8)[:, None]  # (N, 1, 8, 8)
-    names = [str(label) for label in range(10)]
-    return _with_test(Images(pixels=pixels, labels=labels), fraction=DIGITS_TEST_FRACTION, class_names=names)
+    return _with_test(Images(pixels=pixels, labels=labels), fraction=DIGITS_TEST_FRACTION, class_names=DIGIT_NAMES)
 
 
 def mnist(*, root: str, download: bool) -> Collection:
@@ -65,8 +70,24 @@ def fashion_mnist(*, root: str, download: bool) -> Collection:
     return _official("FashionMNIST", root=root, folder="FashionMNIST/raw", files=IDX_FILES, download=download)
 
 
+def kmnist(*, root: str, download: bool) -> Collection:
+    return _official("KMNIST", root=root, folder="KMNIST/raw", files=IDX_FILES, download=download)
+
+
 def cifar10(*, root: str, download: bool) -> Collection:
-    return _official("CIFAR10", root=root, folder="cifar-10-batches-py", files=CIFAR_FILES, download=download)
+    return _official("CIFAR10", root=root, folder="cifar-10-batches-py", files=CIFAR10_FILES, download=download)
+
+
+def cifar100(*, root: str, download: bool) -> Collection:
+    """With its 100 fine labels."""
+    return _official("CIFAR100", root=root, folder="cifar-100-python", files=CIFAR100_FILES, download=download)
+
+
+def svhn(*, root: str, download: bool) -> Collection:
+    """The cropped digits, without the easier `extra` ones. torchvision reads MATLAB's files with SciPy, which
+    scikit-learn brings along; and it would have them in ROOT itself, where nobody could tell whose they are."""
+    place, parts = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
+    return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
 
 
 def image_folder(*, root: str, image_size: int, channels: int, test_fraction: float, empty_class: str) -> Collection:
@@ -135,12 +156,24 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _official(name: str, *, root: str, folder: str, files: tuple[str, ...], download: bool) -> Collection:
-    """One of torchvision's data sets, downloaded first where it is missing and that is allowed."""
+def _official(
+    name: str,
+    *,
+    root: str,
+    folder: str,
+    files: tuple[str, ...],
+    download: bool,
+    parts: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}),
+) -> Collection:
+    """One of torchvision's data sets, downloaded first where it is missing and that is allowed.
+
+    `parts` are its arguments for the training and the test part.
+    """
     base = Path(root).expanduser()
     place = base / folder
-    if base.exists() and not base.is_dir():
-        raise DataError(str(base), "is not a folder; set data.root")
+    above = next(path for path in (base, *base.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise DataError(str(above), "is not a folder; set data.root")
     missing = [file for file in files if not (place / file).is_file()]
     if missing and not download:
         explanation = f"lacks {', '.join(missing)}; put {name} there, set data.root, or set data.download=true"
@@ -150,27 +183,34 @@ def _official(name: str, *, root: str, folder: str, files: tuple[str, ...], down
 
     source = getattr(datasets, name)
     if missing:
-        _download(source, base=base, place=place)
+        _download(source, parts, base=base, place=place, above=above)
     try:
-        parts = [source(root=base, train=train, download=False) for train in (True, False)]
-        train_images, test_images = (_images(part) for part in parts)
+        found = [source(root=base, **part) for part in parts]
+        train_images, test_images = (_images(part) for part in found)
     except Exception as error:  # torchvision raises nearly anything for a damaged file, assertions too
         explanation = f"holds damaged files ({error or type(error).__name__}); remove it and set data.download=true"
         raise DataError(str(place), explanation) from error
-    return Collection(train=train_images, val=None, test=test_images, class_names=list(parts[0].classes))
+    names = list(getattr(found[0], "classes", DIGIT_NAMES))
+    return Collection(train=train_images, val=None, test=test_images, class_names=names)
 
 
 def _images(part: Any) -> Images:
-    """What torchvision has read: (N, H, W) tensors of MNIST and its like, (N, H, W, C) arrays of CIFAR."""
+    """What torchvision has read: (N, H, W) of MNIST and its like, (N, H, W, 3) of CIFAR, (N, 3, H, W) of SVHN."""
     pixels = torch.as_tensor(part.data)
-    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    return Images(pixels=pixels, labels=torch.as_tensor(part.targets))
+    if pixels.dim() == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[3] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = part.labels if hasattr(part, "labels") else part.targets
+    return Images(pixels=pixels.contiguous(), labels=torch.as_tensor(labels))
 
 
-def _download(source: Any, *, base: Path, place: Path) -> None:
+def _download(source: Any, parts: Iterable[dict[str, Any]], *, base: Path, place: Path, above: Path) -> None:
     """Download into a hidden folder that only a complete data set leaves, so that a failure leaves nothing behind."""
-    above = next(folder for folder in (base, *base.absolute().parents) if folder.is_dir())
-    archives = getattr(source, "resources", None) or [(source.filename, source.tgz_md5)]
+    if hasattr(source, "split_list"):  # of SVHN, by part: address, file, digest
+        archives = [tuple(source.split_list[part["split"]][1:]) for part in parts]
+    else:
+        archives = getattr(source, "resources", None) or [(source.filename, source.tgz_md5)]
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=above) as hidden:
             fresh = Path(hidden) / place.relative_to(base)
@@ -178,7 +218,8 @@ def _download(source: Any, *, base: Path, place: Path) -> None:
                 _reuse(archive, digest=digest, base=base, place=place, hidden=Path(hidden), fresh=fresh)
             # Whatever torchvision prints is progress; standard output belongs to the caller.
             with contextlib.redirect_stdout(sys.stderr):
-                source(root=hidden, train=True, download=True)
+                for part in parts:
+                    source(root=hidden, **part, download=True)
             place.mkdir(parents=True, exist_ok=True)
             for file in fresh.iterdir():
                 if file.is_file() and file.suffix not in (".gz", ".tar"):
@@ -195,7 +236,7 @@ def _reuse(archive: str, *, digest: str, base: Path, place: Path, hidden: Path, 
     """Take an archive that somebody has put at its place already, if its digest is right."""
     from torchvision.datasets.utils import check_integrity
 
-    for old, new in ((base / archive, hidden / archive), (place / archive, fresh / archive)):
+    for old, new in {base / archive: hidden / archive, place / archive: fresh / archive}.items():
         if not old.is_file():
             continue
         if not check_integrity(old, digest):

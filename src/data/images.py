@@ -80,6 +80,10 @@ class Images:
         chosen = self.pixels.take(indices) if isinstance(self.pixels, Files) else self.pixels[indices]
         return Images(pixels=chosen, labels=self.labels[indices])
 
+    def load(self) -> Tensor:
+        """The pixels, uint8 (N, C, H, W), decoded where they are files."""
+        return self.pixels.load() if isinstance(self.pixels, Files) else self.pixels
+
 
 def decode(path: str | Path, *, image_size: int | None, channels: int) -> Tensor:
     """A picture file as uint8 (channels, image_size, image_size), by the rule at the top of this file.

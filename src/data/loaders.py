@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,18 +19,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, PreceptorError
 from core.seeding import fold
-from data.augmentations import Augmentations
 from data.images import Files, Images
-from data.normalisation import Standardise
+from data.normalisation import Normalisation
+from data.pipeline import Augmentations
+
+# Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
+Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Batch(NamedTuple):
     """Pictures ready for the network, on its device."""
 
-    images: Tensor  # float32 (B, C, H, W), standardised
-    labels: Tensor  # int64 (B,)
+    images: Tensor  # float32 (B, C, H, W), normalised
+    labels: Tensor  # int64 (B,); where samples are mixed: float32 (B, K), probabilities
     indices: Tensor  # int64 (B,), positions in the part that is read
 
 
@@ -45,12 +48,10 @@ class TrainLoader:
         accumulate: int,
         seed: int,
         augmentations: Augmentations,
-        mean: Tensor,
-        std: Tensor,
+        normalisation: Normalisation,
         device: torch.device,
         num_workers: int = 0,
         drop_last: bool | str = "auto",
-        channels_last: bool = False,
         shuffle: bool = True,
     ) -> None:
         _check_sizes(batch_size=batch_size, accumulate=accumulate, num_workers=num_workers)
@@ -71,8 +72,11 @@ class TrainLoader:
         self.shuffle = shuffle
         self.device = device
         self.augmentations = augmentations
-        self.standardise = Standardise(mean, std, device=device, channels_last=channels_last)
-        self.source = _source(images, device=device, num_workers=num_workers)
+        self.normalisation = normalisation
+        # Transforms from elsewhere take one picture after the other, on the CPU: all of augmentation goes to workers.
+        in_workers = augmentations.one_at_a_time
+        self.augment_on = torch.device("cpu") if in_workers else device
+        self.source = _source(images, device=device, num_workers=num_workers, augment_in_workers=in_workers)
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
@@ -83,17 +87,21 @@ class TrainLoader:
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """One list of micro-batches for each optimizer step of this epoch, from step `start` on."""
-        rest = self.order(epoch)[start * self.accumulate * self.batch_size :]
-        if len(rest) == 0:
-            return
-        self.augmentations.draw(epoch=epoch, samples=self.samples, device=self.device)
-        batches = (self._finish(batch, epoch) for batch in self.source.read(rest.split(self.batch_size)))
+        pictures = self.pictures(epoch, start * self.accumulate)
+        batches = (batch._replace(images=self.normalisation(batch.images)) for batch in pictures)
         while step := list(islice(batches, self.accumulate)):
             yield step
 
-    def _finish(self, batch: Batch, epoch: int) -> Batch:
-        images = self.augmentations(batch.images, batch.indices, epoch)
-        return batch._replace(images=self.standardise(images))
+    def pictures(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of this epoch from number `start` on, augmented, but with pixels of 0 to 255 still."""
+        rest = self.order(epoch)[start * self.batch_size :]
+        if len(rest) > 0:
+            yield from self.show(rest.split(self.batch_size), epoch)
+
+    def show(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255."""
+        drawn = self.augmentations.draw(epoch=epoch, samples=self.samples, device=self.augment_on)
+        yield from self.source.read([drawn.rows(indices) for indices in batches], augment=drawn)
 
 
 class EvalLoader:
@@ -104,23 +112,21 @@ class EvalLoader:
         images: Images,
         *,
         batch_size: int,
-        mean: Tensor,
-        std: Tensor,
+        normalisation: Normalisation,
         device: torch.device,
         num_workers: int = 0,
-        channels_last: bool = False,
     ) -> None:
         _check_sizes(eval_batch_size=batch_size, num_workers=num_workers)
         self.batches = torch.arange(len(images)).split(batch_size)
-        self.standardise = Standardise(mean, std, device=device, channels_last=channels_last)
+        self.normalisation = normalisation
         self.source = _source(images, device=device, num_workers=num_workers)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.source.read(self.batches):
-            yield batch._replace(images=self.standardise(batch.images))
+        for batch in self.source.read(self.batches, augment=_unchanged):
+            yield batch._replace(images=self.normalisation(batch.images))
 
 
 class Resident:
@@ -129,29 +135,26 @@ class Resident:
     def __init__(self, pixels: Tensor, labels: Tensor, *, device: torch.device) -> None:
         self.pixels, self.labels, self.device = pixels.to(device), labels.to(device), device
 
-    def read(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        for indices in torch.cat(list(batches)).to(self.device).split([len(batch) for batch in batches]):
+    def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
+        for rows in torch.cat(list(batches)).to(self.device).split([len(batch) for batch in batches]):
             # index_select copies whole pictures; plain indexing takes ten times as long.
-            images, labels = self.pixels.index_select(0, indices), self.labels.index_select(0, indices)
-            yield Batch(images=images, labels=labels, indices=indices)
+            yield Batch(*augment(self.pixels.index_select(0, rows), self.labels.index_select(0, rows), rows))
 
 
-class Streamed(Dataset[Tensor]):
-    """Files that are decoded when their batch is due, by this process or by workers."""
+class Streamed:
+    """Pictures that are decoded, or only fetched, when their batch is due: by this process or by workers.
 
-    def __init__(self, files: Files, labels: Tensor, *, device: torch.device, num_workers: int) -> None:
-        self.files, self.labels, self.device, self.num_workers = files, labels, device, num_workers
+    They are augmented there too, or else on the device.
+    """
 
-    def __getitems__(self, indices: list[int]) -> Tensor | DataError:
-        # Returned, not raised: a DataLoader would pass only the text of a worker's exception.
-        try:
-            return torch.stack([self.files[index] for index in indices])
-        except DataError as error:
-            return error
+    def __init__(self, images: Images, *, device: torch.device, num_workers: int, augment_in_workers: bool) -> None:
+        self.images, self.device, self.num_workers = images, device, num_workers
+        self.augment_in_workers = augment_in_workers
 
-    def read(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+    def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
+        there, here = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)
         loader: DataLoader[Any] = DataLoader(
-            self,
+            Fetched(self.images, there),
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
@@ -160,14 +163,34 @@ class Streamed(Dataset[Tensor]):
         )
         with _signals_held():
             fetched = iter(loader)
-        for indices, images in zip(batches, fetched, strict=True):
-            if isinstance(images, DataError):
-                raise images
-            yield Batch(
-                images=images.to(self.device, non_blocking=True),
-                labels=self.labels[indices].to(self.device),
-                indices=indices.to(self.device),
-            )
+        failure: PreceptorError | None = None
+        for batch in fetched:
+            if isinstance(batch, PreceptorError):
+                failure = batch
+                break
+            yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in batch)))
+        del fetched  # ends the workers; an error that is raised keeps what is here until garbage is collected
+        if failure is not None:
+            raise failure
+
+
+class Fetched(Dataset[Any]):
+    """What a worker does: fetch or decode the pictures of a batch, and augment them."""
+
+    def __init__(self, images: Images, augment: Augment) -> None:
+        self.pixels, self.labels, self.augment = images.pixels, images.labels, augment
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor] | PreceptorError:
+        rows = torch.tensor(indices)
+        # Returned, not raised: a DataLoader would pass only the text of a worker's exception.
+        try:
+            if isinstance(self.pixels, Files):
+                images = torch.stack([self.pixels[index] for index in indices])
+            else:
+                images = self.pixels.index_select(0, rows)
+            return self.augment(images, self.labels[rows], rows)
+        except PreceptorError as error:
+            return error
 
 
 @contextlib.contextmanager
@@ -192,10 +215,16 @@ def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _source(images: Images, *, device: torch.device, num_workers: int) -> Resident | Streamed:
-    if isinstance(images.pixels, Files):
-        return Streamed(images.pixels, images.labels, device=device, num_workers=num_workers)
-    return Resident(images.pixels, images.labels, device=device)
+def _unchanged(images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return images, labels, rows
+
+
+def _source(
+    images: Images, *, device: torch.device, num_workers: int, augment_in_workers: bool = False
+) -> Resident | Streamed:
+    if isinstance(images.pixels, Tensor) and not augment_in_workers:
+        return Resident(images.pixels, images.labels, device=device)
+    return Streamed(images, device=device, num_workers=num_workers, augment_in_workers=augment_in_workers)
 
 
 def _check_sizes(*, num_workers: int, **sizes: int) -> None:

@@ -16,7 +16,7 @@ from core.errors import ConfigError, DataError
 from core.seeding import fold
 from data.datasets import Collection
 from data.images import Files, Images
-from data.normalisation import CHUNK, statistics
+from data.normalisation import CHUNK, Normalisation, fit_normalisation
 from data.stratification import split, stratified
 
 STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that does not fit into memory
@@ -30,8 +30,7 @@ class Splits:
     val: Images | None
     test: Images | None
     class_names: list[str]
-    mean: Tensor  # (C,), of the training part, on the scale 0 to 1
-    std: Tensor  # (C,)
+    normalisation: Normalisation  # from pixels to the network's input, fitted to the training part
     fingerprint: str  # of the data as it was found, before any split: another one means that the data has changed
 
 
@@ -47,6 +46,8 @@ def prepare(
     limit_eval: int | None = None,
     num_classes: int | None,
     memory_budget: float,
+    normalise: str = "per_channel",
+    whitening_epsilon: float = 0.01,
 ) -> Splits:
     """Check, split, convert and measure a collection."""
     _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit)
@@ -71,14 +72,18 @@ def prepare(
         part: convert(images, image_size=image_size, channels=channels, fit=fit, load=resident)
         for part, images in parts.items()
     }
-    mean, std = statistics(_chunks(ready["train"], seed=seed))
+    normalisation = fit_normalisation(
+        measured(ready["train"], seed=seed),
+        kind=normalise,
+        epsilon=whitening_epsilon,
+        shape=(channels, image_size, image_size),
+    )
     return Splits(
         train=ready["train"],
         val=ready.get("val"),
         test=ready.get("test"),
         class_names=collection.class_names,
-        mean=mean,
-        std=std,
+        normalisation=normalisation,
         fingerprint=fingerprint(collection),
     )
 
@@ -167,7 +172,7 @@ def resize(pixels: Tensor, *, image_size: int, fit: str) -> Tensor:
     return functional.pad(pixels, (left, image_size - width - left, top, image_size - height - top))
 
 
-def _chunks(train: Images, *, seed: int) -> Iterator[Tensor]:
+def measured(train: Images, *, seed: int) -> Iterator[Tensor]:
     """The pixels to measure: all of a part in memory, else those of a stratified subset, decoded piece by piece."""
     if isinstance(train.pixels, Tensor):
         yield train.pixels

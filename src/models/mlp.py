@@ -2,17 +2,28 @@
 
     (B, C, H, W) -> (B, C*H*W) -> [linear -> norm -> activation -> dropout] for each of `hidden` -> linear -> logits
 
-With no hidden layer it is softmax regression, the baseline that any other network has to beat.
+With no hidden layer it is softmax regression, the baseline that any other network has to beat. The activation `maxout`
+gives each hidden unit the largest of `pieces` linear functions of its inputs, so that layer has `pieces` times as many
+weights; at a learning rate of 0.1 it wants `trainer.clip_norm=1.0`.
 
-Source: Rumelhart, Hinton and Williams 1986, Learning Representations by Back-propagating Errors.
+Sources: Rumelhart, Hinton and Williams 1986, Learning Representations by Back-propagating Errors; Goodfellow et al.
+2013, Maxout Networks, section 2.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
-from models.blocks import activation as activation_layer
-from models.blocks import initialise, require_count, require_counts, require_dropout
+from models.blocks import (
+    ACTIVATIONS,
+    Maxout,
+    choose,
+    initialise,
+    require_count,
+    require_counts,
+    require_dropout,
+)
 
 
 class MLP(nn.Module):
@@ -28,23 +39,26 @@ class MLP(nn.Module):
         image_size: int,
         hidden: Sequence[int] = (256, 256),
         activation: str = "relu",
+        pieces: int = 5,
         dropout: float = 0.0,
         batch_norm: bool = False,
         init: str = "default",
     ) -> None:
         super().__init__()
-        require_count(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+        require_count(num_classes=num_classes, in_channels=in_channels, image_size=image_size, pieces=pieces)
         require_counts(hidden=hidden)
         require_dropout(dropout)
-        activation_layer(activation)  # a misspelt name is an error with no hidden layer too
+        # Chosen in front of the loop: a misspelt name is an error with no hidden layer too.
+        activation_layer = choose("activation", activation, ACTIVATIONS | {"maxout": partial(Maxout, pieces=pieces)})
+        outputs = pieces if activation == "maxout" else 1  # of the linear layer, for each unit
 
         width = in_channels * image_size**2
         layers: list[nn.Module] = [nn.Flatten()]
         for units in hidden:
-            layers.append(nn.Linear(width, units, bias=not batch_norm))  # the norm has a bias of its own
+            layers.append(nn.Linear(width, outputs * units, bias=not batch_norm))  # the norm has a bias of its own
             if batch_norm:
-                layers.append(nn.BatchNorm1d(units))
-            layers += [activation_layer(activation), nn.Dropout(dropout)]
+                layers.append(nn.BatchNorm1d(outputs * units))
+            layers += [activation_layer(), nn.Dropout(dropout)]
             width = units
 
         self.features = nn.Sequential(*layers)

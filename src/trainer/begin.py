@@ -1,8 +1,6 @@
 """How a run begins: a new folder with TensorBoard's static parts in it, or an old one that is gone on with."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from core.config import Config
 from core.errors import PreceptorError, StorageError
@@ -15,9 +13,7 @@ from trainer.tracking import TensorBoard
 from trainer.trainer import Trainer
 
 
-def begin(
-    trainer: Trainer, config: Config, record: Mapping[str, Any], splits: Splits, weights_report: list[str]
-) -> None:
+def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list[str]) -> None:
     """The run folder, TensorBoard's static parts, and a first word."""
     values = config.values
     path = Path(values["run_dir"]) if values["run_dir"] else None
@@ -29,7 +25,7 @@ def begin(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exception:
         raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
-    folder = RunFolder.create(path, record=record, first=snapshot(trainer))
+    folder = RunFolder.create(path, record=trainer.record, first=snapshot(trainer))
     tracker = TensorBoard(folder.path)
     display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
     trainer.attach(folder, tracker, display)
@@ -46,25 +42,24 @@ def begin(
         display.say(text)
         folder.append_event("init_from", text=text)
     folder.append_event("start", provenance=dict(trainer.provenance))
-    tracker.config(record)
+    tracker.config(trainer.record)
     if values["trainer"]["log_images"] or values["trainer"]["log_graph"]:
         show_first_batch(trainer, images=values["trainer"]["log_images"], graph=values["trainer"]["log_graph"])
 
 
 def show_first_batch(trainer: Trainer, *, images: bool, graph: bool) -> None:
     """The first batch as it is trained on, and the network's graph, in TensorBoard."""
-    first = next(iter(trainer.train_loader.steps(0)))[0][0]  # (B, C, H, W), standardised
+    first = next(iter(trainer.train_loader.pictures(0)))[0]  # (B, C, H, W), 0 to 255
     if images:
-        mean, std = (trainer.data_tensors[name].view(1, -1, 1, 1).to(first) for name in ("mean", "std"))
-        trainer.tracker.images("train/augmented", (first[:64] * std + mean).clamp(0, 1).cpu(), 0)
+        trainer.tracker.images("train/augmented", (first[:64] / 255).clamp(0, 1).cpu(), 0)
     if graph:
         try:
-            trainer.tracker.graph(trainer.model, first)
+            trainer.tracker.graph(trainer.model, trainer.normalisation(first))
         except Exception as exception:  # the tracer raises anything; a run does not end for a picture
             trainer.warn(f"no graph in TensorBoard, as the network cannot be traced: {type(exception).__name__}")
 
 
-def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
+def go_on(trainer: Trainer, config: Config) -> bool:
     """Go on with a run: its newest good checkpoint, its logs cut back to that step. False: it is finished already."""
     folder = RunFolder.open(Path(config.values["resume"]))
     try:
@@ -86,7 +81,7 @@ def go_on(trainer: Trainer, config: Config, record: Mapping[str, Any]) -> bool:
     for text in damaged:
         trainer.warn(text)
     if config.changes:
-        folder.write_config(record)
+        folder.write_config(trainer.record)
     facts = {"checkpoint": path.name, "changes": config.changes, "provenance": dict(trainer.provenance)}
     folder.append_event("resume", step=trainer.step, **facts)
     display.say(f"resumed {folder.path} at step {trainer.step:,} of {trainer.settings.total_steps:,} from {path.name}")

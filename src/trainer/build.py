@@ -8,7 +8,7 @@ builds only classes that are trusted (`refuse_untrusted`).
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from core.config import Config
 from core.errors import ConfigError, PreceptorError
 from core.schema import TRAIN
 from core.seeding import fold
-from data.augmentations import Augmentations
+from data.adapter import ASampleAtATime
 from data.loaders import EvalLoader, TrainLoader
-from data.splits import Splits, prepare
+from data.normalisation import covariance
+from data.pipeline import Augmentations
+from data.splits import Splits, measured, prepare
 from trainer.begin import begin, go_on
 from trainer.checks import check_classes, check_monitors, with_classes
 from trainer.durations import to_steps, total_steps, warmup_steps
@@ -34,6 +36,7 @@ from trainer.ema import ExponentialMovingAverage
 from trainer.losses import balanced_weights
 from trainer.machine import choose_device, configure_torch
 from trainer.metrics import resolve_mode
+from trainer.optimizers import Muon, decayed_parameters, fill_momentum, group_parameters
 from trainer.run_folder import provenance
 from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, one_cycle_momentum
 from trainer.settings import Settings
@@ -51,6 +54,15 @@ def build(config: Config) -> Trainer | None:
 
     None for a resumed run that is finished already.
     """
+    trainer, splits, weights_report = assemble(config)
+    if config.from_run:
+        return trainer if go_on(trainer, config) else None
+    begin(trainer, config, splits, weights_report)
+    return trainer
+
+
+def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
+    """A trainer without a folder, the data it was made for, and what was said of the weights it starts from."""
     values = config.values
     settings = values["trainer"]
     device = choose_device(settings["device"], settings["precision"])
@@ -74,14 +86,14 @@ def build(config: Config) -> Trainer | None:
         model.to(memory_format=torch.channels_last)
     model.to(device)
 
-    shared = {"mean": splits.mean, "std": splits.std, "device": device, "channels_last": wants_channels_last}
-    shared["num_workers"] = values["data"]["num_workers"]
+    normalisation = splits.normalisation.to(device, channels_last=wants_channels_last)
+    shared = {"normalisation": normalisation, "device": device, "num_workers": values["data"]["num_workers"]}
     train_loader = TrainLoader(
         splits.train,
         batch_size=values["data"]["batch_size"],
         accumulate=settings["accumulate"],
         seed=values["seed"],
-        augmentations=build_augmentations(values["augment"], seed=values["seed"]),
+        augmentations=build_augmentations(values["augment"], splits, seed=values["seed"]),
         drop_last=values["data"]["drop_last"],
         **shared,
     )
@@ -94,7 +106,8 @@ def build(config: Config) -> Trainer | None:
         to_steps, steps_per_epoch=per_epoch, samples_per_epoch=train_loader.samples_per_epoch, total_steps=total
     )
     every = {key: settings[key] and steps(settings[key]) for key in ("evaluate_every", "log_every", "histograms_every")}
-    optimizer = build_optimizer(values["optimizer"], model, settings["weight_decay_on"], device)
+    decayed = decayed_parameters(model, settings["weight_decay_on"])
+    optimizer = build_optimizer(values["optimizer"], model, decayed=decayed, device=device)
     trainer = Trainer(
         settings=Settings(
             seed=values["seed"],
@@ -106,11 +119,14 @@ def build(config: Config) -> Trainer | None:
             monitor=settings["checkpoint"]["monitor"],
             monitor_mode=monitors.get("trainer.checkpoint", "min"),
             clip_norm=settings["clip_norm"],
+            l1=settings["l1"],
             budget="max_steps" if total == settings["max_steps"] else "max_epochs",
         ),
         model=model,
         forward=torch.compile(model) if settings["compile"] else model,  # type: ignore[arg-type]
         loss_function=build_loss(values["loss"], splits).to(device),
+        auxiliary_weight=weigh_auxiliary(values["loss"], model),
+        penalised=decayed,
         optimizer=optimizer,
         schedule=build_schedule(values["schedule"], optimizer, total=total, steps_per_epoch=per_epoch),
         train_loader=train_loader,
@@ -128,7 +144,7 @@ def build(config: Config) -> Trainer | None:
         scaler=torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16"),
         device=device,
         data_values={"class_names": splits.class_names, "fingerprint": splits.fingerprint},
-        data_tensors={"mean": splits.mean, "std": splits.std},
+        normalisation=normalisation,
         record=record,
         provenance={
             **provenance(),
@@ -136,10 +152,7 @@ def build(config: Config) -> Trainer | None:
             "threads": torch.get_num_threads(),
         },
     )
-    if config.from_run:
-        return trainer if go_on(trainer, config, record) else None
-    begin(trainer, config, record, splits, weights_report)
-    return trainer
+    return trainer, splits, weights_report
 
 
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
@@ -172,14 +185,20 @@ def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
         raise error.under("data") from None
 
 
-def build_augmentations(steps: Mapping[str, Any], *, seed: int) -> Augmentations:
-    """The augmentation steps of a config, in order."""
-    built = {name: construct(node, f"augment.{name}") for name, node in steps.items()}
-    for name, step in built.items():
+def build_augmentations(steps: Mapping[str, Any], splits: Splits, *, seed: int) -> Augmentations:
+    """The augmentation steps of a config, in order; a class that is no step of ours is taken for a transform."""
+    built: dict[str, Any] = {}
+    for name, node in steps.items():
+        step = construct(node, f"augment.{name}")
         if not hasattr(step, "numbers"):
-            explanation = "is no step of ours: it must say how many random `numbers` a sample needs"
-            raise ConfigError(f"augment.{name}._target_", explanation, value=steps[name]["_target_"])
-    return Augmentations(built, seed=seed)
+            step = ASampleAtATime(step, name=f"augment.{name}")
+            step.try_out(splits.train.pixels.shape[1:])
+        built[name] = step
+    if fitted := [step for step in built.values() if hasattr(step, "fit")]:
+        mean, colours = covariance(measured(splits.train, seed=seed))
+        for step in fitted:
+            step.fit(mean, colours)
+    return Augmentations(built, seed=seed, num_classes=len(splits.class_names))
 
 
 def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
@@ -206,16 +225,12 @@ def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
     except (RuntimeError, ValueError, IndexError, TypeError) as exception:
         explanation = f"does not take images of {shape[1:]} (channels, height, width): {exception}"
         raise ConfigError("model", explanation, value=values["model"]["_target_"]) from None
-    if not isinstance(in_training, torch.Tensor):
-        explanation = f"gives a {type(in_training).__name__} in training, where a tensor of logits is expected"
-        raise ConfigError(
-            "model", f"{explanation} (auxiliary heads? aux_logits=false)", value=values["model"]["_target_"]
-        )
-    if tuple(logits.shape) != (2, data["num_classes"]):
-        explanation = (
-            f"gives {tuple(logits.shape)[1:]} outputs an image where the data has {data['num_classes']} classes"
-        )
-        raise ConfigError("model", explanation, value=values["model"]["_target_"])
+    heads = in_training if isinstance(in_training, tuple | list) else [in_training]  # logits, then auxiliary logits
+    for output in (logits, *heads):
+        given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if given != (2, data["num_classes"]):
+            explanation = f"gives {given} for two images, where the data's classes ask for (2, {data['num_classes']})"
+            raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
 def build_loss(node: Mapping[str, Any], splits: Splits) -> nn.Module:
@@ -226,30 +241,31 @@ def build_loss(node: Mapping[str, Any], splits: Splits) -> nn.Module:
         node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
     elif weights is not None and len(weights) != count:
         raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
-    return construct(node, "loss")
+    return construct({key: value for key, value in node.items() if key != "auxiliary_weight"}, "loss")
+
+
+def weigh_auxiliary(node: Mapping[str, Any], model: nn.Module) -> float:
+    """The weight of each auxiliary head's loss: the config's, else the network's own, else GoogLeNet's."""
+    weight = node.get("auxiliary_weight")
+    return getattr(model, "auxiliary_weight", 0.3) if weight is None else weight
 
 
 def build_optimizer(
-    node: Mapping[str, Any], model: nn.Module, weight_decay_on: str, device: torch.device
+    node: Mapping[str, Any], model: nn.Module, *, decayed: Collection[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer over one group of parameters, or over two of which one is spared weight decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"name": "all", "params": parameters}]
-    if weight_decay_on == "weights":  # biases and the scales and shifts of normalisation are vectors
-        groups = [
-            {"name": "weights", "params": [parameter for parameter in parameters if parameter.ndim > 1]},
-            {"name": "spared", "params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
+    """The optimizer over its groups of parameters; one of them is spared weight decay where some are not `decayed`."""
     if "lr" not in node:
         raise ConfigError("optimizer.lr", "missing: the learning rate, a number > 0")
     target = resolve("optimizer", node["_target_"])
     takes_fused = "fused" in inspect.signature(target).parameters and not node.get("foreach")
-    if device.type == "cuda" and takes_fused:
+    # Older versions of torch have a fused Adagrad for the CPU alone.
+    if device.type == "cuda" and takes_fused and target is not torch.optim.Adagrad:
         node = {"fused": True, **node}  # one kernel a step, and it can be told on the device to skip
     make = construct({**node, "_partial_": True}, "optimizer")
     try:
-        optimizer = make(groups)
+        optimizer = make(group_parameters(model, decayed=decayed, with_muon=target is Muon))
+    except ConfigError as error:
+        raise error.under("optimizer") from None
     except (TypeError, ValueError, RuntimeError) as exception:
         raise ConfigError("optimizer", str(exception), value=node["_target_"]) from None
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
@@ -257,14 +273,6 @@ def build_optimizer(
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
         fill_momentum(optimizer)
     return optimizer
-
-
-def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Momentum from zero. Fused SGD allocates it unfilled at its first step, and a step that it is told to skip leaves
-    it so; zeros change nothing else, as momentum x 0 + gradient is what the first step takes (dampening 0)."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_schedule(

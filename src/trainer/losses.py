@@ -1,15 +1,46 @@
-"""What is minimised: modules called as loss(logits (B, K), labels (B,)) -> scalar, the mean over the batch."""
+"""What is minimised: modules called as loss(logits (B, K), targets) -> scalar, the mean over the batch.
+
+Targets are labels, whole numbers (B,), or, where samples are mixed (mixup, CutMix), probabilities (B, K). All losses
+here are computed in 32 bits, also where the network's autocast hands over logits of 16. With K classes:
+
+    q = (1 - label_smoothing) target + label_smoothing / K        the target, a one-hot row where it is a label
+    p = softmax(logits)
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from core.errors import ConfigError
+
+
+class Objective:
+    """What a step minimises; the one place that knows of auxiliary heads.
+
+        loss(logits) + auxiliary_weight * the sum of loss(auxiliary logits)
+
+    In training a network with auxiliary heads returns a tuple: the logits, then those of each auxiliary head, which
+    are there for the gradient they give the lower layers (Szegedy et al. 2014, section 5: weight 0.3). What the logs
+    call the loss is that of the logits alone, so that training and validation are measured alike.
+    """
+
+    def __init__(self, loss_function: nn.Module, *, auxiliary_weight: float) -> None:
+        self.loss_function, self.auxiliary_weight = loss_function, auxiliary_weight
+
+    def __call__(self, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is minimised, the loss of the logits alone, and the logits (B, K)."""
+        logits, *auxiliary = (outputs,) if isinstance(outputs, Tensor) else outputs
+        loss = minimised = self.loss_function(logits, targets)
+        for others in auxiliary:
+            minimised = minimised + self.auxiliary_weight * self.loss_function(others, targets)
+        return minimised, loss, logits
+
 
 class CrossEntropy(nn.Module):
-    """-sum_k q_k log softmax(logits)_k with q the smoothed one-hot label (Szegedy 2016, section 7).
+    """-sum_k q_k log p_k, with the target smoothed as in Szegedy 2016, section 7.
 
-    With class weights w it is -sum_k w_k q_k log softmax(logits)_k, and the mean is over samples. (Torch divides by the
-    batch's sum of weights instead, so that the same samples in other batches would give another loss.)
+    With class weights w it is -sum_k w_k q_k log p_k, and the mean is over samples. (Torch divides by the batch's sum
+    of weights instead, so that the same samples in other batches would give another loss.)
     """
 
     class_weights: Tensor | None
@@ -17,15 +48,110 @@ class CrossEntropy(nn.Module):
     def __init__(self, *, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
+        self.register_buffer("class_weights", as_buffer(class_weights))
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, K), labels (B,) of integers in [0, K) -> scalar."""
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
         smoothing = self.label_smoothing
         losses = functional.cross_entropy(
-            logits, labels, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+            logits.float(), targets, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
         )
         return losses.mean()
+
+
+class SquaredError(nn.Module):
+    """sum_k (p_k - q_k)^2, the Brier score: 0 for a certain and right answer, 2 for a certain and wrong one.
+
+    It is bounded, so that a wrong label costs little; its gradient fades for answers that are certain and wrong.
+
+    Source: Brier 1950, Verification of Forecasts Expressed in Terms of Probability, equation 2.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", as_buffer(class_weights))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
+        target = as_probabilities(targets, logits.shape[1])
+        differences = logits.float().softmax(1) - smooth(target, self.label_smoothing)
+        return weighted_mean(differences.square().sum(1), target, self.class_weights)
+
+
+class Huber(nn.Module):
+    """sum_k h(p_k - q_k): h(d) = d^2 / 2 where |d| <= delta, and delta (|d| - delta / 2) beyond.
+
+    Between squared and absolute error: large differences, those of wrong labels, pull no harder than delta.
+
+    Source: Huber 1964, Robust Estimation of a Location Parameter.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self, *, delta: float = 0.5, label_smoothing: float = 0.0, class_weights: list[float] | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 < delta <= 1:  # no two probabilities are further apart
+            raise ConfigError("delta", "must be in (0, 1]", value=delta)
+        self.delta, self.label_smoothing = delta, label_smoothing
+        self.register_buffer("class_weights", as_buffer(class_weights))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
+        target = as_probabilities(targets, logits.shape[1])
+        answer, wanted = logits.float().softmax(1), smooth(target, self.label_smoothing)
+        losses = functional.huber_loss(answer, wanted, delta=self.delta, reduction="none").sum(1)
+        return weighted_mean(losses, target, self.class_weights)
+
+
+class BinaryCrossEntropy(nn.Module):
+    """-sum_k [q_k log s_k + (1 - q_k) log(1 - s_k)], s = sigmoid(logits): each class a yes-or-no question of its own.
+
+    The sum over classes, not their mean, so that a logit's gradient is s_k - q_k, as cross-entropy's is p_k - q_k. With
+    many classes the first steps are large then, as every class starts at 1/2: a warm-up helps.
+
+    Source: Beyer et al. 2020, Are We Done with ImageNet?; Wightman et al. 2021, ResNet Strikes Back (its mean).
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", as_buffer(class_weights))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
+        target = as_probabilities(targets, logits.shape[1])
+        wanted = smooth(target, self.label_smoothing)
+        losses = functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").sum(1)
+        return weighted_mean(losses, target, self.class_weights)
+
+
+def as_probabilities(targets: Tensor, num_classes: int) -> Tensor:
+    """Labels (B,) as one-hot rows (B, K); what is (B, K) already stays."""
+    if targets.ndim == 2:
+        return targets
+    return (targets[:, None] == torch.arange(num_classes, device=targets.device)).float()
+
+
+def smooth(target: Tensor, label_smoothing: float) -> Tensor:
+    """A share of the target (B, K) spread over all classes."""
+    return (1 - label_smoothing) * target + label_smoothing / target.shape[1]
+
+
+def weighted_mean(losses: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
+    """The mean over samples (B,); with class weights w, a sample counts w_k times, or sum_k w_k target_k if mixed."""
+    return losses.mean() if class_weights is None else (losses * (target * class_weights).sum(1)).mean()
+
+
+def as_buffer(class_weights: list[float] | None) -> Tensor | None:
+    """Class weights (K,), to go where the loss goes."""
+    return None if class_weights is None else torch.tensor(class_weights)
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:

@@ -21,9 +21,10 @@ class RunningSums:
         self.window_count = 0
         self.total: Sums = (0.0, 0.0, 0)
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: its mean loss (scalar), logits (B, K) and labels (B,)."""
-        count = len(labels)
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """A batch: its mean loss (scalar), logits (B, K), and labels (B,) or probabilities (B, K)."""
+        count = len(targets)
+        labels = targets if targets.ndim == 1 else targets.argmax(1)  # of a mixed sample, the larger part's
         self.window[0] += loss.detach() * count
         self.window[1] += (logits.detach().argmax(1) == labels).sum()
         self.window_count += count

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.config import fill_environment, read_run_config
 from core.errors import CheckpointError
 from data.images import decode
-from data.normalisation import Standardise
+from data.normalisation import Normalisation
 from data.splits import recolour, resize
 from trainer.build import build_model, choose_device
 from trainer.checkpoint import CheckpointFolder, Snapshot
@@ -24,12 +24,12 @@ from trainer.trust import refuse_untrusted, without_downloads
 
 @dataclass(frozen=True)
 class Transform:
-    """What stands between a picture and the network: size, channels and standardisation as in training."""
+    """What stands between a picture and the network: size, channels and normalisation as in training."""
 
     image_size: int
     channels: int
     fit: str
-    standardise: Standardise
+    normalisation: Normalisation
 
     def __call__(self, picture: str | Path | Tensor) -> Tensor:
         """An image file, or uint8 pixels (1 or 3, H, W) -> float32 (channels, image_size, image_size)."""
@@ -37,7 +37,7 @@ class Transform:
             size = self.image_size if self.fit == "resize" else None  # padded pictures keep their own size
             picture = decode(picture, image_size=size, channels=self.channels)
         pixels = recolour(picture.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
-        return self.standardise(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
+        return self.normalisation(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
         raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
     place = choose_device(device, "fp32")
     data = config["data"]
-    standardise = Standardise(snapshot.tensors["data.mean"], snapshot.tensors["data.std"], device=torch.device("cpu"))
     return Run(
         model=model.to(place).eval(),
-        transform=Transform(data["image_size"], data["channels"], data["fit"], standardise),
+        transform=Transform(data["image_size"], data["channels"], data["fit"], Normalisation(snapshot.part("data"))),
         class_names=snapshot.values["data"]["class_names"],
         config=config,
         snapshot=snapshot,

@@ -5,11 +5,15 @@
     0 |__/          \\__
        warm-up   shape
 
+Shapes are stretched over the run: their parameters are shares of the steps behind the warm-up, from 0 to 1. So a run
+that is resumed with a larger `max_epochs` goes on where the longer run would be, at a higher rate perhaps than it had
+come down to; only constant and plateau are the same for any length. (A curve that goes by epochs: schedule=torch.)
+
 `Plateau` alone has a memory. A scheduler of `torch.optim.lr_scheduler` can be named instead (`TorchScheduler`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
@@ -45,10 +49,72 @@ def step_decay(step: int, total_steps: int, warmup_steps: int, *, every: float, 
     return ramp(step, warmup_steps) * gamma**falls
 
 
+def multistep(
+    step: int, total_steps: int, warmup_steps: int, *, milestones: Sequence[float], gamma: float = 0.1
+) -> float:
+    """gamma^k after the first k milestones, each a share of the run behind the warm-up."""
+    in_order = isinstance(milestones, Sequence) and all(
+        type(share) in (int, float) and 0 < share < 1 and low < share
+        for low, share in zip([0, *milestones], milestones, strict=False)
+    )
+    _require("milestones", milestones, in_order, "must be a list of growing shares of the run, each in (0, 1)")
+    _require("gamma", gamma, 0 < gamma <= 1, "must be in (0, 1]")
+    done = progress(step, total_steps, warmup_steps) + 1e-6  # a hair's breadth, as in step_decay
+    return ramp(step, warmup_steps) * gamma ** sum(share <= done for share in milestones)
+
+
+def exponential(step: int, total_steps: int, warmup_steps: int, *, final: float = 0.01) -> float:
+    """final^progress: each step multiplies the rate by the same number, and the run ends at `final`."""
+    _require("final", final, 0 < final <= 1, "must be in (0, 1]")
+    return ramp(step, warmup_steps) * final ** progress(step, total_steps, warmup_steps)
+
+
+def inverse_time(step: int, total_steps: int, warmup_steps: int, *, decay: float = 99.0) -> float:
+    """1 / (1 + decay progress), ending at 1 / (1 + decay): fast at first, then slower and slower.
+
+    Source: Bottou 2012, Stochastic Gradient Descent Tricks, section 5.2: rate / (1 + rate lambda t).
+    """
+    _require("decay", decay, decay >= 0, "must be >= 0")
+    return ramp(step, warmup_steps) / (1 + decay * progress(step, total_steps, warmup_steps))
+
+
+def polynomial(step: int, total_steps: int, warmup_steps: int, *, power: float = 1.0, final: float = 0.0) -> float:
+    """final + (1 - final) (1 - progress)^power; power 1 is a straight line down."""
+    _require("power", power, power > 0, "must be > 0")
+    _require("final", final, 0 <= final <= 1, "must be in [0, 1]")
+    left = (1 - progress(step, total_steps, warmup_steps)) ** power
+    return ramp(step, warmup_steps) * (final + (1 - final) * left)
+
+
 def cosine(step: int, total_steps: int, warmup_steps: int, *, final: float = 0.0) -> float:
     """final + (1 - final) (1 + cos(pi progress)) / 2 (Loshchilov & Hutter 2017, equation 5)."""
     _require("final", final, 0 <= final <= 1, "must be in [0, 1]")
     half_wave = (1 + math.cos(math.pi * progress(step, total_steps, warmup_steps))) / 2
+    return ramp(step, warmup_steps) * (final + (1 - final) * half_wave)
+
+
+def cosine_restarts(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    *,
+    periods: int = 3,
+    multiplier: float = 2.0,
+    final: float = 0.0,
+) -> float:
+    """Half cosines one after the other, each `multiplier` times as long as the one before; the last ends with the run.
+
+    SGDR (Loshchilov & Hutter 2017, equation 5 and section 3). The paper gives the first period's length instead, here
+    the run's times (m - 1) / (m^periods - 1): periods 3 and multiplier 2 are its T_0 = 10 and T_mult = 2 at 70 epochs.
+    """
+    _require("periods", periods, type(periods) is int and periods >= 1, "must be an integer >= 1")
+    _require("multiplier", multiplier, multiplier >= 1, "must be >= 1")
+    _require("final", final, 0 <= final <= 1, "must be in [0, 1]")
+    lengths = [multiplier**number for number in range(periods)]  # in units of the first one
+    place = progress(step, total_steps, warmup_steps) * sum(lengths)
+    while len(lengths) > 1 and place > lengths[0] - 1e-6:  # a hair's breadth, as in step_decay
+        place -= lengths.pop(0)
+    half_wave = (1 + math.cos(math.pi * place / lengths[0])) / 2
     return ramp(step, warmup_steps) * (final + (1 - final) * half_wave)
 
 
@@ -93,7 +159,7 @@ def _cosine_between(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
-def _require(name: str, value: float, holds: bool, allowed: str) -> None:
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ConfigError(name, allowed, value=value)
 

@@ -18,4 +18,5 @@ class Settings:
     monitor: str | None  # the metric by which a checkpoint is the best
     monitor_mode: str
     clip_norm: float | None
+    l1: float
     budget: str  # max_epochs or max_steps: which of them total_steps is

@@ -1,6 +1,6 @@
 """Whatever survives a restart, and nothing else: `snapshot` takes it, `load` puts it back.
 
-    model.*  ema.*  optimizer.<parameter>.<state>  sums.window  data.mean data.std      tensors
+    model.*  ema.*  optimizer.<parameter>.<state>  sums.window  data.* (normalisation)  tensors
     step, best, schedule, scaler, early stopping, sums, data, clock                     plain values
 
 Randomness is not in it: that is a function of seed and step.
@@ -27,7 +27,7 @@ def snapshot(trainer: "Trainer") -> Snapshot:
         "ema": trainer.ema.average.state_dict() if trainer.ema else {},
         "optimizer": own_tensors,
         "sums": {"window": trainer.sums.window},
-        "data": trainer.data_tensors,
+        "data": trainer.normalisation.tensors,
     }
     tensors = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
     values = {
@@ -53,9 +53,13 @@ def load(trainer: "Trainer", snapshot: Snapshot) -> None:
     values = snapshot.values
     if values["data"]["fingerprint"] != trainer.data_values["fingerprint"]:
         raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
-    for name, tensor in trainer.data_tensors.items():
-        if not torch.equal(tensor, snapshot.tensors[f"data.{name}"]):
+    kept = snapshot.part("data")
+    for name, tensor in trainer.normalisation.tensors.items():
+        # Eigenvectors depend on the machine and its threads in their last bits, or more where eigenvalues are equal:
+        # what was fitted first is gone on with. Mean and standard deviation have the same bits everywhere.
+        if name != "whitening" and not torch.equal(tensor, kept[name]):
             raise CheckpointError("data", f"its {name} differs from that of the data this run was trained on")
+    trainer.normalisation.load(kept)
     try:
         trainer.model.load_state_dict(snapshot.part("model"))
         if trainer.ema:

@@ -1,6 +1,6 @@
 """The loop.
 
-    fit:  schedule -> forward, loss, backward -> clip -> check -> update -> average -> log, evaluate -> commit
+    fit:  schedule -> forward, loss, backward -> L1, clip -> check -> update -> average -> log, evaluate -> commit
 
 Everything that changes the weights or ends the run stands in `fit`, in the order in which it happens. The step is the
 only counter, all randomness is a function of it, and a run goes on from any commit point to the same bits.
@@ -26,6 +26,7 @@ from trainer.early_stopping import EarlyStopping
 from trainer.ema import ExponentialMovingAverage
 from trainer.finite import FiniteGuard
 from trainer.interrupts import Interrupts
+from trainer.losses import Objective
 from trainer.metrics import RunningSums, evaluate, improves
 from trainer.run_folder import RunFolder
 from trainer.schedules import Schedule, momentum_of
@@ -43,7 +44,22 @@ class StepLoader(Protocol):
     samples_per_epoch: int
 
     def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
-        """The batches of each step of an epoch, from its step `start` on."""
+        """The batches of each step of an epoch, from its step `start` on; their labels may be probabilities (B, K)."""
+
+    def pictures(self, epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of an epoch, augmented, but with pixels of 0 to 255 still."""
+
+
+class Normalisation(Protocol):
+    """What turns pixels into the network's input."""
+
+    tensors: dict[str, Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of 0 to 255 to float32."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become the one with these tensors."""
 
 
 @dataclass(kw_only=True)
@@ -54,6 +70,8 @@ class Trainer:
     model: nn.Module  # the network itself: its state is saved and evaluated
     forward: nn.Module  # the same network as the step calls it: compiled perhaps
     loss_function: nn.Module
+    auxiliary_weight: float  # of each auxiliary head's loss in what is minimised
+    penalised: Sequence[nn.Parameter]  # what L1 shrinks
     optimizer: Optimizer
     schedule: Schedule
     train_loader: StepLoader
@@ -65,7 +83,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     device: torch.device
     data_values: Mapping[str, Any]  # class names, fingerprint, sizes: what a checkpoint must tell of its data
-    data_tensors: Mapping[str, Tensor]  # mean and std (C,)
+    normalisation: Normalisation  # the one that all loaders use
     record: Mapping[str, Any]  # the config, as it may be written down
     provenance: Mapping[str, Any]
 
@@ -75,6 +93,7 @@ class Trainer:
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
         self.sums = RunningSums(self.device)
         self.clock = Clock()
+        self.objective = Objective(self.loss_function, auxiliary_weight=self.auxiliary_weight)
         self.guard = FiniteGuard(self.optimizer, scaler=self.scaler, device=self.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -149,17 +168,17 @@ class Trainer:
                 for batches in self.train_loader.steps(epoch, start=done):
                     self.schedule.apply(optimizer, self.step)
                     reseed(fold(settings.seed, "dropout", self.step), self.device)
-                    samples = sum(len(labels) for _, labels, _ in batches)
+                    samples = sum(len(targets) for _, targets, _ in batches)
                     step_loss = torch.zeros((), device=self.device)
-                    for images, labels, _ in batches:
+                    for images, targets, _ in batches:
                         with self.autocast:
-                            logits = self.forward(images)
-                            loss = self.loss_function(logits, labels)
-                        share = loss * (len(labels) / samples)
+                            minimised, loss, logits = self.objective(self.forward(images), targets)
+                        share = minimised * (len(targets) / samples)
                         self.scaler.scale(share).backward()
                         step_loss += share.detach()
-                        self.sums.add(loss, logits, labels)
+                        self.sums.add(loss, logits, targets)
                     self.scaler.unscale_(optimizer)
+                    self.add_l1()
                     norm = self.clip_gradients()
                     self.guard.check(step_loss, norm, (indices for _, _, indices in batches), step=self.next_step)
                     self.scaler.step(optimizer)
@@ -179,6 +198,13 @@ class Trainer:
                         break
                 self.clock.stop()
             return self.finish(interrupts)
+
+    @torch.no_grad()
+    def add_l1(self) -> None:
+        """The gradient of l1 * sum |w|, which is l1 * sign(w) and 0 at 0: once a step, however many batches it has."""
+        for weight in self.penalised if self.settings.l1 else ():
+            if weight.grad is not None:
+                weight.grad.add_(weight.sign(), alpha=self.settings.l1)
 
     def clip_gradients(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device; they are cut down to `clip_norm` where it is set."""

@@ -12,7 +12,9 @@ from core.errors import SecurityError
 
 # Of ours those modules alone whose classes and functions a config is meant to name: others read and write files.
 TRUSTED = (
-    *("models", "data.datasets", "data.synthetic", "data.augmentations", "trainer.schedules", "trainer.losses"),
+    *("models", "data.datasets", "data.synthetic"),
+    *("trainer.schedules", "trainer.losses", "trainer.optimizers"),
+    *("data.augmentations", "data.color", "data.corruptions", "data.mixing"),
     *("torch.nn", "torch.optim", "torchvision.models", "torchvision.transforms"),
 )
 HYDRA_KEYS = {"_args_", "_convert_", "_recursive_"}

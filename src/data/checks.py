@@ -1,0 +1,26 @@
+"""What the arguments of an augmentation must be; a wrong one is told by its name."""
+
+import math
+from collections.abc import Sequence
+
+from core.errors import ConfigError
+
+
+def require_within(name: str, value: float, low: float, high: float) -> float:
+    """A number from low to high, both included."""
+    if not _is_number(value) or not low <= value <= high:
+        raise ConfigError(name, f"must be within {low} to {high}", value=value)
+    return float(value)
+
+
+def require_interval(name: str, value: Sequence[float], *, high: float = math.inf) -> tuple[float, float]:
+    """Two numbers, [lowest, highest], above 0 and up to `high`."""
+    wanted = "0 < lowest <= highest" + ("" if high == math.inf else f" <= {high}")
+    right = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(end) for end in value)
+    if not right or not 0 < value[0] <= value[1] <= high:
+        raise ConfigError(name, f"must be [lowest, highest] with {wanted}", value=value)
+    return float(value[0]), float(value[1])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

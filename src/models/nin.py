@@ -1,0 +1,87 @@
+"""Network in network: behind each convolution a small perceptron that slides over the pixels, and a mean for a head.
+
+    mlpconv      k x k convolution -> ReLU -> 1x1 -> ReLU -> 1x1 -> ReLU       the 1x1 are linear layers at each pixel
+
+    32 -5x5, 1x1, 1x1-> 192, 160, 96 @ 32 -pool, dropout-> 96 @ 16
+       -5x5, 1x1, 1x1-> 192, 192, 192 @ 16 -pool, dropout-> 192 @ 8
+       -3x3, 1x1-> 192, 192 @ 8 -1x1-> one map a class @ 8 -mean over pixels-> logits
+
+The head has no linear layer that could overfit: each map of the last 1x1 convolution is a map of confidence in its
+class. Pools are maxima over 3x3 in steps of 2, as the paper says (in the authors' code the second is a mean). That code
+rectifies the last maps too; here they may be negative, as a logit that is held at zero gets no gradient.
+
+Source: Lin, Chen and Yan 2013, Network In Network, sections 3.1 (mlpconv), 3.2 (global average pooling) and 4.1; the
+widths, filters and starting weights are those of the authors' published CIFAR-10 network.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from models.blocks import (
+    activation,
+    initialise,
+    require_count,
+    require_counts,
+    require_dropout,
+    require_lists_of_counts,
+)
+
+
+class NIN(nn.Module):
+    """`widths` are the channels of the convolutions in front of each pool: the first `kernel_sizes` px wide, then 1x1.
+
+    966,986 parameters at 3 channels and 10 classes.
+    """
+
+    minimum_size = 1  # everything is padded, and the mean takes any size
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        widths: Sequence[Sequence[int]] = ((192, 160, 96), (192, 192, 192), (192, 192)),
+        kernel_sizes: Sequence[int] = (5, 5, 3),
+        dropout: float = 0.5,
+        batch_norm: bool = False,
+        init: str = "paper",
+    ) -> None:
+        super().__init__()
+        require_count(num_classes=num_classes, in_channels=in_channels)
+        require_lists_of_counts(widths=widths)
+        require_counts(kernel_sizes=kernel_sizes)
+        require_dropout(dropout)
+        if len(kernel_sizes) != len(widths) or not all(size % 2 for size in kernel_sizes):
+            raise ConfigError(
+                "kernel_sizes", f"must be {len(widths)} odd numbers, as many as widths", value=kernel_sizes
+            )
+
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for index, (block, kernel_size) in enumerate(zip(widths, kernel_sizes, strict=True)):
+            if index > 0:
+                layers += [nn.MaxPool2d(3, stride=2, padding=1), nn.Dropout(dropout)]
+            for width in block:
+                layers.append(nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=not batch_norm))
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(width))
+                layers.append(activation("relu"))
+                channels, kernel_size = width, 1  # the rest of the block is 1x1
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, num_classes, kernel_size=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),  # (B, num_classes, 1, 1) -> (B, num_classes)
+        )
+        initialise(self, init, paper=_normal)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        return self.head(self.features(images))
+
+
+def _normal(layer: nn.Conv2d | nn.Linear) -> None:
+    """Standard deviation 0.05 in every layer, whatever its width."""
+    nn.init.normal_(layer.weight, std=0.05)

@@ -1,0 +1,245 @@
+"""Losses by hand, in doubles and sums over Python numbers; mixed targets; what auxiliary heads add."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import built, composed, trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.errors import ConfigError, NumericalError
+from trainer.build import build
+from trainer.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
+from trainer.metrics import RunningSums
+from trainer.run_folder import read_lines
+
+LOSSES = {
+    "cross_entropy": CrossEntropy,
+    "squared_error": SquaredError,
+    "huber": lambda **given: Huber(delta=0.3, **given),
+    "binary_cross_entropy": BinaryCrossEntropy,
+}
+
+
+def by_hand(name: str, row: list[float], target: list[float], smoothing: float, weights: list[float] | None) -> float:
+    """The loss of one sample, as its docstring has it."""
+    classes = len(row)
+    smoothed = [(1 - smoothing) * share + smoothing / classes for share in target]
+    total = sum(math.exp(value) for value in row)
+    answer = [math.exp(value) / total for value in row]
+    weights = weights or [1.0] * classes
+    if name == "cross_entropy":
+        return -sum(w * q * math.log(p) for w, q, p in zip(weights, smoothed, answer))
+    loss = 0.0
+    for value, p, q in zip(row, answer, smoothed):
+        if name == "squared_error":
+            loss += (p - q) ** 2
+        elif name == "huber":
+            loss += (p - q) ** 2 / 2 if abs(p - q) <= 0.3 else 0.3 * (abs(p - q) - 0.15)
+        else:
+            yes = 1 / (1 + math.exp(-value))
+            loss -= q * math.log(yes) + (1 - q) * math.log(1 - yes)
+    return loss * sum(w * share for w, share in zip(weights, target))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 1.0, 3.0]])
+@pytest.mark.parametrize("name", LOSSES)
+def test_by_hand(name, class_weights, smoothing, mixed):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 2 * torch.randn(9, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
+    rows = functional.one_hot(labels, 4).double()
+    if mixed:  # as mixup leaves them: two labels each, perhaps the same
+        rows = 0.7 * rows + 0.3 * rows.roll(1, dims=0)
+    each = [by_hand(name, *pair, smoothing, class_weights) for pair in zip(logits.double().tolist(), rows.tolist())]
+    loss = LOSSES[name](label_smoothing=smoothing, class_weights=class_weights)
+    found = loss(logits, rows.float() if mixed else labels)
+    assert found.shape == () and found.item() == pytest.approx(sum(each) / 9, rel=1e-5)
+    assert loss(logits, rows.float()).item() == pytest.approx(found.item(), rel=1e-6)  # a label is a one-hot row
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_certain_and_wrong_stays_finite(name, dtype):
+    """Far beyond where exp overflows, and in 16 bits, where a sum of many classes would lose small terms."""
+    logits = torch.full((2, 1000), -3e4, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        logits[:, 0] = 3e4
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss = LOSSES[name](class_weights=[1.0] * 1000)(logits, torch.tensor([1, 0]))
+    loss.backward()
+    expected = {"cross_entropy": 3e4, "squared_error": 1, "huber": 0.3 * 0.85, "binary_cross_entropy": 3e4}[name]
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=3e-3)
+    assert logits.grad.isfinite().all()
+
+
+def test_sums_of_many_classes_in_32_bits():
+    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.arange(8)
+    for name, make in LOSSES.items():
+        assert make()(logits, labels).item() == pytest.approx(make()(logits.float(), labels).item(), rel=1e-6), name
+
+
+def test_huber_at_delta_1_is_half_the_squared_error():
+    logits, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
+    assert Huber(delta=1)(logits, labels).item() == pytest.approx(SquaredError()(logits, labels).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_trains(tmp_path, name):
+    given = ("loss.class_weights=balanced", "debug=overfit", "trainer.max_epochs=200")
+    lines = read_lines(trained(tmp_path / "run", f"loss={name}", *given).folder.path / "metrics.jsonl")
+    assert lines[-1]["train/accuracy"] == 1 and lines[-1]["train/loss"] < 0.1 * lines[0]["train/loss"], lines
+
+
+def test_balanced_weights(tmp_path):
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])
+    found = balanced_weights(labels, 4)
+    assert found[:2] == pytest.approx([10 / 24, 10 / 12]) and found[3] == pytest.approx(2.5)
+    trainer = built(tmp_path / "run", "loss.class_weights=balanced")
+    counts = trainer.train_loader.source.labels.bincount()
+    assert trainer.loss_function.class_weights.tolist() == pytest.approx(
+        [44 / (4 * count) for count in counts.tolist()]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.class_weights=[1,2]"], r"loss.class_weights = \[1, 2\]: must be a list of 4"),
+        (["loss=huber", "loss.delta=0"], r"loss.delta = 0: must be in \(0, 1\]"),
+        (["loss=huber", "loss.delta=1.5"], r"loss.delta = 1.5: must be in \(0, 1\]"),
+        (["loss=squared_error", "loss.label_smoothing=1"], r"loss.label_smoothing = 1: must be a number in \[0, 1\)"),
+        (["loss.auxiliary_weight=-0.3"], r"loss.auxiliary_weight = -0.3: must be a number >= 0, or null"),
+    ],
+)
+def test_wrong_values_are_told_by_their_key(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build(composed(*overrides))
+
+
+# Mixed targets
+
+
+def test_accuracy_counts_the_larger_part_of_a_mixed_sample():
+    sums = RunningSums(torch.device("cpu"))
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0]])
+    sums.add(torch.tensor(2.0), logits, torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 1.0, 0.0]]))
+    sums.add(torch.tensor(4.0), logits[:1], torch.tensor([1]))
+    assert sums.read() == {"loss": 2.5, "accuracy": 0.5}
+
+
+def test_the_loop_takes_probabilities(tmp_path):
+    """One-hot rows are the same training as labels, and halves of two labels another one."""
+    runs = []
+    for number, share in enumerate((None, 1.0, 0.6)):
+        trainer = built(tmp_path / str(number), "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
+        if share:
+            feed_mixed(trainer, share)
+        trainer.run()
+        runs.append((trainer.model.head.weight.detach().clone(), read_lines(trainer.folder.path / "metrics.jsonl")[-1]))
+    (labels, by_label), (rows, by_row), (mixed, _) = runs
+    torch.testing.assert_close(rows, labels, rtol=1e-5, atol=1e-7)
+    assert by_row["train/accuracy"] == by_label["train/accuracy"]
+    assert by_row["val/loss"] == pytest.approx(by_label["val/loss"], rel=1e-6)
+    assert not torch.allclose(mixed, labels, rtol=1e-2)
+
+
+def feed_mixed(trainer: Any, share: float) -> None:
+    steps = trainer.train_loader.steps
+
+    def mixed(epoch: int, start: int = 0) -> Any:
+        for batches in steps(epoch, start):
+            rows = [functional.one_hot(labels, 4).float() for _, labels, _ in batches]
+            rows = [share * each + (1 - share) * each.roll(1, dims=1) for each in rows]
+            yield [(images, row, indices) for (images, _, indices), row in zip(batches, rows)]
+
+    trainer.train_loader.steps = mixed
+
+
+# Auxiliary heads
+
+
+class WithHeads(nn.Module):
+    """One hidden layer and two auxiliary heads; `weight` is a constructor's argument for the tests alone."""
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: int, dropout: float, **_: Any) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size**2, 8), nn.ReLU())
+        self.head = nn.Linear(8, num_classes)
+        self.first, self.second = nn.Linear(8, num_classes), nn.Linear(8, num_classes)
+        if dropout:  # stands for a network that names its own weight
+            self.auxiliary_weight = dropout
+
+    def forward(self, images: Tensor) -> Any:
+        """Images (B, C, H, W) to logits (B, num_classes), in training three of them."""
+        features = self.features(images)
+        logits = self.head(features)
+        return (logits, self.first(features), self.second(features)) if self.training else logits
+
+
+class WrongHead(WithHeads):
+    """Its last auxiliary head knows of one class too few."""
+
+    def forward(self, images: Tensor) -> Any:
+        """As WithHeads."""
+        outputs = super().forward(images)
+        return (*outputs[:2], outputs[2][:, 1:]) if self.training else outputs
+
+
+HEADS = ("model._target_=test_losses.WithHeads", "trainer.checkpoint.monitor=null")
+
+
+def test_the_objective_is_its_formula():
+    logits = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(9) % 4
+    single = [functional.cross_entropy(each, labels) for each in logits]
+    objective = Objective(CrossEntropy(), auxiliary_weight=0.4)
+    minimised, loss, returned = objective(tuple(logits), labels)
+    assert minimised.item() == pytest.approx((single[0] + 0.4 * single[1] + 0.4 * single[2]).item(), rel=1e-6)
+    assert torch.equal(loss, single[0]) and torch.equal(returned, logits[0])
+    minimised, loss, returned = objective(logits[0], labels)
+    assert minimised is loss and torch.equal(loss, single[0]) and returned.data_ptr() == logits.data_ptr()
+
+
+def test_torchvision_puts_the_logits_first():
+    from torchvision.models import GoogLeNetOutputs, InceptionOutputs
+
+    assert GoogLeNetOutputs._fields[0] == InceptionOutputs._fields[0] == "logits"
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [([], 0.3), (["model.dropout=0.4"], 0.4), (["model.dropout=0.4", "loss.auxiliary_weight=0"], 0.0)],
+)
+def test_a_step_minimises_the_heads_losses_too_and_logs_the_logits_alone(tmp_path, given, weight):
+    plain = ("optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.accumulate=2", "trainer.max_steps=1")
+    trainer = trained(tmp_path / "run", *HEADS, *plain, *given)
+    model = built(tmp_path / "other", *HEADS, *plain, *given).model
+    (batches,) = [next(iter(trainer.train_loader.steps(0)))]
+    images, labels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    losses = [functional.cross_entropy(logits, labels) for logits in model.train()(images)]
+    (losses[0] + weight * losses[1] + weight * losses[2]).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 0.05 * parameter.grad
+        torch.testing.assert_close(trainer.model.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-7)
+    (line,) = read_lines(trainer.folder.path / "metrics.jsonl")
+    assert line["train/loss"] == pytest.approx(losses[0].item(), rel=1e-6)
+    logits = trainer.model.eval()(torch.cat([images for images, _, _ in trainer.val_loader]))
+    truth = torch.cat([labels for _, labels, _ in trainer.val_loader])
+    assert line["val/loss"] == pytest.approx(functional.cross_entropy(logits, truth).item(), rel=1e-5)
+
+
+def test_an_auxiliary_loss_that_is_not_finite_ends_the_run(tmp_path):
+    trainer = built(tmp_path / "run", *HEADS)
+    trainer.model.second.register_forward_hook(lambda _, __, logits: logits * math.inf if trainer.step == 3 else None)
+    with pytest.raises(NumericalError, match=r"step 4 .*loss nan"):
+        trainer.run()
+
+
+def test_each_heads_classes_are_counted(tmp_path):
+    with pytest.raises(ConfigError, match=r"gives \(2, 3\) for two images, where the data's classes ask for \(2, 4\)"):
+        build(composed("model._target_=test_losses.WrongHead"))

@@ -1,0 +1,308 @@
+"""What makes the network's input of pixels: against numpy and torchvision, and from training to a finished run."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import built, composed, last_state, reopened, stop_after, trained
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as torchvision
+
+from core.config import Config
+from core.errors import CheckpointError, ConfigError, StopSignal
+from data import normalisation
+from data.datasets import Collection
+from data.images import Files, Images
+from data.normalisation import Normalisation, covariance, fit_normalisation, statistics, whitening
+from data.splits import Splits, measured, prepare
+from trainer.build import build_data
+from trainer.restore import Run, load_run
+from trainer.trainer import Trainer
+
+EVALUATE = Path(__file__).resolve().parents[1] / "scripts/evaluate.py"
+CPU = torch.device("cpu")
+
+
+def natural(count: int, *, channels: int = 3, size: int = 5, seed: int = 0) -> Tensor:
+    """Pictures whose neighbours are alike, as those of photographs, in pixels and in channels: uint8 (N, C, H, W)."""
+    noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    smooth = (noise.cumsum(2).cumsum(3) + noise.cumsum(1)) * 12 + 110
+    return smooth.round().clamp(0, 255).to(torch.uint8)[:, :channels]
+
+
+def fitted(pixels: Tensor, kind: str, epsilon: float = 0.01) -> Normalisation:
+    return fit_normalisation([pixels], kind=kind, epsilon=epsilon, shape=tuple(pixels.shape[1:]))
+
+
+def numpy_rows(pixels: Tensor) -> np.ndarray:
+    return pixels.flatten(1).numpy().astype(np.float64) / 255  # (N, D)
+
+
+# ------------------------------------------------------------------------------------------ per channel, or not at all
+
+
+def test_per_channel_and_none_are_torchvisions(tmp_path):
+    pixels = natural(40)
+    mean, std = numpy_rows(pixels).reshape(40, 3, -1).mean((0, 2)), numpy_rows(pixels).reshape(40, 3, -1).std((0, 2))
+    scaled = torchvision.to_dtype(pixels, torch.float32, scale=True)
+    per_channel, none = fitted(pixels, "per_channel"), fitted(pixels, "none")
+    expected = torchvision.normalize(scaled, mean.tolist(), std.tolist())
+    torch.testing.assert_close(per_channel(pixels), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(none(pixels), scaled, rtol=0, atol=1e-7)
+    # To the bit: one multiplication and one addition, in single precision.
+    tensors = {name: tensor.double()[:, None, None] for name, tensor in per_channel.tensors.items()}
+    scale, bias = (1 / (255 * tensors["std"])).float(), (-tensors["mean"] / tensors["std"]).float()
+    assert torch.equal(per_channel(pixels), pixels * scale + bias)
+
+
+def test_statistics_stay_exact_where_floats_would_cancel():
+    pixels = torch.full((2003, 1, 61, 67), 255, dtype=torch.uint8)  # 8.2 million pixels, an odd number
+    pixels[0, 0, 0, 0] = 254
+    share = 1 / pixels.numel()
+    for chunks in ([pixels], [pixels[:700], pixels[700:]]):
+        mean, std = statistics(chunks)
+        assert std.item() == pytest.approx((share * (1 - share)) ** 0.5 / 255, rel=1e-7)
+        assert mean.item() == pytest.approx(1 - share / 255, rel=1e-7)
+        assert covariance(chunks)[1].item() == pytest.approx(share * (1 - share) / 255**2, rel=1e-15)
+    assert statistics([pixels[1:]])[1].item() == 1  # no contrast at all
+    assert covariance([pixels[1:]])[1].item() == 0
+
+
+def test_covariance_of_colours_is_numpys():
+    pixels = natural(50)
+    colours = pixels.permute(1, 0, 2, 3).reshape(3, -1).numpy() / 255  # (C, N H W)
+    mean, spread = covariance([pixels[:20], pixels[20:]])
+    assert mean.dtype == spread.dtype == torch.float64
+    np.testing.assert_allclose(mean.numpy(), colours.mean(1), rtol=1e-13)
+    np.testing.assert_allclose(spread.numpy(), np.cov(colours, bias=True), rtol=1e-12)
+    assert abs(spread[0, 1]) > 0.1 * spread[0, 0]  # there is something to find
+
+
+# ---------------------------------------------------------------------------------------------------------- whitening
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_whitened_training_data_has_the_identity_for_a_covariance(kind):
+    pixels = natural(2000)
+    rows = fitted(pixels, kind, 1e-12)(pixels).flatten(1).numpy().astype(np.float64)
+    assert np.abs(rows.mean(0)).max() < 1e-4
+    assert np.abs(np.cov(rows.T, bias=True) - np.eye(75)).max() < 1e-4
+
+
+def test_whitening_is_that_of_a_singular_value_decomposition():
+    """Another way to the same matrices, over the pictures and not over their covariance."""
+    pixels, epsilon = natural(500), 0.003
+    rows = numpy_rows(pixels)
+    mean = rows.mean(0)
+    _, singular, vectors = np.linalg.svd(rows - mean, full_matrices=False)  # vectors: one a row
+    vectors *= np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1))
+    components = (rows - mean) @ vectors.T / np.sqrt(singular**2 / len(rows) + epsilon)
+    pca, zca = (fitted(pixels, kind, epsilon)(pixels).flatten(1).numpy() for kind in ("pca", "zca"))
+    np.testing.assert_allclose(pca, components, atol=2e-5)
+    np.testing.assert_allclose(zca, components @ vectors, atol=2e-5)
+    assert (np.diff(pca.var(0)) < 1e-6).all()  # from the largest variance to the smallest
+
+
+def test_zca_leaves_pictures_nearest_to_what_they_were():
+    pixels = natural(500)
+    tensors = fitted(pixels, "zca").tensors
+    spread = torch.from_numpy(np.cov(numpy_rows(pixels).T))
+    in_double = whitening(spread, kind="zca", epsilon=0.01)
+    assert torch.equal(in_double, in_double.T)
+    matrix, rows = tensors["whitening"], torch.from_numpy(numpy_rows(pixels)).float() - tensors["mean"]
+    assert (torch.linalg.eigvalsh(matrix.double()) > 0).all()
+
+    def moved(candidate: Tensor) -> float:
+        return (rows @ candidate.T - rows).square().sum().item()
+
+    # All whitenings are turns of one another; by small and by large ones.
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.01, 0.1, 1.0, 10.0):
+        lean = torch.randn(75, 75, generator=generator) * size / 75
+        assert moved(torch.linalg.matrix_exp(lean - lean.T) @ matrix) > moved(matrix)
+    assert moved(fitted(pixels, "pca").tensors["whitening"]) > moved(matrix)
+
+
+def test_whitening_has_the_same_bits_each_time():
+    pixels = natural(700)
+    for kind in ("pca", "zca"):
+        whole = fitted(pixels, kind)
+        shuffled = [pixels[300:].flip(0), pixels[:300]]  # exact sums do not know an order
+        again = fit_normalisation(shuffled, kind=kind, epsilon=0.01, shape=(3, 5, 5))
+        assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_eigenvectors_have_one_sign(monkeypatch):
+    spread = torch.from_numpy(np.cov(numpy_rows(natural(500)).T))
+    expected = whitening(spread, kind="pca", epsilon=0.01)
+    values, vectors = torch.linalg.eigh(spread)
+    turned = vectors * torch.tensor([1.0, -1.0, -1.0]).repeat(25)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: (values, turned))
+    assert torch.equal(whitening(spread, kind="pca", epsilon=0.01), expected)
+
+
+def test_epsilon_bounds_what_is_blown_up():
+    pixels = natural(30)  # fewer pictures than numbers in one: the covariance is singular
+    pixels[:, :, 0] = 7  # and some pixels never change
+    largest = np.linalg.eigvalsh(np.cov(numpy_rows(pixels).T, bias=True))[-1]
+    for kind in ("pca", "zca"):
+        gains = torch.linalg.svdvals(fitted(pixels, kind, 0.04).tensors["whitening"])
+        assert gains.max().item() == pytest.approx(0.04**-0.5, rel=1e-5)
+        assert gains.min().item() == pytest.approx((largest + 0.04) ** -0.5, rel=1e-5)
+        # An eigenvalue that is a little below 0 only by rounding does not make a root of it.
+        assert fitted(pixels, kind, 1e-25).tensors["whitening"].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", normalisation.KINDS)
+def test_input_of_any_type_and_output_in_the_wanted_layout(kind):
+    pixels = natural(8)
+    normalise = fitted(natural(100), kind)
+    expected = normalise(pixels)
+    assert expected.is_contiguous() and expected.dtype == torch.float32
+    for given in (pixels.clone(), pixels.float(), pixels.float().contiguous(memory_format=torch.channels_last)):
+        ready = normalise.to(CPU, channels_last=True)(given)
+        assert ready.dtype == torch.float32 and ready.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ready, expected)
+        assert torch.equal(given, pixels.to(given.dtype))
+    assert torch.equal(Normalisation(normalise.tensors)(pixels), expected)
+
+
+def test_too_large_a_picture_is_refused_before_it_is_read(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "abcd"]  # not there: reading one would be another error
+    files = Images(Files(paths, image_size=37, channels=3), torch.tensor([0, 1, 0, 1]))
+    settings = {"seed": 0, "val_fraction": 0, "image_size": 37, "channels": 3, "fit": "resize", "limit_train": None}
+    settings |= {"num_classes": None, "memory_budget": 0, "normalise": "zca"}
+    with pytest.raises(ConfigError, match="normalise = zca: .*3 x 37 x 37 has 4,107 numbers.*at most 4,096") as caught:
+        prepare(Collection(files, None, None, ["a", "b"]), **settings)
+    assert caught.value.subject == "normalise"
+    with pytest.raises(ConfigError, match="whitening_epsilon = 0: must be > 0"):
+        fitted(natural(10), "pca", 0)
+    for override in ("data.normalise=zac", "data.whitening_epsilon=0"):
+        with pytest.raises(ConfigError, match=override.replace("=", " = ")):
+            composed(override)
+
+
+# --------------------------------------------------------------------------------------- only the training part is seen
+
+
+def prepared(collection: Collection, normalise: str, **changes: object) -> Splits:
+    settings = {"seed": 0, "val_fraction": 0.3, "image_size": 5, "channels": 3, "fit": "resize", "limit_train": None}
+    return prepare(collection, **settings, num_classes=None, memory_budget=1, normalise=normalise, **changes)
+
+
+@pytest.mark.parametrize("kind", ["per_channel", "pca", "zca"])
+def test_only_the_training_part_is_fitted_to(kind):
+    labels, pixels = torch.arange(200) % 2, natural(200)
+    first = prepared(Collection(Images(pixels, labels), None, Images(natural(9), labels[:9]), ["a", "b"]), kind)
+    of_train = fitted(first.train.pixels, kind).tensors
+    assert len(first.train) == 140
+    assert all(torch.equal(tensor, of_train[name]) for name, tensor in first.normalisation.tensors.items())
+
+    in_val = {picture.numpy().tobytes() for picture in first.val.pixels}
+    others = torch.tensor([picture.numpy().tobytes() in in_val for picture in pixels])
+    changed = torch.where(others[:, None, None, None], 255 - pixels, pixels)
+    second = prepared(
+        Collection(Images(changed, labels), None, Images(natural(9, seed=1), labels[:9]), ["a", "b"]), kind
+    )
+    assert not torch.equal(first.val.pixels, second.val.pixels)
+    assert all(torch.equal(tensor, of_train[name]) for name, tensor in second.normalisation.tensors.items())
+
+
+def test_streamed_files_are_measured_as_resident_pixels(tmp_path):
+    pixels, paths = natural(30), [tmp_path / f"{number:02}.png" for number in range(30)]
+    for path, picture in zip(paths, pixels, strict=True):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    streamed = Images(Files(paths, image_size=5, channels=3), torch.arange(30) % 2)
+    assert torch.equal(torch.cat(list(measured(streamed, seed=3))), pixels)
+    [resident] = measured(Images(pixels, streamed.labels), seed=3)
+    assert torch.equal(resident, pixels)
+
+
+# --------------------------------------------------------------------------------------------------------- a whole run
+
+ZCA = ("data.normalise=zca", "data.whitening_epsilon=0.02", "trainer.max_epochs=2")
+
+
+def same_input(run: Run, trainer: Trainer) -> bool:
+    """Does the run's transform make of the validation pictures what the trainer evaluated them on?"""
+    [batch] = trainer.val_loader
+    pictures = trainer.val_loader.source.pixels
+    one_by_one = torch.stack([run.transform(picture) for picture in pictures])
+    torch.testing.assert_close(one_by_one, batch.images, rtol=0, atol=1e-5)  # products of one row sum in another order
+    return torch.equal(run.transform.normalisation(pictures), batch.images)
+
+
+@pytest.mark.parametrize("kind", ["none", "pca", "zca"])
+def test_run_trains_resumes_to_the_bit_and_is_used_from_its_folder_alone(tmp_path, kind):
+    overrides = [*ZCA, f"data.normalise={kind}"]
+    whole = trained(tmp_path / "whole", *overrides)
+    stopped = built(tmp_path / "stopped", *overrides)
+    stop_after(stopped, 4)
+    with pytest.raises(StopSignal):
+        stopped.run()
+    reopened(tmp_path / "stopped").run()
+    assert last_state(tmp_path / "stopped") == last_state(tmp_path / "whole")
+    run = load_run(tmp_path / "whole")
+    assert same_input(run, whole)
+    assert set(run.snapshot.part("data")) == ({"mean", "std"} if kind == "none" else {"mean", "whitening"})
+
+
+def test_evaluation_measures_what_training_measured_and_fits_nothing(tmp_path, monkeypatch, capsys):
+    trainer = trained(tmp_path / "run", *ZCA)
+    monkeypatch.setattr(normalisation, "whitening", None)
+    evaluate = runpy.run_path(str(EVALUATE))["evaluate"]
+    values = {"run": str(tmp_path / "run"), "split": "val", "checkpoint": "best", "device": "cpu", "root": None}
+    evaluate(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    line = f"accuracy {trainer.best['metrics']['val/accuracy']:.4f}"
+    assert line in capsys.readouterr().out
+
+
+def test_resume_goes_on_with_what_was_fitted_first(tmp_path, monkeypatch):
+    """Other threads or another machine may turn eigenvectors: the network knows only the old ones."""
+    trained(tmp_path / "whole", *ZCA, "data.normalise=pca")
+    stopped = built(tmp_path / "stopped", *ZCA, "data.normalise=pca")
+    stop_after(stopped, 4)
+    with pytest.raises(StopSignal):
+        stopped.run()
+    monkeypatch.setattr(normalisation, "whitening", lambda *given, **named: whitening(*given, **named).flip(0))
+    resumed = reopened(tmp_path / "stopped")
+    assert same_input(load_run(tmp_path / "stopped", checkpoint="last"), resumed)
+    resumed.run()
+    assert last_state(tmp_path / "stopped") == last_state(tmp_path / "whole")
+
+
+def test_resume_on_other_pixels_is_refused(tmp_path, monkeypatch):
+    trained(tmp_path / "run", *ZCA)
+
+    def other_pixels(node, *, seed):
+        return build_data({**node, "noise": 0.25}, seed=seed)
+
+    monkeypatch.setattr("trainer.build.build_data", other_pixels)
+    with pytest.raises(CheckpointError, match="its mean differs"):
+        reopened(tmp_path / "run", "trainer.max_epochs=3")
+
+
+def test_run_from_before_there_was_a_choice(tmp_path):
+    """Its config says nothing of normalisation, and its checkpoints hold mean and standard deviation."""
+    trainer = trained(tmp_path / "run", "trainer.max_epochs=1")
+    file = tmp_path / "run/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    del config["data"]["normalise"], config["data"]["whitening_epsilon"]
+    file.write_text(yaml.safe_dump(config))
+    assert same_input(load_run(tmp_path / "run"), trainer)
+    again = reopened(tmp_path / "run", "trainer.max_epochs=2")
+    again.run()
+    assert again.step == 2 * trainer.step
+
+
+def test_first_batch_is_shown_as_it_was_before_normalisation(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("trainer.tracking.TensorBoard.images", lambda _, tag, images, step: shown.append(images))
+    for kind in ("per_channel", "pca"):
+        trainer = built(tmp_path / kind, "trainer.log_images=true", f"data.normalise={kind}")
+        chosen = trainer.train_loader.order(0)[:8]
+        assert torch.equal(shown[-1], trainer.train_loader.source.pixels[chosen] / 255)

@@ -1,0 +1,244 @@
+"""Muon against torch's own Muon and AdamW, what it takes for a matrix, and the other update rules through the loop."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import built, composed, trained
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from models.googlenet import GoogLeNet
+from models.resnet import ResNet
+from trainer import optimizers
+from trainer.build import build
+from trainer.optimizers import Muon, decayed_parameters, group_parameters, hidden_matrices
+from trainer.run_folder import read_lines
+from trainer.state import load_optimizer_tensors, optimizer_tensors
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(
+        num_classes=4,
+        in_channels=1,
+        depths=[1, 1],
+        widths=[4, 8],
+        block="basic",
+        stem="small",
+        shortcut="B",
+        init="paper",
+    )
+
+
+def names_of(model: nn.Module, parameters: Any) -> list[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for parameter in parameters]
+
+
+def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
+    """Made up, of very different sizes, as at a real step."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        name: torch.randn(parameter.shape, generator=generator) * 10 ** (number % 5 - 3)
+        for number, (name, parameter) in enumerate(model.named_parameters())
+    }
+
+
+# Which parameter gets which rule
+
+
+def test_muon_is_for_the_matrices_inside():
+    model = resnet()
+    assert names_of(model, hidden_matrices(model)) == [
+        name for name, parameter in model.named_parameters() if parameter.ndim == 4 and name != "conv1.weight"
+    ]
+    lenet = nn.Sequential(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Linear(16, 120), nn.Linear(120, 4))
+    assert names_of(lenet, hidden_matrices(lenet)) == ["1.weight", "2.weight"]
+    perceptron = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 4))  # no convolution sees the pixels
+    assert names_of(perceptron, hidden_matrices(perceptron)) == ["0.weight"]
+    outputs = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Conv2d(10, 10, 3), nn.Conv2d(10, 10, 1))  # as Network in Network
+    assert names_of(outputs, hidden_matrices(outputs)) == ["1.weight"]
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Linear(8, 4))
+    assert names_of(grouped, hidden_matrices(grouped)) == ["2.weight"]
+    grouped[2].requires_grad_(False)
+    assert hidden_matrices(grouped) == [] == hidden_matrices(nn.Sequential(nn.ReLU()))
+
+
+def test_auxiliary_heads_give_logits_too():
+    with torch.device("meta"):
+        model = GoogLeNet(num_classes=10, in_channels=3, init="default")
+    spared = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    spared -= set(names_of(model, hidden_matrices(model)))
+    first, *outputs = sorted(spared, key=lambda name: "head" in name)
+    assert first.startswith("to_4a.0") and len(outputs) == 3 and sum("auxiliary" in name for name in outputs) == 2
+
+
+@pytest.mark.parametrize("on", ["all", "weights"])
+def test_groups_hold_each_parameter_once(on):
+    model = resnet()
+    model.conv1.weight.requires_grad_(False)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for with_muon, expected in ((False, ["all"]), (True, ["muon", "adamw"])):
+        groups = group_parameters(model, decayed=decayed_parameters(model, on), with_muon=with_muon)
+        if on == "weights":
+            expected = [expected[0] if with_muon else "weights", *expected[1:], "spared"]
+            assert all(parameter.ndim == 1 for parameter in groups[-1]["params"]) and groups[-1]["weight_decay"] == 0
+        assert [group["name"] for group in groups] == expected
+        assert sorted(map(id, trainable)) == sorted(id(each) for group in groups for each in group["params"])
+
+
+# The updates
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+def test_both_rules_are_torchs_to_the_bit(monkeypatch, layout, adjust_lr_fn):
+    """A convolution's weight as torch.optim.Muon updates the matrix (out, in x k x k), in 16 bits as it works in;
+    everything else as torch.optim.AdamW does."""
+    monkeypatch.setattr(optimizers, "working_type", lambda device: torch.bfloat16)
+    ours, theirs = resnet().to(memory_format=layout), resnet()
+    groups = group_parameters(ours, decayed=decayed_parameters(ours, "weights"), with_muon=True)
+    optimizer = Muon(
+        groups, lr=0.02, adamw_lr=0.003, momentum=0.9, betas=[0.8, 0.99], weight_decay=0.3, adjust_lr_fn=adjust_lr_fn
+    )
+    inside = {name: parameter.ndim == 4 and name != "conv1.weight" for name, parameter in theirs.named_parameters()}
+    assert 0 < sum(inside.values()) < len(inside)
+    matrices = {
+        name: nn.Parameter(parameter.detach().flatten(1).clone())
+        for name, parameter in theirs.named_parameters()
+        if inside[name]
+    }
+    others = {name: parameter for name, parameter in theirs.named_parameters() if not inside[name]}
+    muon = torch.optim.Muon(
+        matrices.values(), lr=0.02, momentum=0.9, weight_decay=0.3, nesterov=True, adjust_lr_fn=adjust_lr_fn
+    )
+    decay = [{"params": [p for p in others.values() if p.ndim > 1], "weight_decay": 0.3}]
+    decay += [{"params": [p for p in others.values() if p.ndim == 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(decay, lr=0.003, betas=(0.8, 0.99))
+    for step in range(4):
+        for name, gradient in gradients(theirs, step).items():
+            ours.get_parameter(name).grad = (
+                gradient.to(memory_format=layout) if gradient.ndim == 4 else gradient.clone()
+            )
+            (matrices if inside[name] else others)[name].grad = gradient.flatten(1) if inside[name] else gradient
+        for made in (optimizer, muon, adamw):
+            made.step()
+        for name, parameter in ours.named_parameters():
+            expected = matrices[name].view_as(parameter) if inside[name] else others[name]
+            assert torch.equal(parameter, expected), (step, name)
+    assert ours.conv1.weight.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
+def test_orthogonalise_is_its_polynomial_of_the_singular_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrix = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) @ torch.logspace(-1, 1, shape[1]).double().diag()
+    )
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.square().sum().sqrt()
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    found = optimizers.orthogonalise(matrix, steps=3, dtype=torch.float64)
+    torch.testing.assert_close(found, left @ values.diag() @ right, rtol=1e-10, atol=1e-12)
+
+
+def test_on_a_cpu_a_step_is_finer_than_torchs_but_the_same():
+    """The point of it: a step's singular values are near 1, whatever those of the gradient were."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 12, 3), nn.Linear(12, 2))
+    weight, before = model[1].weight, model[1].weight.detach().flatten(1).clone()
+    matrix = nn.Parameter(before.clone())
+    gradient = torch.randn(12, 36) * torch.logspace(-2, 2, 36)
+    weight.grad, matrix.grad = gradient.view_as(weight), gradient
+    groups = group_parameters(model, decayed=list(model.parameters()), with_muon=True)
+    Muon(groups, lr=0.1, adjust_lr_fn="original", weight_decay=0.0).step()
+    torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0).step()
+    ours, theirs = (before - weight.detach().flatten(1)) / 0.1, (before - matrix.detach()) / 0.1
+    assert (ours - theirs).norm() < 0.02 * theirs.norm() and not torch.equal(ours, theirs)
+    values = torch.linalg.svdvals(ours)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    model = resnet()
+    optimizer = Muon(group_parameters(model, decayed=list(model.parameters()), with_muon=True), lr=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.fc.bias.grad = torch.ones(4)
+    optimizer.step()
+    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {"fc.bias"}
+
+
+# State
+
+
+@pytest.mark.parametrize("name", ["muon", "rmsprop", "adagrad"])
+def test_the_state_goes_through_a_checkpoint(tmp_path, name):
+    extra = () if name == "adagrad" else ("optimizer.momentum=0.8",)
+    extra += ("optimizer.centered=true",) if name == "rmsprop" else ()
+    trainer = trained(tmp_path / "run", f"optimizer={name}", "model.hidden=[16,16]", "trainer.max_epochs=1", *extra)
+    tensors, plain = optimizer_tensors(trainer.model, trainer.optimizer)
+    kinds = {key.rpartition(".")[2] for key in tensors}
+    assert (
+        kinds
+        == {
+            "muon": {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"},
+            "rmsprop": {"step", "square_avg", "momentum_buffer", "grad_avg"},
+            "adagrad": {"step", "sum"},
+        }[name]
+        and plain == {}
+    )
+    other = built(tmp_path / "other", f"optimizer={name}", "model.hidden=[16,16]", *extra)
+    load_optimizer_tensors(other.model, other.optimizer, tensors, json.loads(json.dumps(plain)))
+    again, _ = optimizer_tensors(other.model, other.optimizer)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+# Through the loop
+
+
+def test_rates_and_momenta_of_each_group(tmp_path):
+    trainer = built(
+        tmp_path / "run",
+        *("optimizer=muon", "optimizer.lr=0.02", "optimizer.adamw_lr=0.001", "trainer.weight_decay_on=weights"),
+        *("schedule=one_cycle", "model.hidden=[16,16]"),
+    )
+    assert trainer.schedule.base_rates == [0.02, 0.001, 0.001]
+    trainer.run()
+    groups = trainer.optimizer.param_groups
+    share = groups[0]["lr"] / 0.02
+    assert 0 < share < 0.01 and [group["lr"] for group in groups] == pytest.approx([0.02 * share, *[0.001 * share] * 2])
+    assert [group.get("momentum") for group in groups] == [pytest.approx(0.95), None, None]
+    assert [group.get("betas") for group in groups] == [None, *[pytest.approx((0.95, 0.95))] * 2]
+
+
+@pytest.mark.parametrize("name", ["muon", "rmsprop", "adagrad"])
+def test_it_learns_a_batch_by_heart(tmp_path, name):
+    rate = {"muon": 0.003, "rmsprop": 0.001, "adagrad": 0.01}[name]
+    given = ("model=lenet5", "data.image_size=32", "data=digits", "debug=overfit", "trainer.max_epochs=60")
+    folder = trained(tmp_path / "run", f"optimizer={name}", f"optimizer.lr={rate}", *given).folder.path
+    losses = [line["train/loss"] for line in read_lines(folder / "metrics.jsonl")]
+    assert losses[-1] < 0.1 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.adjust_lr_fn=spectral", r"optimizer.adjust_lr_fn = spectral: must be match_rms_adamw or original"),
+        ("optimizer.ns_steps=0", r"optimizer.ns_steps = 0: must be an integer in \[1, 99\]"),
+        ("optimizer.adamw_lr=0", r"optimizer.adamw_lr = 0: must be a number > 0"),
+        ("optimizer.momentum=1", r"optimizer.momentum = 1: must be a number in \[0, 1\)"),
+        ("+optimizer.fused=true", r"optimizer.fused = true: .* takes no such argument"),
+        ("model.hidden=[]", r"optimizer._target_.*this one has none; try optimizer=adamw"),
+    ],
+)
+def test_wrong_values_are_told_by_their_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        build(composed("optimizer=muon", override))
+
+
+def test_a_schedule_of_momentum_needs_one():
+    with pytest.raises(ConfigError, match=r"schedule.momentum.*this optimizer has none"):
+        build(composed("optimizer=adagrad", "schedule=one_cycle"))

@@ -1,0 +1,296 @@
+"""What augmentation may depend on, how samples find their partners, and transforms that draw for themselves."""
+
+import copy
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import built
+from torchvision.transforms import v2
+
+from core.entry import CONFIGS
+from core.errors import ConfigError
+from core.seeding import fold
+from data.adapter import ASampleAtATime
+from data.augmentations import Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
+from data.color import ColorShift, PCAColor
+from data.corruptions import RandomBlur, RandomErasing, RandomNoise
+from data.mixing import CutMix, Mixup
+from data.pipeline import Augmentations, Drawn
+from trainer.trust import refuse_untrusted
+
+CPU = torch.device("cpu")
+N, K = 50, 4
+LABELS = torch.arange(N) % K
+PCA = PCAColor(sigma=2)
+PCA.fit(torch.zeros(3), torch.tensor([[0.06, 0.05, 0.04], [0.05, 0.06, 0.05], [0.04, 0.05, 0.07]]))
+
+STEPS = {
+    "crop": RandomCrop(padding=2),
+    "affine": RandomAffine(translate=0.2, scale=[0.7, 1.4], rotate=60, shear=25, mirror=0.5),
+    "resized_crop": RandomResizedCrop(area=[0.1, 1], ratio=[0.5, 2]),
+    "elastic": Elastic(alpha=20, sigma=2),
+    "flip": RandomFlip(probability=0.5),
+    "early_mixup": Mixup(alpha=1, probability=0.7),
+    "color_shift": ColorShift(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5),
+    "pca_color": PCA,
+    "erasing": RandomErasing(probability=0.5, area=[0.02, 0.4], ratio=[0.3, 3], fill="random"),
+    "cutmix": CutMix(alpha=1, probability=0.7),
+    "transform": ASampleAtATime(v2.TrivialAugmentWide(), name="augment.transform"),
+    "blur": RandomBlur(probability=0.5, sigma=[0.1, 2]),
+    "noise": RandomNoise(probability=0.5, sd=30),
+    "mixup": Mixup(alpha=0.2, probability=1),
+}
+CHAINS = {name: {name: step} for name, step in STEPS.items()} | {"all": STEPS}
+
+
+def pictures(batch: int, channels: int = 3, height: int = 11, width: int = 13) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
+
+
+def frame(steps: dict, seed: int = 1) -> Augmentations:
+    return Augmentations(steps, seed=seed, num_classes=K)
+
+
+def draw(steps: dict, *, seed: int = 1, epoch: int = 2, samples: int = N) -> Drawn:
+    return frame(steps, seed).draw(epoch=epoch, samples=samples, device=CPU)
+
+
+def show(drawn: Drawn, images: torch.Tensor, indices: torch.Tensor) -> list[torch.Tensor]:
+    """What a loader does with a batch: images, labels, indices."""
+    rows = drawn.rows(indices)
+    return list(drawn(images[rows], LABELS[rows], rows))
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
+    images, steps = pictures(N), CHAINS[name]
+    untouched, state = images.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    whole = show(draw(steps), images, torch.arange(N))
+    assert len(whole[0]) == N and torch.equal(whole[2], torch.arange(N)) and torch.isfinite(whole[0].float()).all()
+    mixed = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    for part in (mixed, *mixed.split(7), *mixed.split(1)[:5], *(mixed[:size] for size in range(2, 20, 3))):
+        assert same(show(draw(steps), images, part), [values[part] for values in whole])
+    assert not torch.equal(show(draw(steps, epoch=3), images, torch.arange(N))[0], whole[0])
+    assert not torch.equal(show(draw(steps, seed=2), images, torch.arange(N))[0], whole[0])
+    assert torch.equal(images, untouched)  # resident pixels are read again in the next epoch
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+
+
+def test_threads_change_no_bit_of_large_pictures():
+    """Where torch gives a sum to several threads, a lone picture is summed in another order than one of several."""
+    images = pictures(2, 3, 224, 224)
+    for name in STEPS.keys() - {"early_mixup", "cutmix", "mixup"}:
+        numbers = torch.rand(2, STEPS[name].numbers, generator=torch.Generator().manual_seed(8))
+        expected = STEPS[name](images, numbers)
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(STEPS[name](images, numbers), expected), name
+            assert torch.equal(STEPS[name](images[:1], numbers[:1]), expected[:1]), name
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 4)])
+def test_grey_and_tiny_pictures_and_float_pixels(name, channels, side):
+    images, indices = pictures(N, channels, side, side), torch.arange(N)
+    steps = {key: PCAColor(sigma=2) if step is PCA else step for key, step in CHAINS[name].items()}
+    if "pca_color" in steps:
+        steps["pca_color"].fit(torch.zeros(channels), 0.1 * torch.eye(channels))
+    shown, labels, _ = show(draw(steps), images, indices)
+    assert shown.shape == images.shape and shown.dtype in (torch.uint8, torch.float32)
+    assert torch.isfinite(shown.float()).all() and not torch.equal(shown.float(), images.float())
+    assert labels.dtype == (torch.float32 if any("mix" in key for key in steps) else torch.int64)
+    assert torch.equal(show(draw(steps), images.float(), indices)[0].float(), shown.float())
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "transform"])
+def test_no_step_reads_a_number_back_from_the_device(name):
+    """Tensors of the device `meta` have no values to read."""
+    step, images = copy.deepcopy(STEPS[name]), pictures(8).to("meta")
+    numbers = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.numbers).to("meta")
+    if len(numbers) == 8:
+        assert step(images, numbers).shape == images.shape
+    else:
+        shown, labels = step(images, torch.rand(8, K).to("meta"), numbers)
+        assert shown.shape == images[:4].shape and labels.shape == (4, K)
+
+
+def test_pixels_keep_their_type_where_nothing_is_interpolated():
+    kept = ("crop", "flip", "erasing", "cutmix", "transform")
+    for name in STEPS:
+        assert (show(draw(CHAINS[name]), pictures(N), torch.arange(5))[0].dtype == torch.uint8) == (name in kept)
+
+
+def test_seed_epoch_index_and_step_all_matter():
+    images = pictures(1).expand(N, -1, -1, -1)
+    some = {name: STEPS[name] for name in ("crop", "affine", "flip")}
+    base, _, _ = show(draw(some), images, torch.arange(N))
+    for seed, epoch in ((2, 2), (1, 1)):
+        other, _, _ = show(draw(some, seed=seed, epoch=epoch), images, torch.arange(N))
+        assert all(not torch.equal(ours, theirs) for ours, theirs in zip(base, other))
+    assert len({picture.numpy().tobytes() for picture in base}) == N
+    drawn = draw({"a": Mixup(alpha=1, probability=1), "b": Mixup(alpha=1, probability=1)})
+    assert not torch.equal(drawn.numbers["a"], drawn.numbers["b"])
+    assert not torch.equal(drawn.partners["a"], drawn.partners["b"])
+
+
+def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_move_anothers():
+    drawn = draw(STEPS, seed=9, epoch=4)
+    generator = torch.Generator().manual_seed(fold(9, "augment", "flip", 4))
+    assert torch.equal(drawn.numbers["flip"], torch.rand(N, 1, generator=generator))
+    generator = torch.Generator().manual_seed(fold(9, "partner", "mixup", 4))
+    assert torch.equal(drawn.partners["mixup"], torch.randint(N, (N,), generator=generator))
+    assert list(drawn.partners) == ["early_mixup", "cutmix", "mixup"]
+    for name in ("flip", "mixup"):
+        alone = draw(CHAINS[name], seed=9, epoch=4)
+        assert torch.equal(alone.numbers[name], drawn.numbers[name])
+        assert name == "flip" or torch.equal(alone.partners[name], drawn.partners[name])
+
+
+def test_nothing_to_do():
+    images, rows = pictures(5), torch.arange(5)
+    drawn = draw({}, samples=5)
+    assert drawn.rows(rows) is rows
+    assert all(ours is given for ours, given in zip(drawn(images, LABELS, rows), (images, LABELS, rows)))
+
+
+# Partners
+
+
+def test_two_mixing_steps_sample_by_sample():
+    """Each picture made for itself alone, by recursion through its partners."""
+    names = ["crop", "mixup", "flip", "cutmix", "noise"]
+    images, drawn = pictures(N), draw({name: STEPS[name] for name in names})
+
+    def made(index: int, done: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if done == 0:
+            return images[index][None], torch.eye(K)[LABELS[index]][None]
+        name = names[done - 1]
+        picture, label = made(index, done - 1)
+        numbers = drawn.numbers[name][index][None]
+        if name not in drawn.partners:
+            return STEPS[name](picture, numbers), label
+        other, other_label = made(int(drawn.partners[name][index]), done - 1)
+        return STEPS[name](torch.cat([picture, other]), torch.cat([label, other_label]), numbers)
+
+    shown, labels, indices = show(drawn, images, torch.tensor([7, 3, 49, 0, 7]))
+    assert labels.shape == (5, K) and (labels.sum(1) - 1).abs().max() < 1e-6
+    assert (labels > 0).sum() > 5  # mixed at all
+    for ours, label, index in zip(shown, labels, indices.tolist()):
+        picture, expected = made(index, len(names))
+        assert torch.equal(ours, picture[0]) and torch.equal(label, expected[0])
+
+
+def test_partners_are_all_samples_alike():
+    partners = draw({"mixup": STEPS["mixup"]}, samples=20000).partners["mixup"]
+    assert partners.min() == 0 and partners.max() == 19999
+    counts = torch.bincount(torch.bincount(partners), minlength=4)[:4] / 20000
+    assert (counts - torch.tensor([1, 1, 1 / 2, 1 / 6]) / torch.e).abs().max() < 0.02  # Poisson's
+
+
+# Transforms from elsewhere
+
+
+class Draws:
+    """The three generators that a transform may draw from, as pixels."""
+
+    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+        drawn = [torch.randint(256, ()).item(), random.randrange(256), np.random.randint(256)]
+        return torch.tensor(drawn, dtype=torch.uint8)[:, None, None].expand(picture.shape)
+
+
+def test_a_transform_is_what_torchvision_makes_of_its_picture_and_seed():
+    images = pictures(30)
+    drawn = draw({"transform": STEPS["transform"], "draws": ASampleAtATime(Draws(), name="draws")})
+    shown = STEPS["transform"](images, drawn.numbers["transform"][:30])
+    for ours, picture, number in zip(shown, images, drawn.numbers["transform"][:, 0].tolist()):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(number * 2**24))
+            assert torch.equal(ours, v2.TrivialAugmentWide()(picture))
+    values = drawn.steps["draws"](images, drawn.numbers["draws"][:30])[:, :, 0, 0]
+    assert all(len(column.unique()) > 20 for column in values.T)
+
+
+def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
+    keep = ASampleAtATime(lambda picture: picture, name="keep")
+    images = torch.tensor([-3.0, 1.4, 1.6, 254.6, 300.0]).view(1, 1, 1, 5)
+    assert keep(images, torch.zeros(1, 1)).flatten().tolist() == [0, 1, 2, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("transform", "problem"),
+    [
+        (v2.ToDtype(torch.float32), "must give torch.uint8 .3, 8, 8., as it got; it gives torch.float32 .3, 8, 8."),
+        (v2.CenterCrop(5), "it gives torch.uint8 .3, 5, 5."),
+        (v2.ToPILImage(), "it gives Image"),
+        (lambda picture: picture @ picture[0, 0, 0, 0], "fails on a picture .3, 8, 8.: IndexError: too many indices"),
+        (7, "must be a step of ours"),
+    ],
+)
+def test_a_transform_that_does_not_fit_is_named(transform, problem):
+    state = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=problem) as caught:
+        ASampleAtATime(transform, name="augment.mine").try_out((3, 8, 8))
+    assert caught.value.subject == "augment.mine" and torch.equal(torch.get_rng_state(), state)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # as a worker sends it
+
+
+# From configs
+
+
+def test_every_option_builds_and_names_its_steps_like_no_other(tmp_path):
+    """Files are combined in a list, and equal names would be merged; `flip` is the same step wherever it stands."""
+    options = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
+    steps: dict[str, dict] = {}
+    for option in options:
+        for name, node in (yaml.safe_load((CONFIGS / "augment" / f"{option}.yaml").read_text()) or {}).items():
+            assert steps.setdefault(name, node) == node
+            assert name == "flip" or sum(node == other for other in steps.values()) == 1
+    refuse_untrusted({"augment": steps}, trust=[])  # a resumed run builds them
+    trainer = built(tmp_path / "run", f"augment=[{','.join(options)}]", "data.channels=3")
+    batch = next(trainer.train_loader.steps(0))[0]
+    assert list(trainer.train_loader.augmentations.steps) == list(
+        dict.fromkeys(
+            name
+            for option in options
+            for name in yaml.safe_load(Path(CONFIGS, "augment", f"{option}.yaml").read_text())
+        )
+    )
+    assert batch.labels.shape == (8, 4) and batch.labels.dtype == torch.float32
+
+
+def test_the_builder_fits_to_the_training_part_and_wraps_transforms(tmp_path):
+    trainer = built(tmp_path / "run", "augment=[pca_color,erasing,rand_augment]", "augment.erasing.fill=mean")
+    loader = trainer.train_loader
+    steps, pixels = loader.augmentations.steps, loader.source.images.pixels.double() / 255
+    assert steps["pca_color"].components.item() == pytest.approx(255 * pixels.var(correction=0).item(), rel=1e-5)
+    assert steps["erasing"].colour.item() == round(255 * pixels.mean().item())
+    assert isinstance(steps["rand_augment"], ASampleAtATime) and steps["rand_augment"].name == "augment.rand_augment"
+
+
+@pytest.mark.parametrize(
+    ("override", "subject", "problem"),
+    [
+        ("+augment.x._target_=torch.nn.Flatten", "augment.x", "must give torch.uint8 .1, 8, 8.*it gives torch.uint8"),
+        ("+augment.x._target_=torchvision.transforms.v2.RandAugmen", "augment.x._target_", "did you mean RandAugment"),
+        ("+augment.x={_target_:torchvision.transforms.v2.RandAugment,op:1}", "augment.x.op", "no such argument"),
+        ("+augment.x={_target_:data.mixing.Mixup,alpha:0,probability:1}", "augment.x.alpha", "must be within"),
+        ("+augment.x._target_=builtins.list", "augment.x", "must be a step of ours"),
+    ],
+)
+def test_a_wrong_step_is_named(tmp_path, override, subject, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        built(tmp_path / "run", override)
+    assert caught.value.subject == subject and not (tmp_path / "run").exists()

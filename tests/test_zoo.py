@@ -1,0 +1,112 @@
+"""Every network of configs/model learns: a batch by heart, at its own input size, with its own recipe's optimizer.
+
+Through the trainer, from the command line's config to the checkpoint; in a process of its own each, so that the peak of
+memory is its own. Those that take more than seconds are marked slow and print it.
+"""
+
+import json
+import math
+import multiprocessing
+import resource
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import composed
+
+from trainer.build import build
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "goldens.json").read_text())
+
+# Which card trains a network that none names: that of its nearest relative.
+RELATIVES = {
+    "vgg16_small": "cifar10_vgg",
+    "vgg": "imagenet_vgg16",
+    "resnet18": "imagenet_resnet50",
+    "resnet34": "imagenet_resnet50",
+    "resnet101": "imagenet_resnet50",
+    "resnet152": "imagenet_resnet50",
+    "plain18": "imagenet_resnet50",
+    "plain34": "imagenet_resnet50",
+    "resnet": "cifar10_resnet20",
+    "plain": "cifar10_resnet20",
+    "maxout": "mnist_lenet",
+    "torchvision": "imagenet_resnet50",
+}
+
+
+def recipes() -> dict[str, str]:
+    """The card of each network: the first that names it, or its relative's."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "configs" / "experiment").glob("*.yaml")):
+        for default in yaml.safe_load(path.read_text()).get("defaults", []):
+            if "override /model" in default:
+                found.setdefault(default["override /model"], path.stem)
+    for name in set(GOLDENS) - set(found):
+        found[name] = next(card for start, card in RELATIVES.items() if name.startswith(start))
+    return found
+
+
+RECIPES = recipes()
+CLASSES = 10
+QUICK = {name for name, golden in GOLDENS.items() if golden["multiply_adds"] < 50e6}
+
+
+def learn_a_batch(name: str, folder: Path, pipe: Any) -> None:
+    """Train on two pictures until the loss is a tenth of what guessing costs; tells what it took."""
+    golden = GOLDENS[name]
+    channels, size, _ = golden["input"]
+    config = composed(
+        *(f"experiment={RECIPES[name]}", f"model={name}", *golden["overrides"], "data=synthetic", "data.fit=resize"),
+        *(f"data.channels={channels}", f"data.image_size={size}", f"data.num_classes={CLASSES}"),
+        *("data.train_samples=2", "data.test_samples=2", "data.val_fraction=0", "data.batch_size=2"),
+        *("schedule=constant", "loss.label_smoothing=0", "trainer.ema_decay=null", "trainer.clip_norm=1.0"),
+        *("trainer.max_epochs=400", "trainer.evaluate_every=5 steps", "trainer.checkpoint.monitor=train/loss"),
+        *("trainer.early_stopping.patience=null", "trainer.early_stopping.monitor=train/loss"),
+    )
+    changes = {"run_dir": str(folder), "augment": {}}
+    trainer = build(replace(config, values=config.values | changes, record=config.record | changes))
+    assert trainer is not None
+    started = time.monotonic()
+    goes_on = trainer.reason_to_stop
+    enough = 0.1 * math.log(CLASSES)
+    trainer.reason_to_stop = lambda interrupts: (
+        "learnt" if trainer.best.get("metrics", {}).get("train/loss", math.inf) < enough else goes_on(interrupts)
+    )
+    trainer.run()
+    pipe.send(
+        {
+            "reason": trainer.stop_reason,
+            "step": trainer.step,
+            "loss": trainer.best["metrics"]["train/loss"],
+            "seconds": time.monotonic() - started,
+            "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(GOLDENS)]
+)
+def test_network_learns_a_batch_by_heart(name, tmp_path, capsys):
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=learn_a_batch, args=(name, tmp_path / "run", theirs))
+    process.start()
+    theirs.close()
+    try:
+        told = ours.recv()
+    finally:
+        process.join()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)  # gigabytes of checkpoints
+    if name not in QUICK:
+        with capsys.disabled():
+            figures = (
+                f"{told['step']:4} steps  {told['seconds']:6.1f} s  {told['GiB']:5.1f} GiB  loss {told['loss']:.3f}"
+            )
+            print(f"\n{name:16} {RECIPES[name]:22} {figures}", end="", flush=True)
+    assert told["reason"] == "learnt"
