@@ -12,7 +12,6 @@ and the same for TensorBoard.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from core.config import Config
@@ -35,7 +34,7 @@ def look(config: Config) -> None:
 
     from analysis.figures import class_counts, picture_table, rate_curve, save
     from trainer.build import assemble
-    from trainer.run_folder import default_path
+    from trainer.run_folder import chosen_path
 
     values = config.values
     if config.from_run:
@@ -49,11 +48,13 @@ def look(config: Config) -> None:
         "rate": rate_curve(rates, steps_per_epoch=trainer.train_loader.steps_per_epoch),
     }
 
-    folder = Path(values["run_dir"]) if values["run_dir"] else default_path("look", values["choices"]["data"])
+    folder = chosen_path(values["run_dir"], job=config.job, names=("look", values["choices"]["data"]))
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise StorageError(str(folder), "exists already; choose another run_dir") from None
+    except OSError as exception:
+        raise StorageError(str(folder), f"cannot be made: {exception.strerror}") from None
     with SummaryWriter(str(folder)) as writer:
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")

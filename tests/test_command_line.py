@@ -253,3 +253,36 @@ def test_a_network_from_outside_as_contributing_shows_it(tmp_path):
     assert done.returncode == 0, done.stderr
     refused = call(evaluate[0], evaluate[1].split()[0])
     assert refused.returncode == 7 and "trust=[pooled]" in refused.stderr
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_look_shows_what_would_be_trained_on(tmp_path):
+    out = script(
+        "look", "augment=[crop_flip,mixup]", "schedule=one_cycle", "trainer.max_epochs=3", "run_dir=look", cwd=tmp_path
+    )
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["all"]] == ["1,294", "144", "359"] and len(rows) == 11
+    sizes = {path.name: picture_size(path) for path in (tmp_path / "look").glob("*.png")}
+    assert set(sizes) == {"pictures.png", "classes.png", "rate.png"} and all(min(size) > 200 for size in sizes.values())
+
+    events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    events.Reload()
+    assert set(events.Runs()["look"]["images"]) == {"look/pictures", "look/classes", "look/rate"}
+    steps = -(-1294 // 64) * 3
+    curve = {event.step: event.value for event in events.Scalars("look", "rate/all")}
+    assert curve[0] == pytest.approx(0.1 / 25) and max(curve.values()) == pytest.approx(0.1, rel=1e-3)
+    assert len(curve) == steps and not (tmp_path / "look/config.yaml").exists()  # nothing was trained
+
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/look.py"), "run_dir=look"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert again.returncode == 5 and "look: exists already" in again.stderr
+
+
+def test_curves_of_runs_are_drawn(folder):
+    script("runs", "folder=outputs", "curves=curves.png", "sort=val/loss", cwd=folder)
+    assert min(picture_size(folder / "curves.png")) > 200

@@ -362,6 +362,13 @@ def test_durations(duration, steps):
     assert to_steps(duration, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600) == steps
 
 
+def test_ten_times_a_tenth_is_the_run():
+    """No evaluation a step or two before the last one, whatever the number of steps."""
+    for total in (471, 600, 1001, 7):
+        every = to_steps("10%", steps_per_epoch=20, samples_per_epoch=1000, total_steps=total)
+        assert len([step for step in range(1, total + 1) if due(step, every, total_steps=total)]) <= 10
+
+
 def test_what_is_no_duration_is_refused():
     for text in ("", "steps", "3", "-1 steps", "3 weeks", "nan steps", "1 epoch 2"):
         with pytest.raises(ValueError, match="no duration"):

@@ -7,7 +7,7 @@ from core.errors import PreceptorError, StorageError
 from core.schema import SPLITS
 from data.splits import Splits
 from trainer.display import Display
-from trainer.run_folder import RunFolder, default_path
+from trainer.run_folder import RunFolder, chosen_path
 from trainer.state import load, snapshot
 from trainer.tracking import TensorBoard
 from trainer.trainer import Trainer
@@ -16,11 +16,8 @@ from trainer.trainer import Trainer
 def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list[str]) -> None:
     """The run folder, TensorBoard's static parts, and a first word."""
     values = config.values
-    path = Path(values["run_dir"]) if values["run_dir"] else None
-    if path is not None and config.job is not None:
-        path = path / str(config.job)
     model_name, data_name = values["choices"]["model"], values["choices"]["data"]
-    path = path or default_path(model_name, data_name)
+    path = chosen_path(values["run_dir"], job=config.job, names=(model_name, data_name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exception:

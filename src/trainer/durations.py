@@ -17,7 +17,9 @@ def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, tot
         "sample": steps_per_epoch / samples_per_epoch,
         "%": total_steps / 100,
     }[match[2].rstrip("s")]
-    return max(1, round(amount * per_unit))
+    steps = amount * per_unit
+    # Shares are rounded up, so that ten times "10%" ends with the run, and not a step or two before it.
+    return max(1, math.ceil(steps - 1e-9) if match[2] == "%" else round(steps))
 
 
 def due(step: int, every: int | None, *, total_steps: int | None = None) -> bool:

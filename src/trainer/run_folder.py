@@ -31,6 +31,13 @@ from trainer.checkpoint import CheckpointFolder, Snapshot, write_durably
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
 
 
+def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
+    """Where the config says, a grid's job (-m) in a folder of its own there; or the default."""
+    if run_dir is None:
+        return default_path(*names)
+    return Path(run_dir) if job is None else Path(run_dir) / str(job)
+
+
 def default_path(model: str, data: str) -> Path:
     """outputs/<date>_<time>-<model>-<data>, with a number behind it when that is taken."""
     clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
