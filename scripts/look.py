@@ -108,13 +108,14 @@ def augmented_pictures(trainer: "Trainer", splits: "Splits") -> dict[str, Any]:
 def show(counts: Mapping[str, list[int]], class_names: list[str]) -> None:
     """The counts as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("class", title="Samples", title_justify="left")
     for split in counts:
         table.add_column(split, justify="right")
     for index, name in enumerate(class_names):
-        table.add_row(name, *(f"{numbers[index]:,}" for numbers in counts.values()))
+        table.add_row(escape(name), *(f"{numbers[index]:,}" for numbers in counts.values()))
     table.add_section()
     table.add_row("all", *(f"{sum(numbers):,}" for numbers in counts.values()))
     Console().print(table)

@@ -39,7 +39,7 @@ def predict(config: Config) -> None:
         for start in range(0, len(paths), values["batch_size"]):
             chunk = paths[start : start + values["batch_size"]]
             images = torch.stack([run.transform(path) for path in chunk])  # (B, C, H, W)
-            probabilities = run.model(images.to(run.device)).float().softmax(1).cpu()  # (B, K)
+            probabilities = run.probabilities(run.model(images.to(run.device)).float()).cpu()  # (B, K)
             for path, row in zip(chunk, probabilities.tolist(), strict=True):
                 name = path.relative_to(source) if source.is_dir() else path.name
                 top = max(range(len(row)), key=row.__getitem__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.config import Config, read_run_config
 from core.entry import launch
-from core.errors import DataError, PreceptorError
+from core.errors import ConfigError, DataError, PreceptorError
 from core.schema import RUNS, leaves
 
 # Two runs whose configs differ in these alone are seeds of one experiment.
@@ -23,6 +23,8 @@ def runs(config: Config) -> None:
     """Read every summary, sort, print, write."""
     values = config.values
     folder = Path(values["folder"])
+    if values["curves"] and Path(values["curves"]).suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError("curves", "must end in .png, .svg or .pdf", value=values["curves"])
     if not folder.is_dir():
         raise DataError(str(folder), "no such folder")
     found = [row for path in sorted(folder.rglob("config.yaml")) if (row := read(path.parent, folder))]

@@ -100,7 +100,32 @@ CONFIG = {
         "schedule._target_",
         ["schedule=plateau"],
     ),
-    "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["[0, 1)"]),
+    "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["(0, 1)"]),
+    "no momentum": (["schedule=one_cycle", "optimizer=rmsprop"], "schedule.momentum = [0.85, 0.95]", ["set null"]),
+    "C03 infinite": (
+        ["schedule=inverse_time", "schedule.decay=inf"],
+        "schedule.decay = inf",
+        ["must be a number >= 0"],
+    ),
+    "C04 periods": (["schedule=cosine_restarts", "schedule.periods=2000"], "schedule.periods = 2000", ["<= 100"]),
+    "C04 padding": (["augment=crop_flip", "augment.crop.padding=1.5"], "augment.crop.padding = 1.5", ["integer"]),
+    "C07 network flag": (["model=vgg_tiny", "model.batch_norm=no"], "model.batch_norm = no", ["must be true or false"]),
+    "C10 one picture": (
+        ["model=mlp", "model.batch_norm=true", "data.batch_size=1"],
+        "data.batch_size = 1",
+        ["batch of one picture"],
+    ),
+    "mixed labels": (
+        ["loss._target_=torch.nn.MultiMarginLoss", "augment=mixup"],
+        "loss = torch.nn.MultiMarginLoss",
+        ["probabilities, which mixing makes"],
+    ),
+    "some transforms": (
+        ["augment=trivial_augment", "augment.trivial_augment.num_magnitude_bins=1"],
+        "augment.trivial_augment",
+        ["fails on a picture"],
+    ),
+    "equal": (["model=mlp", "model.init=equal"], "model.init = equal", ["break symmetry", "equal_anyway"]),
     "threads": (["trainer.threads=999999999999"], "trainer.threads = 999999999999", ["<= 4096"]),
     "flags anywhere": (["trainer.threads=1", "--cfg", "job", "trainer.max_epoch=1"], "trainer.max_epoch = 1", []),
     "grammar": (["optimizer.lr=[b"], "optimizer.lr=[b", []),
@@ -294,3 +319,8 @@ def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
     assert code == 1 and err.startswith("error[bug] internal: ZeroDivisionError") and err.count("\n") == 1
     _, _, err = script("train", "traceback=true")
     assert "Traceback" in err and "1 / 0" in err
+
+
+def test_augment_may_be_an_empty_list_and_the_loss_one_of_torchs(script, tmp_path):
+    code, _, err = script("train", *FAST, "augment=[]", "loss._target_=torch.nn.CrossEntropyLoss", "run_dir=run")
+    assert code == 0, err

@@ -13,6 +13,7 @@ from core.errors import ConfigError, NumericalError
 from trainer.build import build
 from trainer.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
 from trainer.metrics import RunningSums
+from trainer.restore import load_run
 from trainer.run_folder import read_lines
 
 LOSSES = {
@@ -110,8 +111,8 @@ def test_balanced_weights(tmp_path):
     ("overrides", "message"),
     [
         (["loss.class_weights=[1,2]"], r"loss.class_weights = \[1, 2\]: must be a list of 4"),
-        (["loss=huber", "loss.delta=0"], r"loss.delta = 0: must be in \(0, 1\]"),
-        (["loss=huber", "loss.delta=1.5"], r"loss.delta = 1.5: must be in \(0, 1\]"),
+        (["loss=huber", "loss.delta=0"], r"loss.delta = 0: must be a number in \(0, 1\]"),
+        (["loss=huber", "loss.delta=1.5"], r"loss.delta = 1.5: must be a number in \(0, 1\]"),
         (["loss=squared_error", "loss.label_smoothing=1"], r"loss.label_smoothing = 1: must be a number in \[0, 1\)"),
         (["loss.auxiliary_weight=-0.3"], r"loss.auxiliary_weight = -0.3: must be a number >= 0, or null"),
     ],
@@ -243,3 +244,12 @@ def test_an_auxiliary_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_each_heads_classes_are_counted(tmp_path):
     with pytest.raises(ConfigError, match=r"gives \(2, 3\) for two images, where the data's classes ask for \(2, 4\)"):
         build(composed("model._target_=test_losses.WrongHead"))
+
+
+@pytest.mark.parametrize(("loss", "function"), [("cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")])
+def test_a_run_says_probabilities_as_its_loss_took_them(tmp_path, loss, function):
+    trained(tmp_path / "run", f"loss={loss}", "trainer.max_epochs=1", "optimizer.lr=0.01")
+    run = load_run(tmp_path / "run")
+    logits = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
+    expected = logits.softmax(1) if function == "softmax" else 1 / (1 + (-logits).exp())
+    torch.testing.assert_close(run.probabilities(logits), expected)

@@ -337,6 +337,16 @@ def test_torch_scheduler_goes_on_at_another_base_rate(name):
         assert rates(halved.scheduler.optimizer) == close(wanted)
 
 
+def test_one_cycle_leaves_groups_without_momentum_alone():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SGD([{"params": [parameter], "momentum": 0.9}, {"params": [], "momentum": 0.0}], lr=1.0)
+    momentum = partial(one_cycle_momentum, low=0.8, high=0.95)
+    FactorSchedule(constant, base_rates=[1.0, 1.0], total_steps=9, warmup_steps=0, momentum=momentum).apply(
+        optimizer, 0
+    )
+    assert [group["momentum"] for group in optimizer.param_groups] == [pytest.approx(0.95), 0.0]
+
+
 # Durations
 
 

@@ -37,11 +37,19 @@ def picture_table(pictures: np.ndarray, *, rows: Sequence[str], columns: Sequenc
     figure = Figure(figsize=(WIDTH, side * len(rows) + 0.4), layout="constrained")
     for row, axes_of_row in enumerate(figure.subplots(len(rows), count, squeeze=False)):
         for column, axes in enumerate(axes_of_row):
-            axes.imshow(pictures[row, column].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            picture = pictures[row, column]  # (H, W, C)
+            axes.imshow(
+                picture if picture.shape[2] == 3 else picture[:, :, 0],
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+            )
             axes.set(xticks=[], yticks=[])
             if row == 0:
                 axes.set_title(columns[column], fontsize="small")
-        axes_of_row[0].set_ylabel(rows[row][:16], rotation=0, ha="right", va="center", fontsize="small")
+        name = axes_of_row[0].set_ylabel(rows[row][:16], rotation=0, ha="right", va="center", fontsize="small")
+        name.set_parse_math(False)  # a name may have a dollar sign in it
     return figure
 
 
@@ -55,7 +63,7 @@ def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]
         axes.grid(alpha=0.3, axis="y")
     if len(class_names) <= 20:
         labels = [name[:12] for name in class_names]
-        panels[-1].set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        panels[-1].set_xticks(range(len(labels)), labels, rotation=30, ha="right", parse_math=False)
     else:
         panels[-1].set_xlabel("class")
     return figure

@@ -42,6 +42,9 @@ def settle(
         raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
     values = _plain(composed)
     record = _without_environment(composed)
+    if "augment" in rules:  # augment=[] chooses no file at all
+        values.setdefault("augment", {})
+        record.setdefault("augment", {})
     if "choices" in rules:
         named = {group: str(option) for group, option in choices.items() if group in values}
         values["choices"] = record["choices"] = named

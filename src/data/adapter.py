@@ -15,6 +15,8 @@ from torch import Tensor
 
 from core.errors import ConfigError, PreceptorError
 
+TRIES = 32
+
 
 class ASampleAtATime:
     """A step of `data.pipeline` from a transform that knows no batches; `name` is the config key that errors tell."""
@@ -30,7 +32,9 @@ class ASampleAtATime:
 
     def try_out(self, shape: Sequence[int]) -> None:
         """Refuse a transform that does not take pictures of this shape (C, H, W), before the first step."""
-        self(torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8), torch.tensor([[0.5]]))
+        picture = torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8)
+        for number in range(TRIES):  # one that picks among operations shows a wrong argument only now and then
+            self(picture, torch.tensor([[number / TRIES]]))
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images of the same shape."""

@@ -21,8 +21,8 @@ class RandomCrop:
     numbers = 2
 
     def __init__(self, padding: int) -> None:
-        if padding < 0:
-            raise ConfigError("padding", "must be >= 0", value=padding)
+        if type(padding) is not int or padding < 0:
+            raise ConfigError("padding", "must be an integer >= 0", value=padding)
         self.padding = padding
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:

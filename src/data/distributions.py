@@ -32,7 +32,8 @@ class SymmetricBeta:
 
         integral of x^(a-1) (1 - x)^(a-1) dx  =  1/e integral of t^(a/e - 1) (1 - t^(1/e))^(a-1) dt
 
-    It is summed up by trapezia, inverted on a grid of u, and between the grid's points the quantiles are linear.
+    It is summed up by trapezia, inverted on a grid of u, and between the grid's points the quantiles are linear
+    (in u^(1/a) up to the first one).
     """
 
     intervals = 4096  # of the table, from u = 0 to 1/2; the other half is its mirror image
@@ -47,6 +48,7 @@ class SymmetricBeta:
         wanted = np.linspace(0, 0.5, self.intervals + 1)
         quantiles = np.interp(wanted, integral / integral[-1] / 2, grid) ** (1 / exponent)
         self.quantiles = torch.from_numpy(quantiles).float()
+        self.exponent = 1 / a
 
     def __call__(self, uniform: Tensor) -> Tensor:
         """Uniform numbers to float32 ones in [0, 1], of the same shape."""
@@ -54,7 +56,10 @@ class SymmetricBeta:
         place = torch.minimum(uniform, 1 - uniform) * (2 * self.intervals)  # 0 to `intervals`
         below = place.long().clamp(max=self.intervals - 1)
         low, high = self.quantiles[below], self.quantiles[below + 1]
-        value = low + (high - low) * (place - below)
+        share = place - below
+        # At the end of the table u grows as x^a, so that a straight line would miss the tail of a large a.
+        share = torch.where(below == 0, share.double().pow(self.exponent).float(), share)
+        value = low + (high - low) * share
         return torch.where(uniform < 0.5, value, 1 - value)
 
 

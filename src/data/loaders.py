@@ -65,6 +65,7 @@ class TrainLoader:
         odd = samples % batch_size
         self.samples_per_epoch = samples - (odd if drop_last is True or (drop_last == "auto" and odd == 1) else 0)
         self.steps_per_epoch = -(-self.samples_per_epoch // (batch_size * accumulate))
+        self.smallest_batch = self.samples_per_epoch % batch_size or batch_size
         self.samples = samples
         self.batch_size = batch_size
         self.accumulate = accumulate

@@ -63,6 +63,11 @@ class Augmentations:
         """Whether a step takes one picture after the other, so that workers are better off with it."""
         return any(getattr(step, "one_at_a_time", False) for step in self.steps.values())
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a step mixes samples, so that labels become probabilities."""
+        return any(getattr(step, "mixes", False) for step in self.steps.values())
+
     def draw(self, *, epoch: int, samples: int, device: torch.device) -> "Drawn":
         """An epoch's numbers: always drawn on the CPU, so that they are the same for every device."""
 

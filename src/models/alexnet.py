@@ -27,6 +27,7 @@ from models.blocks import (
     initialise,
     require_count,
     require_dropout,
+    require_flag,
     require_image_size,
 )
 
@@ -51,6 +52,7 @@ class AlexNet(nn.Module):
         require_count(num_classes=num_classes, in_channels=in_channels)
         require_image_size(image_size, network="AlexNet", minimum=self.minimum_size)
         require_dropout(dropout)
+        require_flag(local_response_norm=local_response_norm)
         if groups not in (1, 2):
             raise ConfigError("groups", "must be 1 or 2", value=groups)
 

@@ -165,6 +165,13 @@ def require_dropout(dropout: object) -> None:
         raise ConfigError("dropout", "must be a number >= 0 and < 1", value=dropout)
 
 
+def require_flag(**arguments: object) -> None:
+    """Each must be true or false; the words no and off are text to YAML's newer readers, and text counts as true."""
+    for subject, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ConfigError(subject, "must be true or false", value=value)
+
+
 def require_image_size(image_size: int, *, network: str, minimum: int) -> None:
     """The side of the square images in pixels must be large enough for the network's convolutions and pools."""
     require_count(image_size=image_size)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.blocks import LocalResponseNorm, activation, initialise, require_count, require_dropout
+from models.blocks import LocalResponseNorm, activation, initialise, require_count, require_dropout, require_flag
 
 TABLE_1 = {  # channels in, then out: 1x1, in front of 3x3, 3x3, in front of 5x5, 5x5, behind the pool
     "3a": (192, 64, 96, 128, 16, 32, 32),
@@ -63,6 +63,7 @@ class GoogLeNet(nn.Module):
         super().__init__()
         require_count(num_classes=num_classes, in_channels=in_channels)
         require_dropout(dropout)
+        require_flag(auxiliary=auxiliary, batch_norm=batch_norm)
         if auxiliary:
             self.minimum_size = 63  # leaves the heads their 4x4 pixels: 63 -> 32 -> 16 -> 8 -> 4
 

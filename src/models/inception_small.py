@@ -16,7 +16,7 @@ appendix A and figure 3. It states no starting weights.
 import torch
 from torch import Tensor, nn
 
-from models.blocks import activation, initialise, require_count
+from models.blocks import activation, initialise, require_count, require_flag
 
 
 class InceptionSmall(nn.Module):
@@ -27,6 +27,7 @@ class InceptionSmall(nn.Module):
     def __init__(self, *, num_classes: int, in_channels: int, batch_norm: bool = True, init: str = "he_normal") -> None:
         super().__init__()
         require_count(num_classes=num_classes, in_channels=in_channels)
+        require_flag(batch_norm=batch_norm)
         self.features = nn.Sequential(
             unit(in_channels, 96, kernel_size=3, batch_norm=batch_norm),  # (B, 96, H, W)
             Inception(96, 32, 32, batch_norm=batch_norm),

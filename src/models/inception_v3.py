@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.blocks import activation, initialise, require_count, require_dropout
+from models.blocks import activation, initialise, require_count, require_dropout, require_flag
 
 
 class InceptionV3(nn.Module):
@@ -60,6 +60,7 @@ class InceptionV3(nn.Module):
         super().__init__()
         require_count(num_classes=num_classes, in_channels=in_channels)
         require_dropout(dropout)
+        require_flag(auxiliary=auxiliary)
         if auxiliary:
             self.minimum_size = 107  # leaves the head its 5x5 pixels: 107 -> 53 -> 51 -> 25 -> 23 -> 11 -> 5
 

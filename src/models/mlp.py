@@ -23,6 +23,7 @@ from models.blocks import (
     require_count,
     require_counts,
     require_dropout,
+    require_flag,
 )
 
 
@@ -48,6 +49,7 @@ class MLP(nn.Module):
         require_count(num_classes=num_classes, in_channels=in_channels, image_size=image_size, pieces=pieces)
         require_counts(hidden=hidden)
         require_dropout(dropout)
+        require_flag(batch_norm=batch_norm)
         # Chosen in front of the loop: a misspelt name is an error with no hidden layer too.
         activation_layer = choose("activation", activation, ACTIVATIONS | {"maxout": partial(Maxout, pieces=pieces)})
         outputs = pieces if activation == "maxout" else 1  # of the linear layer, for each unit

@@ -25,6 +25,7 @@ from models.blocks import (
     require_count,
     require_counts,
     require_dropout,
+    require_flag,
     require_lists_of_counts,
 )
 
@@ -53,6 +54,7 @@ class NIN(nn.Module):
         require_lists_of_counts(widths=widths)
         require_counts(kernel_sizes=kernel_sizes)
         require_dropout(dropout)
+        require_flag(batch_norm=batch_norm)
         if len(kernel_sizes) != len(widths) or not all(size % 2 for size in kernel_sizes):
             raise ConfigError(
                 "kernel_sizes", f"must be {len(widths)} odd numbers, as many as widths", value=kernel_sizes

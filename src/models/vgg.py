@@ -25,10 +25,18 @@ table 1; starting weights: section 3.1.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from models.blocks import activation, choose, initialise, require_count, require_dropout, require_lists_of_counts
+from models.blocks import (
+    activation,
+    choose,
+    initialise,
+    require_count,
+    require_dropout,
+    require_flag,
+    require_lists_of_counts,
+)
 
 HEADS = {"imagenet": 7, "small": 1}  # the side of the maps that the linear layers read
 
@@ -51,6 +59,7 @@ class VGG(nn.Module):
         require_count(num_classes=num_classes, in_channels=in_channels)
         require_lists_of_counts(stages=stages)
         require_dropout(dropout)
+        require_flag(batch_norm=batch_norm)
         self.side = choose("head", head, HEADS)
         self.minimum_size = 2 ** len(stages)  # each pool halves, rounded down; one pixel must be left
 
@@ -83,13 +92,29 @@ class VGG(nn.Module):
 
     def head(self, maps: Tensor) -> Tensor:
         """Maps (B, channels, h, w) to logits (B, num_classes)."""
-        if maps.shape[2:] != (self.side, self.side):  # torch has no deterministic gradient of this pool on CUDA
-            maps = functional.adaptive_avg_pool2d(maps, self.side)
+        if maps.shape[2:] != (self.side, self.side):
+            maps = _average(maps, side=self.side)
         return self.classifier(maps.flatten(1))  # (B, channels, side, side) -> (B, channels * side * side)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
         return self.head(self.features(images))
+
+
+def _average(maps: Tensor, *, side: int) -> Tensor:
+    """(B, C, h, w) to (B, C, side, side), as adaptive average pooling; torch's has no deterministic gradient on CUDA.
+
+    Pixel i of the result is the mean of the maps' pixels from floor(i h / side) to ceil((i + 1) h / side).
+    """
+
+    def shares(size: int) -> Tensor:
+        start = torch.arange(side, device=maps.device) * size // side
+        end = -(-(torch.arange(side, device=maps.device) + 1) * size // side)
+        pixel = torch.arange(size, device=maps.device)
+        inside = (start[:, None] <= pixel) & (pixel < end[:, None])  # (side, size)
+        return (inside / inside.sum(1, keepdim=True)).to(maps.dtype)
+
+    return shares(maps.shape[2]) @ maps @ shares(maps.shape[3]).T
 
 
 def _glorot(layer: nn.Conv2d | nn.Linear) -> None:

@@ -38,7 +38,7 @@ from trainer.machine import choose_device, configure_torch
 from trainer.metrics import resolve_mode
 from trainer.optimizers import Muon, decayed_parameters, fill_momentum, group_parameters
 from trainer.run_folder import provenance
-from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, one_cycle_momentum
+from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of, one_cycle_momentum
 from trainer.settings import Settings
 from trainer.targets import check_arguments, resolve
 from trainer.trainer import Trainer
@@ -88,15 +88,18 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
 
     normalisation = splits.normalisation.to(device, channels_last=wants_channels_last)
     shared = {"normalisation": normalisation, "device": device, "num_workers": values["data"]["num_workers"]}
+    augmentations = build_augmentations(values["augment"], splits, seed=values["seed"])
     train_loader = TrainLoader(
         splits.train,
         batch_size=values["data"]["batch_size"],
         accumulate=settings["accumulate"],
         seed=values["seed"],
-        augmentations=build_augmentations(values["augment"], splits, seed=values["seed"]),
+        augmentations=augmentations,
         drop_last=values["data"]["drop_last"],
         **shared,
     )
+    if train_loader.smallest_batch == 1:
+        try_out_one(model, values, device)
     eval_size = values["data"]["eval_batch_size"]
     per_epoch = train_loader.steps_per_epoch
     total = total_steps(max_epochs=settings["max_epochs"], max_steps=settings["max_steps"], steps_per_epoch=per_epoch)
@@ -124,7 +127,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
         ),
         model=model,
         forward=torch.compile(model) if settings["compile"] else model,  # type: ignore[arg-type]
-        loss_function=build_loss(values["loss"], splits).to(device),
+        loss_function=build_loss(values["loss"], splits, mixes=augmentations.mixes).to(device),
         auxiliary_weight=weigh_auxiliary(values["loss"], model),
         penalised=decayed,
         optimizer=optimizer,
@@ -233,15 +236,41 @@ def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
             raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
-def build_loss(node: Mapping[str, Any], splits: Splits) -> nn.Module:
-    """The loss; class weights `balanced` are computed from the training part."""
+def try_out_one(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
+    """A picture alone, where the loader will give such a batch: batch norm may have no variance to divide by."""
+    data = values["data"]
+    picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=device)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(picture)
+    except ValueError as exception:
+        explanation = f"leaves a batch of one picture, which this network cannot train on ({exception})"
+        raise ConfigError(
+            "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
+        ) from None
+
+
+def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Module:
+    """The loss, tried out on what augmentation makes of labels; `balanced` weights come from the training part."""
     count = len(splits.class_names)
     weights = node.get("class_weights")
     if weights == "balanced":
         node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
     elif weights is not None and len(weights) != count:
         raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
-    return construct({key: value for key, value in node.items() if key != "auxiliary_weight"}, "loss")
+    takes = inspect.signature(resolve("loss", node["_target_"])).parameters
+    # A loss from elsewhere, put in the place of ours, need not take what is not set.
+    given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
+    loss = construct(given, "loss")
+    targets = torch.full((2, count), 1 / count) if mixes else torch.zeros(2, dtype=torch.long)
+    try:
+        value = loss(torch.zeros(2, count), targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as exception:
+        kind = "probabilities, which mixing makes of labels" if mixes else "logits and labels"
+        raise ConfigError("loss", f"does not take {kind}: {exception}", value=node["_target_"]) from None
+    if not isinstance(value, torch.Tensor) or value.ndim > 0:
+        raise ConfigError("loss", "must give one number for a batch, a tensor", value=node["_target_"])
+    return loss
 
 
 def weigh_auxiliary(node: Mapping[str, Any], model: nn.Module) -> float:
@@ -303,8 +332,8 @@ def build_schedule(
     factor = construct({**own, "_partial_": True}, "schedule")
     momentum = None
     if node.get("momentum") is not None:
-        if not any("momentum" in group or "betas" in group for group in optimizer.param_groups):
-            raise ConfigError("schedule.momentum", "this optimizer has none; set null", value=node["momentum"])
+        if not any(momentum_of(group) for group in optimizer.param_groups):
+            raise ConfigError("schedule.momentum", "this optimizer has none, or 0; set null", value=node["momentum"])
         low, high = node["momentum"]  # the schema has seen to its form
         if low > high:
             raise ConfigError("schedule.momentum", "must be [lowest, highest]", value=node["momentum"])

@@ -131,6 +131,11 @@ class BinaryCrossEntropy(nn.Module):
         losses = functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").sum(1)
         return weighted_mean(losses, target, self.class_weights)
 
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """What the network says of each class (B, K): they need not sum to 1. (All other losses take the softmax.)"""
+        return logits.sigmoid()
+
 
 def as_probabilities(targets: Tensor, num_classes: int) -> Tensor:
     """Labels (B,) as one-hot rows (B, K); what is (B, K) already stays."""
@@ -155,6 +160,6 @@ def as_buffer(class_weights: list[float] | None) -> Tensor | None:
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:
-    """One weight a class, inverse to how often it occurs: n / (K n_k), so that the mean weight of a sample is 1."""
+    """Class weights n / (K n_k), inverse to how often a class occurs; their mean over samples is 1 if none is empty."""
     counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
     return (len(labels) / (num_classes * counts.double())).tolist()

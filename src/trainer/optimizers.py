@@ -144,7 +144,10 @@ def group_parameters(model: nn.Module, *, decayed: Collection[nn.Parameter], wit
     spared = [parameter for parameter in parameters if parameter not in decays]
     matrices = set(hidden_matrices(model)) if with_muon else set()
     if with_muon and not matrices:
-        raise ConfigError("_target_", "is for matrices inside a network, and this one has none; try optimizer=adamw")
+        explanation = (
+            "is for matrices inside a network, between its first convolution and what is as wide as its outputs"
+        )
+        raise ConfigError("_target_", f"{explanation}: this one has none; try optimizer=adamw")
     others = "adamw" if with_muon else "weights" if spared else "all"
     groups: list[dict[str, Any]] = [
         {"name": "muon", "params": [parameter for parameter in parameters if parameter in matrices]},

@@ -5,7 +5,9 @@ logits = run.model(run.transform("seven.png").unsqueeze(0))
 print(run.class_names[logits.argmax()])
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from data.normalisation import Normalisation
 from data.splits import recolour, resize
 from trainer.build import build_model, choose_device
 from trainer.checkpoint import CheckpointFolder, Snapshot
+from trainer.targets import resolve
 from trainer.trust import refuse_untrusted, without_downloads
 
 
@@ -45,6 +48,7 @@ class Run:
     """A trained network and all that is needed to use it."""
 
     model: nn.Module  # in evaluation mode
+    probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
     transform: Transform
     class_names: list[str]
     config: dict[str, Any]
@@ -73,6 +77,9 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     data = config["data"]
     return Run(
         model=model.to(place).eval(),
+        probabilities=getattr(
+            resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
+        ),
         transform=Transform(data["image_size"], data["channels"], data["fit"], Normalisation(snapshot.part("data"))),
         class_names=snapshot.values["data"]["class_names"],
         config=config,

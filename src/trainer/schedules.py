@@ -181,7 +181,10 @@ class Schedule(Protocol):
 
 
 class FactorSchedule:
-    """A pure factor on each group's base rate, and for one-cycle a momentum; nothing to remember."""
+    """A pure factor on each group's base rate, and for one-cycle a momentum > 0; nothing to remember.
+
+    A group without momentum, or whose own is 0, stays without.
+    """
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class FactorSchedule:
         factor = self.factor(step, self.total_steps, self.warmup_steps)
         for group, rate in zip(optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-            if self.momentum is not None:
+            if self.momentum is not None and momentum_of(group):
                 set_momentum(group, self.momentum(step, self.total_steps, self.warmup_steps))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
