@@ -20,7 +20,7 @@ from models.maxout import MaxoutNet
 from models.mlp import MLP
 from models.nin import NIN
 from models.resnet import PaddedShortcut, ResNet
-from models.vgg import VGG
+from models.vgg import VGG, average
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
@@ -404,6 +404,24 @@ def assert_same_answers_and_gradients(ours: nn.Module, theirs: nn.Module, side: 
     expected.square().sum().backward()
     for (name, parameter), reference in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(parameter.grad, reference.grad, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(1, 1, 7), (3, 5, 7), (9, 10, 7), (14, 14, 7), (2, 3, 1)])
+def test_vggs_deterministic_average_is_torchs(height: int, width: int, side: int) -> None:
+    maps = torch.randn(2, 3, height, width)
+    expected = functional.adaptive_avg_pool2d(maps, side)
+    torch.testing.assert_close(average(maps, side=side), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_vgg_learns_in_deterministic_mode_too() -> None:
+    network = VGG(num_classes=3, in_channels=3, stages=[[4]], head="imagenet").eval()
+    images = torch.randn(2, 3, 10, 10)
+    expected = network(images)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", VGGS)

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.blocks import (
     activation,
@@ -93,7 +94,8 @@ class VGG(nn.Module):
     def head(self, maps: Tensor) -> Tensor:
         """Maps (B, channels, h, w) to logits (B, num_classes)."""
         if maps.shape[2:] != (self.side, self.side):
-            maps = _average(maps, side=self.side)
+            exact = torch.are_deterministic_algorithms_enabled()
+            maps = average(maps, side=self.side) if exact else functional.adaptive_avg_pool2d(maps, self.side)
         return self.classifier(maps.flatten(1))  # (B, channels, side, side) -> (B, channels * side * side)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class VGG(nn.Module):
         return self.head(self.features(images))
 
 
-def _average(maps: Tensor, *, side: int) -> Tensor:
+def average(maps: Tensor, *, side: int) -> Tensor:
     """(B, C, h, w) to (B, C, side, side), as adaptive average pooling; torch's has no deterministic gradient on CUDA.
 
     Pixel i of the result is the mean of the maps' pixels from floor(i h / side) to ceil((i + 1) h / side).
