@@ -1,6 +1,6 @@
 """The Inception networks against the papers' counts, torchvision, and second implementations written here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,15 +26,6 @@ NETWORKS: list[tuple[Any, dict[str, Any], int]] = [  # with the smallest side th
     (InceptionSmall, {"batch_norm": True}, 1),
     (InceptionSmall, {"batch_norm": False}, 1),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine a second thread mostly waits for its turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
