@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: setup train test test-slow test-cuda check format lock clean
+.PHONY: setup train test test-slow test-cuda torture check format lock clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,11 @@ test-slow: setup
 
 test-cuda: setup
 	@$(BIN)/python -m pytest -m cuda $(ARGS)
+
+# The promises of docs/reliability.md, each with its figure.
+torture: setup
+	@$(BIN)/python -m pytest --full tests/test_durability.py tests/test_kills.py tests/test_matrix.py tests/test_finite.py \
+		tests/test_fuzz.py tests/test_security.py tests/test_workers.py tests/test_bad_data.py tests/test_cost.py $(ARGS)
 
 check: setup
 	@$(BIN)/ruff format --check .

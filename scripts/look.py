@@ -93,7 +93,7 @@ def augmented_pictures(trainer: "Trainer", splits: "Splits") -> dict[str, Any]:
     labels = splits.train.labels
     present = labels.unique().tolist()[:MAX_CLASSES]
     chosen = torch.tensor([int((labels == label).nonzero()[0]) for label in present])
-    versions = [splits.train.take(chosen).load()]  # each (classes, C, H, W)
+    versions = [splits.train.read(chosen)]  # each (classes, C, H, W)
     for epoch in range(EPOCHS):
         (batch,) = loader.show([chosen], epoch)
         versions.append(batch.images.float().round().clamp(0, 255).to(torch.uint8).cpu())

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 import trainer.build
 from core.config import Config, resumed, settle
 from core.entry import CONFIGS
+from core.errors import STOP_SIGNALS
 from core.schema import TRAIN
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder, Snapshot, pack
@@ -68,6 +69,11 @@ def trained(folder: Path, *overrides: str) -> Trainer:
     return trainer
 
 
+def packed(snapshot: Snapshot) -> bytes:
+    """The content of a checkpoint."""
+    return b"".join(pack(snapshot))
+
+
 def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
     """Whatever a resumed run must have in common with an uninterrupted one; the wall clock is left out."""
     checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -84,12 +90,22 @@ def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
         {key: value for key, value in line.items() if key not in ("seconds", "samples_per_second")}
         for line in read_lines(folder / "metrics.jsonl")
     ]
-    return hashlib.sha256(pack(Snapshot(tensors, values))).hexdigest(), values, lines
+    return hashlib.sha256(packed(Snapshot(tensors, values))).hexdigest(), values, lines
 
 
 def reopened(folder: Path, *overrides: str) -> Trainer | None:
     """What `resume=FOLDER` and these overrides build: None for a finished run."""
     return build(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
+
+
+@pytest.fixture(autouse=True)
+def signals_left_alone() -> Iterator[None]:
+    """A run that is built takes SIGINT and SIGTERM, and gives them back when it has run."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born with it ignored
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -104,3 +120,37 @@ def one_look_at_git() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer.build, "provenance", cache(provenance))
         yield
+
+
+# The torture tests: the same code at a small and at its full size
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the torture tests at full size (make torture)")
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether the torture tests run at full size."""
+    return bool(pytestconfig.getoption("--full"))
+
+
+KEPT = pytest.StashKey[list[tuple[int, str, str]]]()
+
+
+@pytest.fixture(scope="session")
+def promise(pytestconfig: pytest.Config) -> Callable[[int, str, str], None]:
+    """Notes that a promise was kept, with a figure: `promise(3, "Resume is exact", "9 of 9 stops")`."""
+    kept = pytestconfig.stash.setdefault(KEPT, [])
+    return lambda number, text, figure: kept.append((number, text, figure))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With --full: the promises that were kept, as a table."""
+    kept = sorted(config.stash.get(KEPT, []))
+    if not kept or not config.getoption("--full"):
+        return
+    width = max(len(text) for _, text, _ in kept)
+    terminalreporter.section("promises")
+    for number, text, figure in kept:
+        terminalreporter.line(f"{number:2}  {text:{width}}  {figure}")

@@ -161,7 +161,7 @@ def test_a_signal_to_the_whole_group_saves_the_run(folder):
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.PIPE, text=True)
     metrics_file = folder / "outputs/signalled/metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not metrics_file.exists() and time.monotonic() < deadline:
+    while not (metrics_file.exists() and metrics_file.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)

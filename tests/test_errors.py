@@ -83,6 +83,20 @@ CONFIG = {
     "C11 model": (["model.num_classes=5"], "model.num_classes = 5", ["10 classes"]),
     "C11 data": (["data.num_classes=5"], "data.num_classes = 5", ["10 classes"]),
     "C12 fp16": (["trainer.precision=fp16", "trainer.device=cpu"], "trainer.precision = fp16", ["fp32 or bf16"]),
+    "C04 endless": (["trainer.log_every=1e999 steps"], "trainer.log_every = 1e999 steps", ["a duration > 0"]),
+    "C04 warm-up": (["schedule.warmup_epochs=1e308"], "schedule.warmup_epochs = 1e+308", ["must be a number in [0"]),
+    "C04 samples": (["data=synthetic", "data.noise='0.1'"], "data.noise = 0.1", ["must be a number >= 0"]),
+    "C07 data": (["data._target_=torch.nn.Identity"], "data._target_ = torch.nn.Identity", ["Collection"]),
+    "C07 empty target": (["data._target_=''"], "data._target_ = ", ["must be text"]),
+    "C07 module": (["model._target_=models.mlp"], "model._target_ = models.mlp", ["leads to a module"]),
+    "C07 group": (["trainer=[true]"], "trainer = [true]", ["must name one of default"]),
+    "C07 section of a list": (["trainer.checkpoint=[0]"], "trainer.checkpoint = [0]", []),
+    "C07 no signature": (["loss._target_=builtins.dict"], "loss", []),
+    "C07 step": (["augment=noise_blur", "augment.noise=null"], "augment.noise._target_", ["missing"]),
+    "deleted": (["~data.fit"], "data.fit", ["missing"]),
+    "deleted target": (["~loss._target_"], "loss._target_", ["missing"]),
+    "lines": (["trainer.device='two\nlines'"], "trainer.device = two lines", ["one of auto"]),
+    "momentum of another schedule": (["+schedule.momentum=[0.8,0.9]"], "schedule.momentum", ["schedule.rise"]),
     "no budget": (["trainer.max_epochs=null"], "trainer.max_epochs = null", ["trainer.max_steps"]),
     "warm-up": (["schedule.warmup_epochs=99"], "schedule.warmup_epochs = 99", ["leave nothing"]),
     "weights": (["loss.class_weights=[1.0,2.0]"], "loss.class_weights = [1.0, 2.0]", ["must be a list of 10"]),
@@ -294,7 +308,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
     )
     attacks += (
         "trainer.restore.load_run",
-        "trainer.checkpoint.write_durably",
+        "trainer.durable.write_durably",
         "torchvision.datasets.utils.download_url",
     )
     for target in attacks:

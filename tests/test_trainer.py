@@ -353,9 +353,9 @@ def test_early_stopping_is_the_machine_fed_with_metrics(tmp_path, monitor, given
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops(tmp_path, number, code):
+    before = signal.getsignal(number)
     trainer = built(tmp_path / "run")
     trainer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), number) if trainer.step == 3 else None)
-    before = signal.getsignal(number)
     with pytest.raises(StopSignal) as caught:
         trainer.run()
     assert caught.value.exit_code == code and signal.getsignal(number) is before
@@ -378,134 +378,6 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert steps_on_disk(trainer, "last") == [0]
 
 
-# What is not finite
-
-
-def poison(trainer: Trainer, step: int, what: str) -> dict[str, Any]:
-    """Make the loss, or one gradient, of this step infinite or not a number; notes what the weights were before."""
-    noted: dict[str, Any] = {}
-
-    def in_loss(_: nn.Module, given: Any, loss: Tensor) -> Tensor | None:
-        if not (trainer.model.training and trainer.step == step - 1):
-            return None
-        noted.update(before=weights(trainer.model), optimizer=str(trainer.optimizer.state_dict()), labels=given[1])
-        return loss * math.nan if what == "loss" else None
-
-    def in_gradient(gradient: Tensor) -> Tensor:
-        if trainer.step != step - 1:
-            return gradient
-        poisoned = gradient.clone()
-        poisoned.view(-1)[3] = math.inf
-        return poisoned
-
-    trainer.loss_function.register_forward_hook(in_loss)
-    if what == "gradient":
-        trainer.model.head.weight.register_hook(in_gradient)
-    return noted
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("given", [["optimizer=adam"], [*SGD, "trainer.clip_norm=1"]])
-def test_what_is_not_finite_never_reaches_the_weights(tmp_path, what, given):
-    trainer = built(tmp_path / "run", *given, "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
-    noted = poison(trainer, 8, what)
-    with pytest.raises(NumericalError) as caught:
-        trainer.run()
-    assert_equal(weights(trainer.model), noted["before"])
-    assert str(trainer.optimizer.state_dict()) == noted["optimizer"]
-    message, chosen = str(caught.value), trainer.train_loader.order(1)[8:16].tolist()
-    assert caught.value.exit_code == 4 and "step 8 (epoch 1.1667)" in message and "lr 0.0" in message
-    assert ", ".join(map(str, chosen)) in message and torch.equal(
-        trainer.train_loader.source.labels[chosen], noted["labels"]
-    )
-    assert ("loss nan" in message) == (what == "loss") and "gradient norm" in message
-    assert steps_on_disk(trainer, "step") == [7, 6, 5, 4, 3, 2, 1] and steps_on_disk(trainer, "last")[0] == 6
-    told = summary(trainer)
-    assert told["status"] == "failed" and "not finite" in told["stop_reason"] and told["step"] == 7
-    for file in trainer.folder.checkpoints.files("last", "best", "step"):
-        content = safetensors.torch.load_file(file.path)
-        assert all(tensor.isfinite().all() for tensor in content.values()), file.path.name
-
-
-@pytest.mark.parametrize("where", ["log line", "evaluation", "checkpoint"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "nesterov"])
-def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, what, where):
-    """As on CUDA: a fused update that is told by a flag; here on the CPU, whose fused kernels obey the same flag."""
-    seen_at = {"log line": 5, "evaluation": 6, "checkpoint": 4}[where]
-    trainer = built(
-        tmp_path / "run",
-        f"optimizer={name}",
-        "+optimizer.fused=true",
-        f"trainer.log_every={5 if where == 'log line' else 100} steps",
-        f"trainer.evaluate_every={1 if where == 'evaluation' else 4} epochs",
-        "trainer.max_epochs=4",
-        f"trainer.checkpoint.every_steps={4 if where == 'checkpoint' else 100}",
-        "trainer.early_stopping.patience=1",
-    )
-    trainer.guard.on_device = True
-    noted, after = poison(trainer, 3, what), []
-    trainer.optimizer.register_step_post_hook(lambda *_: after.append(weights(trainer.model)))
-    with pytest.raises(NumericalError) as caught:
-        trainer.run()
-    assert f"step {seen_at + 1} " in str(caught.value) and len(after) == seen_at == trainer.step
-    assert_equal(after[2], noted["before"])  # the third step was skipped
-    assert not torch.equal(after[3]["head.weight"], after[2]["head.weight"])  # the fourth was not
-    assert all(tensor.isfinite().all() for state in after for tensor in state.values())
-    assert steps_on_disk(trainer, "step") == [] and steps_on_disk(trainer, "last") == [0]
-    assert metrics(trainer) == []
-
-
-def test_a_skipped_first_step_leaves_momentum_at_zero(tmp_path):
-    """Fused SGD allocates its momentum unfilled at the first step, also when it is told to skip that step."""
-    trainer = built(tmp_path / "run", *SGD, "+optimizer.fused=true", "trainer.log_every=100 steps")
-    trainer.guard.on_device = True
-    noted = poison(trainer, 1, "gradient")
-    after: list[dict[str, Tensor]] = []
-    trainer.optimizer.register_step_post_hook(lambda *_: after.append(momentum_of(trainer)))
-    with pytest.raises(NumericalError):
-        trainer.run()
-    assert noted["before"] and all(torch.equal(value, torch.zeros_like(value)) for value in after[0].values())
-    assert all(value.isfinite().all() and value.abs().max() < 100 for value in after[1].values())
-
-
-def momentum_of(trainer: Trainer) -> dict[str, Tensor]:
-    state = trainer.optimizer.state
-    return {name: state[value]["momentum_buffer"].clone() for name, value in trainer.model.named_parameters()}
-
-
-def test_the_device_path_is_the_same_training(tmp_path):
-    """Without anything to skip, telling the fused update so changes no bit."""
-    given = ("optimizer=adamw", "+optimizer.fused=true", "trainer.clip_norm=1")
-    host, device = built(tmp_path / "host", *given), built(tmp_path / "device", *given)
-    device.guard.on_device = True
-    host.run()
-    device.run()
-    assert_equal(weights(host.model), weights(device.model))
-
-
-def test_a_validation_that_is_not_finite_is_no_best(tmp_path):
-    trainer = built(tmp_path / "run", "trainer.max_epochs=3", "trainer.checkpoint.monitor=val/loss")
-    trainer.loss_function.register_forward_hook(
-        lambda _, given, loss: loss * (1 if trainer.model.training or trainer.step != 12 else math.nan)
-    )
-    trainer.evaluated_model.register_forward_hook(lambda *_: None)
-    trainer.run()
-    assert metrics(trainer)[1]["val/loss"] is None and summary(trainer)["status"] == "finished"
-    assert summary(trainer)["best"]["step"] != 12 and 12 not in steps_on_disk(trainer, "best")
-    _, event = read_lines(trainer.folder.path / "events.jsonl")
-    assert event["event"] == "warning" and event["step"] == 12 and "val/loss is nan" in event["text"]
-
-
-def test_a_learning_rate_far_too_large_ends_with_finite_checkpoints(tmp_path):
-    given = ("optimizer.lr=1e30", "schedule=constant", "trainer.max_epochs=9", "trainer.checkpoint.every_steps=1")
-    with pytest.raises(NumericalError, match="lower optimizer.lr"):
-        trained(tmp_path / "run", *given)
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        content = safetensors.torch.load_file(path)
-        assert all(tensor.isfinite().all() for key, tensor in content.items() if key.startswith("model.")), path.name
-
-
 # Memory and disk
 
 
@@ -524,7 +396,7 @@ def test_out_of_memory(tmp_path, error, training):
     trainer.model.register_forward_pre_hook(fail)
     with pytest.raises(NumericalError, match=r"out of memory.*data.batch_size"):
         trainer.run()
-    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == (6 if training else 0)
+    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == 6
 
 
 def test_other_errors_are_not_disguised(tmp_path):
@@ -540,7 +412,8 @@ def test_a_full_disk(tmp_path, monkeypatch, fails):
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        if trainer.step == 12 and fails in os.readlink(f"/proc/self/fd/{descriptor}"):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if fails in path and ("-00000012-" in path if fails == "checkpoints" else trainer.step == 12):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 

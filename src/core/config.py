@@ -6,8 +6,9 @@ RUN/config.yaml -> the overrides given by hand, where they may change -> check
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from core.errors import CheckpointError, ConfigError, spell, suggest
-from core.schema import FREE_ON_RESUME, Rule, check, leaves
+from core.schema import ADDED_LATER, FREE_ON_RESUME, Rule, check, leaves
 
 FROM_ENVIRONMENT = "environment:"  # stands in config.yaml where an environment variable's value was used
+MOST_VALUES = 10_000  # in a run's config; ours have about a hundred
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,32 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         record = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(str(path), "missing, so this is no run folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as exception:
+    except (yaml.YAMLError, ValueError, RecursionError) as exception:
         raise CheckpointError(str(path), f"not YAML: {exception}") from None
     if not isinstance(record, dict):
         raise CheckpointError(str(path), "must hold a mapping of keys")
-    for name, value in leaves(record):
-        if isinstance(value, str) and "${" in value:
+    # With YAML's aliases a kilobyte can stand for 2^1000 values, or hold itself.
+    found = list(islice(_everything(record), MOST_VALUES + 1))
+    if len(found) > MOST_VALUES:
+        raise CheckpointError(str(path), f"holds more than {MOST_VALUES:,} values, or itself")
+    for name, value in found:
+        if "${" in name or (isinstance(value, str) and "${" in value):
             raise CheckpointError(str(path), f"{name}: a run's config holds values only, no ${{...}}", value=value)
+    for name, before in ADDED_LATER.items():
+        section, _, key = name.rpartition(".")
+        if isinstance(record.get(section), dict):
+            record[section].setdefault(key, before)
     return record
+
+
+def _everything(record: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its dotted name, in lists too, without recursion."""
+    waiting: list[tuple[str, Any]] = [("", record)]
+    while waiting:
+        name, node = waiting.pop()
+        yield name, node
+        pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+        waiting += [(f"{name}.{key}".removeprefix("."), value) for key, value in pairs]
 
 
 def fill_environment(record: dict[str, Any]) -> dict[str, Any]:

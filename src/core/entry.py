@@ -6,12 +6,18 @@ Nothing here imports torch, so a mistake in a config is told in under a second.
 """
 
 import contextlib
+import gc
+import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
 import hydra
 import yaml
@@ -22,12 +28,12 @@ from omegaconf import DictConfig
 
 from core.config import Config, resumed, resumed_folder, settle
 from core.errors import (
+    STOP_SIGNALS,
     ConfigError,
-    NumericalError,
     PreceptorError,
     StopSignal,
-    StorageError,
-    is_out_of_memory,
+    as_ours,
+    is_hung_up_in_vain,
     suggest,
 )
 from core.schema import Rule, leaves
@@ -42,19 +48,49 @@ FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
 
 def launch(main: Callable[[Config], object], *, config_name: str, rules: Mapping[str, Rule]) -> None:
     """Run a script to its exit code (DESIGN.md: exit codes and errors)."""
+    for number in STOP_SIGNALS:
+        if not is_hung_up_in_vain(number):
+            signal.signal(number, _end)
+    os.umask(os.umask(0o022) | 0o022)  # what a run leaves is written by its user alone
     try:
         run(main, config_name=config_name, rules=rules)
     except StopSignal as stop:
+        _ignore_signals()
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
+        _ignore_signals()
         sys.exit(130)
     except Exception as exception:
+        _ignore_signals()  # it ends already
         error = as_error(exception, rules)
-        if any(item.lower() == "traceback=true" for item in sys.argv):
-            traceback.print_exception(exception)
         if not getattr(exception, "reported", False):
+            _trace(exception)
             print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    _ignore_signals()
+
+
+def _trace(exception: Exception) -> None:
+    """Python's traceback, where the command line asks for it."""
+    if any(item.lower() == "traceback=true" for item in sys.argv):
+        traceback.print_exception(exception)
+
+
+_last_signal = -math.inf
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """While there is no run to save, a signal ends the process; what is begun is cleared away on the way out, for which
+    those that follow within a second wait."""
+    global _last_signal
+    before, _last_signal = _last_signal, time.monotonic()
+    if _last_signal - before > 1:
+        raise StopSignal(128 + number)
+
+
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[str, Rule]) -> None:
@@ -73,24 +109,31 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
     def job(composed: DictConfig) -> object:
         # What is raised here Hydra would report in its own words, and only when all jobs are done.
         hydra_config = HydraConfig.get()
+        shutil.rmtree(scratch, ignore_errors=True)  # a kill during the job must not leave it
         number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
         try:
             return _run_one(main, settle(composed, rules, choices=hydra_config.runtime.choices, job=number))
         except Exception as exception:
-            failures.append(exception)
-            if number is not None:
-                print(f"job {number}: {as_error(exception, rules)}", file=sys.stderr, flush=True)
-                exception.reported = True  # type: ignore[attr-defined]
-            return None
+            if number is None:
+                failures.append(exception)
+                return None
+            error = as_error(exception, rules)
+            _trace(exception)
+            print(f"job {number}: {error}", file=sys.stderr, flush=True)
+            # Without its traceback, which holds on to all that the job had: the next one needs the memory.
+            failures.append(type(error)(error.subject, error.explanation, value=error.value))
+            failures[-1].reported = True  # type: ignore[attr-defined]
+        gc.collect()
+        return None
 
-    with _argv_for_hydra():
+    with _argv_for_hydra() as scratch:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     if failures:
         raise failures[0]
 
 
 @contextlib.contextmanager
-def _argv_for_hydra() -> Iterator[None]:
+def _argv_for_hydra() -> Iterator[str]:
     """Flags first, as Hydra's argparse wants them; and the multirun.yaml that Hydra writes for a grid goes and is lost:
     our run folders hold all there is to know of its jobs."""
     before = list(sys.argv)
@@ -104,7 +147,7 @@ def _argv_for_hydra() -> Iterator[None]:
             overrides.append(f"hydra.sweep.dir={scratch}")
         sys.argv[1:] = others + overrides
         try:
-            yield
+            yield scratch
         finally:
             sys.argv[:] = before
 
@@ -115,11 +158,9 @@ def _run_one(main: Callable[[Config], object], config: Config) -> object:
         return main(config)
     except PreceptorError:
         raise
-    except OSError as exception:
-        raise StorageError(str(exception.filename or "storage"), exception.strerror or str(exception)) from exception
     except Exception as exception:
-        if is_out_of_memory(exception):
-            raise NumericalError("memory", "out of memory; a smaller data.batch_size needs less") from exception
+        if (error := as_ours(exception)) is not exception:
+            raise error from exception
         what = f"{type(exception).__name__}: {exception}"
         raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
 
@@ -156,10 +197,14 @@ def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
         if "not in struct" in f"{message} {exception.__cause__}" or "No match" in message:
             return ConfigError(name, f"unknown key; {hint}", **value)
         return ConfigError(name, str(exception.__cause__ or message), **value)
-    if message.startswith("Config group override"):  # model=null, trainer=3
-        for group, given in (item.split("=", 1) for item in sys.argv[1:] if "=" in item[1:]):
+    if message.startswith("Config group override") or isinstance(exception, TypeError):  # model=null, trainer=[3]
+        for group, given in (item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item.lstrip("+")[1:]):
             if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
                 options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
                 return ConfigError(group, f"must name one of {', '.join(options)}", value=given)
+    if message.startswith("Error merging override "):  # trainer.early_stopping=[0]
+        name, _, given = message.removeprefix("Error merging override ").partition("=")
+        return ConfigError(name.lstrip("+"), str(exception.__cause__ or "does not fit there"), value=given)
     key = getattr(exception, "full_key", None) or getattr(exception, "override", None)
-    return ConfigError(key or "command line", message.partition("\n")[0] if key else message)
+    told = message.partition("\n")[0] if key else message
+    return ConfigError(key or "command line", told.strip() or f"cannot be read ({type(exception).__name__})")

@@ -7,6 +7,7 @@ Whatever is raised here is the user's to mend, so no traceback is shown. Any oth
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 _NO_VALUE = ...  # the same object also in an error that a worker sends
@@ -26,8 +27,7 @@ class PreceptorError(Exception):
 
     def __str__(self) -> str:
         shown = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
-        one_line = " ".join(self.explanation.split())
-        return f"error[{self.kind}] {self.subject}{shown}: {one_line}"
+        return " ".join(f"error[{self.kind}] {self.subject}{shown}: {self.explanation}".split())
 
     def under(self, section: str) -> "PreceptorError":
         """The same error with its subject put under a config section: `hidden` becomes `model.hidden`."""
@@ -71,6 +71,9 @@ class SecurityError(PreceptorError):
     kind, exit_code = "security", 7
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal or a connection is gone
+
+
 class StopSignal(BaseException):
     """A signal ended the run after its state was saved. No `Exception`, so that a grid of runs stops too."""
 
@@ -79,10 +82,26 @@ class StopSignal(BaseException):
         self.exit_code = exit_code
 
 
+def is_hung_up_in_vain(number: signal.Signals) -> bool:
+    """Has `nohup` asked that the end of the terminal be ignored?"""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 def is_out_of_memory(exception: BaseException) -> bool:
     """Python's own, torch's on CUDA (known by its name: torch may not be loaded), and torch's on the CPU."""
     named = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator" in str(exception)
+
+
+def as_ours(exception: Exception, *, place: str = "storage", step: str | None = None) -> Exception:
+    """What the system or torch has raised, as one of our errors where the user can mend it; any other as it is."""
+    if isinstance(exception, OSError):
+        reason = exception.strerror or str(exception)
+        return StorageError(str(exception.filename or place), f"{step}: {reason}" if step else reason)
+    if is_out_of_memory(exception):
+        advice = "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
+        return NumericalError(step or "memory", advice)
+    return exception
 
 
 def spell(value: object) -> str:

@@ -103,12 +103,13 @@ def section(value: Any) -> str | None:
 
 def duration(value: Any) -> str | None:
     """A length of training such as `1 epoch`."""
-    right = isinstance(value, str) and (match := DURATION.match(value)) and float(match[1]) > 0
+    right = isinstance(value, str) and (match := DURATION.match(value)) and 0 < float(match[1]) <= 2**53
     return None if right else 'must be a duration > 0: "N steps", "N epochs", "N samples" or "N%"'
 
 
 METRIC = one_of(*(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy")))
 MODE = one_of("auto", "min", "max")
+NAMED = ("model", "data", "optimizer", "schedule", "loss")  # sections that hold the arguments of their `_target_`
 
 TRAIN: dict[str, Rule] = {
     "seed": whole(0),
@@ -119,6 +120,7 @@ TRAIN: dict[str, Rule] = {
     "traceback": flag,
     "choices": section,
     **dict.fromkeys(("model", "data", "augment", "optimizer", "schedule", "loss", "trainer"), section),
+    **{f"{name}._target_": text for name in NAMED},
     "data.root": optional(text),
     "data.download": flag,
     "data.batch_size": whole(1),
@@ -136,6 +138,9 @@ TRAIN: dict[str, Rule] = {
     "data.memory_budget": number(0),
     "data.normalise": one_of("none", "per_channel", "pca", "zca"),
     "data.whitening_epsilon": number(0, without="low"),
+    "data.on_bad_image": one_of("error", "skip"),
+    "data.max_pixels": whole(1),
+    "data.timeout_s": number(0, without="low"),
     "model.num_classes": optional(whole(2)),
     "model.in_channels": whole(1),
     "optimizer.lr": number(0, without="low"),
@@ -149,7 +154,7 @@ TRAIN: dict[str, Rule] = {
     "optimizer.lr_decay": number(0),
     "optimizer.initial_accumulator_value": number(0),
     "optimizer.adamw_lr": optional(number(0, without="low")),
-    "schedule.warmup_epochs": number(0),
+    "schedule.warmup_epochs": number(0, 1e6),
     "schedule.momentum": optional(list_of(number(0, 1, without="low high"), length=2)),
     "schedule.rise": number(0, 1, without="low high"),
     "schedule.every": number(0, 1, without="low"),
@@ -180,6 +185,7 @@ TRAIN: dict[str, Rule] = {
     "trainer.clip_norm": optional(number(0, without="low")),
     "trainer.l1": number(0),
     "trainer.ema_decay": optional(number(0, 1, without="low high")),
+    "trainer.on_nonfinite": one_of("stop", "skip"),
     "trainer.weight_decay_on": one_of("all", "weights"),
     "trainer.evaluate_every": duration,
     "trainer.log_every": duration,
@@ -220,13 +226,33 @@ RUNS: dict[str, Rule] = {
     "traceback": flag,
 }
 
+# Of the keys in these sections, those that are read beside the arguments of what `_target_` names.
+REQUIRED = (
+    *(f"{section}._target_" for section in NAMED),
+    *("data.batch_size", "data.eval_batch_size", "data.num_workers", "data.val_fraction", "data.image_size"),
+    *("data.channels", "data.num_classes", "data.fit", "data.limit_train", "data.drop_last", "data.memory_budget"),
+    "data.timeout_s",
+)
+
 # What a resumed run may change: how long, how fast and where it runs, what it logs; never what it computes.
 FREE_ON_RESUME = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
     *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
     *("trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
-    *("optimizer.lr", "optimizer.adamw_lr", "data.num_workers", "data.root", "data.download"),
+    *(
+        "optimizer.lr",
+        "optimizer.adamw_lr",
+        "data.num_workers",
+        "data.timeout_s",
+        "data.on_bad_image",
+        "data.root",
+        "data.download",
+    ),
 )
+
+# Keys that came after the first runs were made, with the value that means what was done before they were there: a run
+# that lacks them is read as if it had them.
+ADDED_LATER = {"trainer.l1": 0.0, "trainer.on_nonfinite": "stop", "data.timeout_s": 300}
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -246,6 +272,7 @@ def check(config: dict[str, Any], rules: Mapping[str, Rule], *, shown: dict[str,
     closed = {name.rpartition(".")[0] for name, rule in rules.items()} - {
         # Sections with a `_target_` take that class's arguments too.
         *(name for name, value in leaves(config) if isinstance(value, dict) and "_target_" in value),
+        *NAMED,
         "augment",
     }
     for name, value in leaves(config):
@@ -259,7 +286,7 @@ def check(config: dict[str, Any], rules: Mapping[str, Rule], *, shown: dict[str,
             raise ConfigError(name, allowed, value=spelled[name])
     for name in rules:  # a required key that someone's own file leaves out
         parent, _, key = name.rpartition(".")
-        if (parent == "" or parent in closed) and key not in dict(_descend(config, parent)):
+        if (parent == "" or parent in closed or name in REQUIRED) and key not in dict(_descend(config, parent)):
             raise ConfigError(name, "missing; see the comment beside this key in configs/")
 
 

@@ -66,9 +66,12 @@ class ASampleAtATime:
 @contextlib.contextmanager
 def _generators_left_alone() -> Iterator[None]:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: another number may give other last bits
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])

@@ -25,7 +25,7 @@ import torch
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.images import SUFFIXES, Files, Images
+from data.images import MAX_PIXELS, SUFFIXES, Files, Images
 from data.stratification import split
 
 DIGITS = Path(__file__).with_name("digits.npz")  # pixels uint8 (1797, 8, 8), 0 to 16; labels uint8 (1797,)
@@ -90,7 +90,16 @@ def svhn(*, root: str, download: bool) -> Collection:
     return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
 
 
-def image_folder(*, root: str, image_size: int, channels: int, test_fraction: float, empty_class: str) -> Collection:
+def image_folder(
+    *,
+    root: str,
+    image_size: int,
+    channels: int,
+    test_fraction: float,
+    empty_class: str,
+    on_bad_image: str = "error",
+    max_pixels: int = MAX_PIXELS,
+) -> Collection:
     """Pictures in class folders, in sorted order.
 
     With ROOT/train, the parts are the folders given: no ROOT/test means no test part, and no ROOT/val means that
@@ -98,6 +107,10 @@ def image_folder(*, root: str, image_size: int, channels: int, test_fraction: fl
     """
     if empty_class not in ("error", "keep"):
         raise ConfigError("empty_class", "must be error or keep", value=empty_class)
+    if on_bad_image not in ("error", "skip"):
+        raise ConfigError("on_bad_image", "must be error or skip", value=on_bad_image)
+    if max_pixels < 1:
+        raise ConfigError("max_pixels", "must be >= 1", value=max_pixels)
     if not 0 <= test_fraction < 1:
         raise ConfigError("test_fraction", "must be >= 0 and < 1", value=test_fraction)
     base = Path(root).expanduser()
@@ -121,7 +134,13 @@ def image_folder(*, root: str, image_size: int, channels: int, test_fraction: fl
             explanation = f"has no pictures for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
             raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
         labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in paths]))
-        files = Files([path for found in paths for path in found], image_size=image_size, channels=channels)
+        files = Files(
+            [path for found in paths for path in found],
+            image_size=image_size,
+            channels=channels,
+            on_bad_image=on_bad_image,
+            max_pixels=max_pixels,
+        )
         parts[part] = Images(pixels=files, labels=labels)
     if "train" in given:
         return Collection(train=parts["train"], val=parts.get("val"), test=parts.get("test"), class_names=class_names)

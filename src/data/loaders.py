@@ -7,23 +7,21 @@ The order of an epoch is randperm(N) of fold(seed, "order", epoch); step k has t
 cut into A micro-batches of B. So a run can go on at any step, and the number of workers changes no number.
 """
 
-import atexit
-import contextlib
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from core.errors import ConfigError, DataError, PreceptorError
+from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.images import Files, Images
+from data.images import Images
 from data.normalisation import Normalisation
 from data.pipeline import Augmentations
+from data.workers import fetched
 
 # Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -51,6 +49,7 @@ class TrainLoader:
         normalisation: Normalisation,
         device: torch.device,
         num_workers: int = 0,
+        timeout_s: float = 300,
         drop_last: bool | str = "auto",
         shuffle: bool = True,
     ) -> None:
@@ -77,7 +76,9 @@ class TrainLoader:
         # Transforms from elsewhere take one picture after the other, on the CPU: all of augmentation goes to workers.
         in_workers = augmentations.one_at_a_time
         self.augment_on = torch.device("cpu") if in_workers else device
-        self.source = _source(images, device=device, num_workers=num_workers, augment_in_workers=in_workers)
+        self.source = _source(
+            images, device=device, num_workers=num_workers, timeout_s=timeout_s, augment_in_workers=in_workers
+        )
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
@@ -116,11 +117,12 @@ class EvalLoader:
         normalisation: Normalisation,
         device: torch.device,
         num_workers: int = 0,
+        timeout_s: float = 300,
     ) -> None:
         _check_sizes(eval_batch_size=batch_size, num_workers=num_workers)
         self.batches = torch.arange(len(images)).split(batch_size)
         self.normalisation = normalisation
-        self.source = _source(images, device=device, num_workers=num_workers)
+        self.source = _source(images, device=device, num_workers=num_workers, timeout_s=timeout_s)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -148,72 +150,33 @@ class Streamed:
     They are augmented there too, or else on the device.
     """
 
-    def __init__(self, images: Images, *, device: torch.device, num_workers: int, augment_in_workers: bool) -> None:
-        self.images, self.device, self.num_workers = images, device, num_workers
+    def __init__(
+        self, images: Images, *, device: torch.device, num_workers: int, timeout_s: float, augment_in_workers: bool
+    ) -> None:
+        self.images, self.device, self.num_workers, self.timeout_s = images, device, num_workers, timeout_s
         self.augment_in_workers = augment_in_workers
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
         there, here = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)
-        loader: DataLoader[Any] = DataLoader(
-            Fetched(self.images, there),
-            batch_sampler=[batch.tolist() for batch in batches],
+        results = fetched(
+            partial(_fetch, self.images, there),
+            batches,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            timeout_s=self.timeout_s,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # a DataLoader draws a seed for its workers: never from the global generator
         )
-        with _signals_held():
-            fetched = iter(loader)
-        failure: PreceptorError | None = None
-        for batch in fetched:
-            if isinstance(batch, PreceptorError):
-                failure = batch
-                break
-            yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in batch)))
-        del fetched  # ends the workers; an error that is raised keeps what is here until garbage is collected
-        if failure is not None:
-            raise failure
+        with closing(
+            results
+        ):  # ends the workers; an error that is raised keeps what is here until garbage is collected
+            for parts, bad in results:
+                self.images.tell(bad)
+                yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in parts)))
 
 
-class Fetched(Dataset[Any]):
+def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[int, str]]:
     """What a worker does: fetch or decode the pictures of a batch, and augment them."""
-
-    def __init__(self, images: Images, augment: Augment) -> None:
-        self.pixels, self.labels, self.augment = images.pixels, images.labels, augment
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor] | PreceptorError:
-        rows = torch.tensor(indices)
-        # Returned, not raised: a DataLoader would pass only the text of a worker's exception.
-        try:
-            if isinstance(self.pixels, Files):
-                images = torch.stack([self.pixels[index] for index in indices])
-            else:
-                images = self.pixels.index_select(0, rows)
-            return self.augment(images, self.labels[rows], rows)
-        except PreceptorError as error:
-            return error
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Workers are born with SIGINT and SIGTERM blocked: one to the whole process group asks the run to save and stop,
-    and they serve it until it has. Here they are only held up meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """Those that are left when the process ends; multiprocessing would send SIGTERM, and wait for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def _as_it_is(fetched: Any) -> Any:
-    return fetched
+    pixels, bad = images.fetch(rows)
+    return augment(pixels, images.labels[rows], rows), bad
 
 
 def _unchanged(images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,11 +184,15 @@ def _unchanged(images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Te
 
 
 def _source(
-    images: Images, *, device: torch.device, num_workers: int, augment_in_workers: bool = False
+    images: Images, *, device: torch.device, num_workers: int, timeout_s: float, augment_in_workers: bool = False
 ) -> Resident | Streamed:
+    if timeout_s <= 0:
+        raise ConfigError("timeout_s", "must be > 0", value=timeout_s)
     if isinstance(images.pixels, Tensor) and not augment_in_workers:
         return Resident(images.pixels, images.labels, device=device)
-    return Streamed(images, device=device, num_workers=num_workers, augment_in_workers=augment_in_workers)
+    return Streamed(
+        images, device=device, num_workers=num_workers, timeout_s=timeout_s, augment_in_workers=augment_in_workers
+    )
 
 
 def _check_sizes(*, num_workers: int, **sizes: int) -> None:

@@ -6,7 +6,7 @@ function of the seed and of the labels. A collection that brings its own validat
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Splits:
     class_names: list[str]
     normalisation: Normalisation  # from pixels to the network's input, fitted to the training part
     fingerprint: str  # of the data as it was found, before any split: another one means that the data has changed
+    counts: dict[str, int]  # pictures of each part, likewise
 
 
 def prepare(
@@ -55,6 +56,7 @@ def prepare(
     for part, images in found.items():
         if images is not None:
             check_labels(images, part=part, num_classes=len(collection.class_names))
+            check_pixels(images, part=part)
     if num_classes is not None and num_classes != len(collection.class_names):
         raise ConfigError("num_classes", f"the data has {len(collection.class_names)} classes", value=num_classes)
 
@@ -85,6 +87,7 @@ def prepare(
         class_names=collection.class_names,
         normalisation=normalisation,
         fingerprint=fingerprint(collection),
+        counts={part: len(images) for part, images in found.items() if images is not None},
     )
 
 
@@ -130,13 +133,27 @@ def check_labels(images: Images, *, part: str, num_classes: int) -> None:
         raise DataError(f"{part} labels", f"go from {low} to {high}: must be within 0 to {num_classes - 1}")
 
 
+def check_pixels(images: Images, *, part: str) -> None:
+    """Refuse pixels in memory that are not uint8 (N, C, H, W)."""
+    pixels, subject = images.pixels, f"{part} pixels"
+    if isinstance(pixels, Files):
+        return
+    if pixels.is_floating_point() and not (finite := torch.isfinite(pixels).flatten(1).all(1)).all():
+        index = int((~finite).nonzero()[0])
+        raise DataError(subject, f"NaN or infinity in image {index}: must be torch.uint8, 0 to 255")
+    if pixels.dtype != torch.uint8:
+        raise DataError(subject, "must be torch.uint8, 0 to 255", value=pixels.dtype)
+    if pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
+        raise DataError(subject, "must be (N, C, H, W) with 1 or 3 channels", value=tuple(pixels.shape))
+
+
 def convert(images: Images, *, image_size: int, channels: int, fit: str, load: bool) -> Images:
     """The images with the channels and the size that the network is to see."""
     if isinstance(images.pixels, Files):
         if fit != "resize":
             raise ConfigError("fit", "must be resize for picture files", value=fit)
-        files = Files(images.pixels.paths, image_size=image_size, channels=channels)
-        return Images(pixels=files.load() if load else files, labels=images.labels)
+        files = Images(replace(images.pixels, image_size=image_size, channels=channels), images.labels)
+        return Images(files.load(), images.labels) if load else files
     if images.pixels.shape[1:] == (channels, image_size, image_size):
         return images
     chunks = [
@@ -180,7 +197,7 @@ def measured(train: Images, *, seed: int) -> Iterator[Tensor]:
     count = min(len(train), STREAMED_STATISTICS)
     chosen = stratified(train.labels, count=count, seed=fold(seed, "statistics"), spare=0)
     for piece in chosen.split(CHUNK):
-        yield train.pixels.take(piece).load()
+        yield train.read(piece)
 
 
 def fingerprint(collection: Collection) -> str:

@@ -27,16 +27,16 @@ def synthetic(
 ) -> Collection:
     """Balanced classes; the pictures are a pure function of the arguments and of nothing else."""
     for name, value in (("train_samples", train_samples), ("test_samples", test_samples)):
-        if value < 1:
-            raise ConfigError(name, "must be >= 1", value=value)
+        if type(value) is not int or value < 1:
+            raise ConfigError(name, "must be an integer >= 1", value=value)
     if num_classes is None or num_classes < 2:
         raise ConfigError("num_classes", "must be >= 2", value=num_classes)
     if image_size < 1:
         raise ConfigError("image_size", "must be >= 1", value=image_size)
     if channels not in (1, 3):
         raise ConfigError("channels", "must be 1 (grey) or 3 (RGB)", value=channels)
-    if noise < 0:
-        raise ConfigError("noise", "must be >= 0", value=noise)
+    if type(noise) not in (int, float) or not 0 <= noise < math.inf:
+        raise ConfigError("noise", "must be a number >= 0", value=noise)
 
     def images(part: str, samples: int) -> Images:
         labels = torch.arange(samples) % num_classes

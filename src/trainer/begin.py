@@ -1,9 +1,12 @@
 """How a run begins: a new folder with TensorBoard's static parts in it, or an old one that is gone on with."""
 
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from core.config import Config
-from core.errors import PreceptorError, StorageError
+from core.errors import StorageError
 from core.schema import SPLITS
 from data.splits import Splits
 from trainer.display import Display
@@ -13,24 +16,46 @@ from trainer.tracking import TensorBoard
 from trainer.trainer import Trainer
 
 
-def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list[str]) -> None:
-    """The run folder, TensorBoard's static parts, and a first word."""
+class Notices(logging.Handler):
+    """While entered, what our packages log goes to the run, as soon as there is one: they know nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._early: list[str] = []
+        self._tell: Callable[[str], None] = self._early.append
+
+    def __enter__(self) -> "Notices":
+        logging.getLogger("preceptor").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("preceptor").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a full disk
+            self._tell(record.getMessage())
+
+    def tell(self, listener: Callable[[str], None]) -> None:
+        """Pass on what was said so far, and all that will be."""
+        self._tell = listener
+        for text in self._early:
+            listener(text)
+
+
+def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list[str], stack: ExitStack) -> None:
+    """The run folder, TensorBoard's static parts, and a first word; `stack` holds what must be closed."""
     values = config.values
     model_name, data_name = values["choices"]["model"], values["choices"]["data"]
-    path = chosen_path(values["run_dir"], job=config.job, names=(model_name, data_name))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exception:
-        raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
-    folder = RunFolder.create(path, record=trainer.record, first=snapshot(trainer))
-    tracker = TensorBoard(folder.path)
+    folder = make_folder(trainer, config)
+    stack.callback(folder.close)
     display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
-    trainer.attach(folder, tracker, display)
+    tracker = TensorBoard(folder.path)
+    trainer.attach(folder, tracker, display, stack)
     parts = [f"{name} {len(part):,}" for name in SPLITS if (part := getattr(splits, name)) is not None]
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     display.say(
         f"{model_name} ({count:,} parameters) on {data_name} ({', '.join(parts)}), "
-        f"{trainer.provenance['device']}, {trainer.settings.total_steps:,} steps -> {path}"
+        f"{trainer.provenance['device']}, {trainer.settings.total_steps:,} steps -> {folder.path}"
     )
     left_out = len(splits.train) - trainer.train_loader.samples_per_epoch
     if left_out:
@@ -42,6 +67,22 @@ def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list
     tracker.config(trainer.record)
     if values["trainer"]["log_images"] or values["trainer"]["log_graph"]:
         show_first_batch(trainer, images=values["trainer"]["log_images"], graph=values["trainer"]["log_graph"])
+
+
+def make_folder(trainer: Trainer, config: Config) -> RunFolder:
+    """Where the config says, or the default, whose name another run may have taken in this second."""
+    values, first = config.values, snapshot(trainer)
+    names = (values["choices"]["model"], values["choices"]["data"])
+    while True:
+        path = chosen_path(values["run_dir"], job=config.job, names=names)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return RunFolder.create(path, record=trainer.record, first=first)
+        except OSError as exception:
+            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
+        except StorageError:
+            if values["run_dir"] is not None or not path.exists():
+                raise
 
 
 def show_first_batch(trainer: Trainer, *, images: bool, graph: bool) -> None:
@@ -56,27 +97,24 @@ def show_first_batch(trainer: Trainer, *, images: bool, graph: bool) -> None:
             trainer.warn(f"no graph in TensorBoard, as the network cannot be traced: {type(exception).__name__}")
 
 
-def go_on(trainer: Trainer, config: Config) -> bool:
+def go_on(trainer: Trainer, config: Config, stack: ExitStack) -> bool:
     """Go on with a run: its newest good checkpoint, its logs cut back to that step. False: it is finished already."""
     folder = RunFolder.open(Path(config.values["resume"]))
-    try:
-        found, path, damaged = folder.checkpoints.load("last", "best", "step")
-        load(trainer, found)
-    except PreceptorError:
-        folder.close()  # so that this process can try again
-        raise
+    stack.callback(folder.close)
+    found, path, damaged = folder.checkpoints.load("last", "best", "step")
+    load(trainer, found)
     display = Display(folder.path / "train.log", total_steps=trainer.settings.total_steps)
     if trainer.is_finished(folder):  # then nothing is written, not even to train.log
         text = f"nothing to do: {folder.path} is finished ({trainer.stop_reason})"
         if trainer.stop_reason != "early_stopping":
             text += f"; a larger trainer.{trainer.stop_reason} makes it go on"
         display.console.print(text, markup=False)
-        folder.close()
         return False
-    folder.rewind(trainer.step)
-    trainer.attach(folder, TensorBoard(folder.path, resumed_at=trainer.step), display)
-    for text in damaged:
-        trainer.warn(text)
+    folder.rewind(trainer.evaluated)
+    trainer.attach(folder, TensorBoard(folder.path, resumed_at=trainer.step), display, stack)
+    for file, text in damaged.items():
+        file.rename(file.with_suffix(".damaged"))  # or it would count as one of the newest, which are kept
+        trainer.warn(f"{text}; set aside as {file.stem}.damaged")
     if config.changes:
         folder.write_config(trainer.record)
     facts = {"checkpoint": path.name, "changes": config.changes, "provenance": dict(trainer.provenance)}

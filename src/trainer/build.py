@@ -6,9 +6,9 @@ Whatever can be wrong is found here, before the first step, and told by its key.
 builds only classes that are trusted (`refuse_untrusted`).
 """
 
-import copy
 import inspect
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from core.config import Config
 from core.errors import ConfigError, PreceptorError
 from core.schema import TRAIN
 from core.seeding import fold
+from data import datasets
 from data.adapter import ASampleAtATime
 from data.loaders import EvalLoader, TrainLoader
 from data.normalisation import covariance
 from data.pipeline import Augmentations
 from data.splits import Splits, measured, prepare
-from trainer.begin import begin, go_on
+from trainer.begin import Notices, begin, go_on
 from trainer.checks import check_classes, check_monitors, with_classes
 from trainer.durations import to_steps, total_steps, warmup_steps
 from trainer.early_stopping import EarlyStopping
@@ -40,8 +41,9 @@ from trainer.optimizers import Muon, decayed_parameters, fill_momentum, group_pa
 from trainer.run_folder import provenance
 from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of, one_cycle_momentum
 from trainer.settings import Settings
-from trainer.targets import check_arguments, resolve
+from trainer.targets import check_arguments, parameters_of, resolve
 from trainer.trainer import Trainer
+from trainer.trial import try_out, try_out_one
 from trainer.trust import refuse_untrusted, without_downloads
 from trainer.weights import init_from
 
@@ -54,11 +56,18 @@ def build(config: Config) -> Trainer | None:
 
     None for a resumed run that is finished already.
     """
-    trainer, splits, weights_report = assemble(config)
-    if config.from_run:
-        return trainer if go_on(trainer, config) else None
-    begin(trainer, config, splits, weights_report)
-    return trainer
+    with ExitStack() as stack:
+        notices = stack.enter_context(Notices())
+        trainer, splits, weights_report = assemble(config)
+        stack.enter_context(trainer.interrupts)  # from here on a signal finds a run to save
+        if config.from_run:
+            if not go_on(trainer, config, stack):
+                return None
+        else:
+            begin(trainer, config, splits, weights_report, stack)
+        notices.tell(trainer.warn)
+        trainer.closing = stack.pop_all()
+        return trainer
 
 
 def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
@@ -78,7 +87,9 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     values = with_classes(values, splits.class_names)
     model = build_model(values, init_seed=fold(values["seed"], "init"))
     try_out(model, values)
-    weights_report = init_from(Path(values["init_from"]), model) if values["init_from"] and not config.from_run else []
+    weights_report: list[str] = []
+    if values["init_from"] and not config.from_run:
+        weights_report = init_from(Path(values["init_from"]), model, shown=record["init_from"])
     wants_channels_last = settings["channels_last"]
     if wants_channels_last == "auto":
         wants_channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -87,7 +98,8 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     model.to(device)
 
     normalisation = splits.normalisation.to(device, channels_last=wants_channels_last)
-    shared = {"normalisation": normalisation, "device": device, "num_workers": values["data"]["num_workers"]}
+    reading = {key: values["data"][key] for key in ("num_workers", "timeout_s")}
+    shared = {"normalisation": normalisation, "device": device, **reading}
     augmentations = build_augmentations(values["augment"], splits, seed=values["seed"])
     train_loader = TrainLoader(
         splits.train,
@@ -123,6 +135,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
             monitor_mode=monitors.get("trainer.checkpoint", "min"),
             clip_norm=settings["clip_norm"],
             l1=settings["l1"],
+            skips=settings["on_nonfinite"] == "skip",
             budget="max_steps" if total == settings["max_steps"] else "max_epochs",
         ),
         model=model,
@@ -146,7 +159,11 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16"),
         device=device,
-        data_values={"class_names": splits.class_names, "fingerprint": splits.fingerprint},
+        data_values={
+            "class_names": splits.class_names,
+            "fingerprint": splits.fingerprint,
+            "counts": splits.counts,
+        },
         normalisation=normalisation,
         record=record,
         provenance={
@@ -160,7 +177,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
 
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
     """Instantiate a config node; an argument that its class does not take, or refuses, is told by its key."""
-    if "_target_" not in node:
+    if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{section}._target_", "missing: the class or function to build")
     check_arguments(node, section, given=extra)
     try:
@@ -177,10 +194,12 @@ def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
 def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
     """The data set that a config names, read, split and measured; its function gets the keys its signature names."""
     function = resolve("data", node["_target_"])
-    takes = inspect.signature(function).parameters
+    takes = parameters_of(function) or {}
     arguments = {key: value for key, value in node.items() if key in takes}
     check_arguments(node, "data", also=SHARED_DATA_KEYS)
     collection = construct({"_target_": node["_target_"], **arguments}, "data")
+    if not isinstance(collection, datasets.Collection):
+        raise ConfigError("data._target_", "must give a data.datasets.Collection", value=node["_target_"])
     keys = [key for key in inspect.signature(prepare).parameters if key in node]
     try:
         return prepare(collection, seed=seed, **{key: node[key] for key in keys})
@@ -213,43 +232,6 @@ def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
     return model
 
 
-def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Two images through a new network, as in evaluation and as in training: what it cannot take is told now."""
-    data = values["data"]
-    shape = (2, data["channels"], data["image_size"], data["image_size"])
-    smallest = getattr(model, "minimum_size", 1)
-    if data["image_size"] < smallest:
-        needs = f"{values['model']['_target_']} needs images of at least {smallest} pixels"
-        raise ConfigError("data.image_size", needs, value=data["image_size"])
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(shape))
-            in_training = copy.deepcopy(model).train()(torch.rand(shape))  # a copy: batch norm takes note of it
-    except (RuntimeError, ValueError, IndexError, TypeError) as exception:
-        explanation = f"does not take images of {shape[1:]} (channels, height, width): {exception}"
-        raise ConfigError("model", explanation, value=values["model"]["_target_"]) from None
-    heads = in_training if isinstance(in_training, tuple | list) else [in_training]  # logits, then auxiliary logits
-    for output in (logits, *heads):
-        given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        if given != (2, data["num_classes"]):
-            explanation = f"gives {given} for two images, where the data's classes ask for (2, {data['num_classes']})"
-            raise ConfigError("model", explanation, value=values["model"]["_target_"])
-
-
-def try_out_one(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
-    """A picture alone, where the loader will give such a batch: batch norm may have no variance to divide by."""
-    data = values["data"]
-    picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=device)
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).train()(picture)
-    except ValueError as exception:
-        explanation = f"leaves a batch of one picture, which this network cannot train on ({exception})"
-        raise ConfigError(
-            "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
-        ) from None
-
-
 def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Module:
     """The loss, tried out on what augmentation makes of labels; `balanced` weights come from the training part."""
     count = len(splits.class_names)
@@ -258,7 +240,7 @@ def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Mo
         node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
     elif weights is not None and len(weights) != count:
         raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
-    takes = inspect.signature(resolve("loss", node["_target_"])).parameters
+    takes = parameters_of(resolve("loss", node["_target_"])) or {}
     # A loss from elsewhere, put in the place of ours, need not take what is not set.
     given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
     loss = construct(given, "loss")
@@ -286,7 +268,8 @@ def build_optimizer(
     if "lr" not in node:
         raise ConfigError("optimizer.lr", "missing: the learning rate, a number > 0")
     target = resolve("optimizer", node["_target_"])
-    takes_fused = "fused" in inspect.signature(target).parameters and not node.get("foreach")
+    is_torchs = str(getattr(target, "__module__", "")).startswith("torch.optim")
+    takes_fused = is_torchs and "fused" in (parameters_of(target) or {}) and not node.get("foreach")
     # Older versions of torch have a fused Adagrad for the CPU alone.
     if device.type == "cuda" and takes_fused and target is not torch.optim.Adagrad:
         node = {"fused": True, **node}  # one kernel a step, and it can be told on the device to skip
@@ -298,7 +281,9 @@ def build_optimizer(
     except (TypeError, ValueError, RuntimeError) as exception:
         raise ConfigError("optimizer", str(exception), value=node["_target_"]) from None
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError("optimizer._target_", "must be an optimizer that steps without a closure", value=target)
+        raise ConfigError(
+            "optimizer._target_", "must be an optimizer that steps without a closure", value=node["_target_"]
+        )
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
         fill_momentum(optimizer)
     return optimizer
@@ -332,6 +317,8 @@ def build_schedule(
     factor = construct({**own, "_partial_": True}, "schedule")
     momentum = None
     if node.get("momentum") is not None:
+        if "rise" not in node:
+            raise ConfigError("schedule.momentum", "needs schedule.rise beside it, as in schedule=one_cycle")
         if not any(momentum_of(group) for group in optimizer.param_groups):
             raise ConfigError("schedule.momentum", "this optimizer has none, or 0; set null", value=node["momentum"])
         low, high = node["momentum"]  # the schema has seen to its form

@@ -2,18 +2,20 @@
 
     checkpoints/{last,best,step}-<step, 8 digits>-<first 16 hex digits of the content's sha256>.safetensors
 
-Bytes first, in memory; then a temporary file in the same folder, fsync, read back, rename, fsync of the folder.
-Only then may an older generation go. There is no pointer file: the newest file whose content matches the hash in its
-name wins. Nothing is pickled, and a file is recognised by its hash before its content is parsed.
+Bytes first, in memory; then the file, durably (`trainer.durable`); only then may an older generation go. There is no
+pointer file: the newest file whose content matches the hash in its name wins. Nothing is pickled, and a file is
+recognised by its hash before its content is parsed.
 """
 
 import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from core.errors import CheckpointError, SecurityError, StorageError
+from core.errors import CheckpointError
+from trainer.durable import link_durably, write_durably
+from trainer.safetensors_file import read_header, written
 
-FORMAT = 1  # of the values in a checkpoint; a reader refuses a newer one
+FORMAT = 2  # of what is in a checkpoint; older ones are read too (`trainer.state`), newer ones are refused
 METADATA_KEY = "preceptor"  # one key: safetensors writes several in any order, and the hash must be reproducible
 NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
 
@@ -51,42 +55,33 @@ class Snapshot:
         return self.part("ema") or self.part("model")
 
 
-def pack(snapshot: Snapshot) -> bytes:
-    """A snapshot as the bytes of a safetensors file; equal snapshots give equal bytes."""
+def pack(snapshot: Snapshot) -> list[bytes | memoryview]:
+    """A snapshot as the parts of a safetensors file; equal snapshots give equal bytes."""
     values = json.dumps({"format": FORMAT, **snapshot.values}, sort_keys=True)
-    tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()
-    for name, tensor in sorted(snapshot.tensors.items()):
-        tensors[name] = tensor.detach().contiguous().cpu()
-        if (place := tensors[name].untyped_storage().data_ptr()) in memory:
-            tensors[name] = tensors[name].clone()  # tied weights: safetensors refuses tensors that share memory
-        memory.add(place)
-    return safetensors.torch.save(tensors, metadata={METADATA_KEY: values})
+    return written(snapshot.tensors, metadata={METADATA_KEY: values})
 
 
 def unpack(content: bytes, *, source: Path) -> Snapshot:
     """The snapshot in a file's bytes; `source` is named in errors."""
-    refuse_foreign_format(content[:16], source)
+    header = read_header(content, source=source)
     try:
         tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         values = json.loads(header["__metadata__"][METADATA_KEY])
-    except (SafetensorError, ValueError, KeyError) as exception:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as exception:
         raise CheckpointError(str(source), f"not a checkpoint of ours: {exception!r}") from None
-    if values.get("format") != FORMAT:
-        raise CheckpointError(str(source), f"format {values.get('format')}; this version reads format {FORMAT}")
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise CheckpointError(str(source), "not a checkpoint of ours: it names no step")
+    if values.get("format") not in range(1, FORMAT + 1):
+        raise CheckpointError(str(source), f"format {values.get('format')}; this version reads formats 1 to {FORMAT}")
     return Snapshot(tensors, values)
 
 
-def refuse_foreign_format(head: bytes, source: Path) -> None:
-    """Refuse what can carry code by its first bytes; in safetensors eight bytes of length come first, then JSON."""
-    if head[8:9] != b"{":
-        raise SecurityError(str(source), "not safetensors; pickle, torch.save and zip files are never opened")
-
-
-def digest(content: bytes) -> str:
+def digest(*content: bytes | memoryview) -> str:
     """The part of the content's sha256 that stands in a checkpoint's name."""
-    return hashlib.sha256(content).hexdigest()[:16]
+    found = hashlib.sha256()
+    for part in content:
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True, order=True)
@@ -118,59 +113,108 @@ class CheckpointFolder:
         return sorted((file for file in found if file.kind in kinds), reverse=True)
 
     def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> list[CheckpointFile]:
-        """Write a snapshot under each of `kinds`, then drop what is older than the `keep` newest of that kind."""
+        """Write a snapshot, give it a name for each of `kinds`, and drop what is older than the `keep` newest of each.
+
+        The names come in the order given, each on the disk before the next.
+        """
         content = pack(snapshot)
+        name = digest(*content)
         saved: list[CheckpointFile] = []
         for kind in kinds:
-            name = f"{kind}-{snapshot.step:08d}-{digest(content)}.safetensors"
-            write_durably(self.path / name, content)
-            file = CheckpointFile.parse(self.path / name)
-            saved += [file] if file else []
-        for kind in kinds:
-            limit = keep.get(kind)
-            for old in self.files(kind)[limit:] if limit else []:
-                old.path.unlink(missing_ok=True)
+            path = self.path / f"{kind}-{snapshot.step:08d}-{name}.safetensors"
+            if saved:
+                try:
+                    link_durably(saved[0].path, path)
+                except OSError:  # a file system without links
+                    write_durably(path, *content)
+            else:
+                write_durably(path, *content)
+            saved += [file] if (file := CheckpointFile.parse(path)) else []
+        for file in saved:
+            others = [old for old in self.files(file.kind) if old.step != file.step]
+            same_step = [old for old in self.files(file.kind) if old.step == file.step and old != file]
+            limit = keep.get(file.kind)
+            for old in same_step + (others[limit - 1 :] if limit else []):
+                os.unlink(old.path)  # noqa: PTH108  one system call
         return saved
 
-    def load(self, *kinds: str) -> tuple[Snapshot, Path, list[str]]:
+    def load(self, *kinds: str) -> tuple[Snapshot, Path, dict[Path, str]]:
         """The newest checkpoint of these kinds whose content matches its name, and what was wrong with newer ones.
 
+        Of two of one step, which a kill between a save and the end of the older one leaves, that which was evaluated.
         Raises CheckpointError when there is none: a run never starts over by itself.
         """
-        damaged: list[str] = []
-        for file in self.files(*kinds):
-            content = file.path.read_bytes()
-            if digest(content) == file.hash:
-                return unpack(content, source=file.path), file.path, damaged
-            damaged.append(f"{file.path.name} ({len(content)} bytes) does not match the hash in its name")
-        raise CheckpointError(str(self.path), "no usable checkpoint; " + ("; ".join(damaged) or "there is none"))
+        damaged: dict[Path, str] = {}
+        for _, same_step in groupby(self.files(*kinds), key=lambda file: file.step):
+            good: dict[str, tuple[Snapshot, Path]] = {}
+            for file in same_step:
+                if file.hash in good:  # another name for it
+                    continue
+                try:
+                    content = file.path.read_bytes()
+                except OSError as exception:  # a bad sector
+                    damaged[file.path] = f"{file.path.name} cannot be read: {exception.strerror}"
+                    continue
+                if digest(content) == file.hash:
+                    good[file.hash] = unpack(content, source=file.path), file.path
+                else:
+                    what = f"({len(content)} bytes) does not match the hash in its name"
+                    damaged[file.path] = f"{file.path.name} {what}"
+            if good:
+                found, path = max(good.values(), key=lambda pair: pair[0].values.get("evaluated", 0))
+                return found, path, damaged
+        reasons = "; ".join(damaged.values()) or "there is none"
+        raise CheckpointError(str(self.path), f"no usable checkpoint; {reasons}")
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the whole of it or nothing: temporary, fsync, read back, replace, fsync."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if temporary.read_bytes() != content:
-            raise StorageError(str(path), "what was read back differs from what was written")
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as exception:
-        raise StorageError(str(path), f"cannot write {len(content):,} bytes: {exception.strerror}") from exception
-    finally:
-        temporary.unlink(missing_ok=True)
+class BackgroundSaver:
+    """Saves behind the training's back, one after the other; a failed save is raised by the next call.
 
+    `saved` is the step of the newest snapshot that is on the disk.
+    """
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def __init__(self, folder: CheckpointFolder, *, saved: int) -> None:
+        self.folder, self.saved = folder, saved
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._running: Future[None] | None = None
+        self._unsaved: Callable[[], None] | None = None  # what the last save does, until it has succeeded
+
+    def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> None:
+        """Begin to save a snapshot that nobody changes any more, once the save before it has ended."""
+
+        def save() -> None:
+            self.folder.save(kinds, snapshot, keep=keep)
+            self.saved, self._unsaved = snapshot.step, None
+
+        self.wait()
+        self._unsaved = save
+        self._running = self._thread.submit(save)
+
+    def check(self) -> None:
+        """Raise what a save that has ended meanwhile has raised; waits for nothing."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def retry(self) -> None:
+        """A failed save once more: a later one may name a best that only the failed one has."""
+        with suppress(Exception):
+            self.wait()
+        if self._unsaved is not None:
+            self._unsaved()
+
+    def close(self) -> None:
+        """Wait, and end the thread; what the last save raised was raised before, or is not what ended the run."""
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:  # the folder's lock must not be given back while the thread writes
+            self._thread.shutdown()
+            raise
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
@@ -179,7 +223,7 @@ def load_weights_file(path: Path) -> dict[str, Tensor]:
         content = path.read_bytes()
     except OSError as exception:
         raise CheckpointError(str(path), f"cannot be read: {exception.strerror}") from None
-    refuse_foreign_format(content[:16], path)
+    read_header(content, source=path)
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as exception:

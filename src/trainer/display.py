@@ -1,8 +1,10 @@
 """What the terminal shows: a progress bar where there is a terminal, plain lines where there is none."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+class Terminal(Console):
+    """Watches only: where what it prints to is gone, a pager or a connection, it falls silent and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.fall_silent()
+
+    def fall_silent(self) -> None:
+        """Print to nowhere from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there too
+
+
 class Display:
-    """Tells of a run on the terminal and in its train.log."""
+    """Tells of a run on the terminal and in its train.log; neither of them can end the run."""
 
     def __init__(self, log_file: Path, *, total_steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+        self.console = Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
         self.log_file = log_file
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
@@ -63,9 +77,8 @@ class Display:
     def say(self, text: str, *, style: str | None = None) -> None:
         """A line, also to train.log with the time before it."""
         self.shown_at = time.monotonic()
-        self.console.print(text, style=style, markup=False)
-        with self.log_file.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._print(text, style=style, markup=False)
+        self._log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, text: str) -> None:
         """A line that ought to be read."""
@@ -88,6 +101,15 @@ class Display:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows:
             table.add_row(name, value)
-        self.console.print(table)
-        with self.log_file.open("a") as file:
-            file.writelines(f"{name}: {value}\n" for name, value in rows)
+        self._print(table)
+        self._log("".join(f"{name}: {value}\n" for name, value in rows))
+
+    def _print(self, what: Any, **style: Any) -> None:
+        try:
+            self.console.print(what, **style)
+        except OSError:
+            self.console.fall_silent()
+
+    def _log(self, text: str) -> None:
+        with suppress(OSError), self.log_file.open("a") as file:
+            file.write(text)

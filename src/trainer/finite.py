@@ -2,10 +2,17 @@
 
 Looking costs a wait for the device, which a CPU does not mind. On CUDA a fused update is told by a flag on the device
 to leave the weights alone, and the host asks only where it waits anyway: at a log line, an evaluation, a checkpoint.
+
+    trainer.on_nonfinite    stop: the run ends, and nothing behind the step before is saved
+                            skip: the step is counted, but changes neither weights nor statistics nor sums
+    with loss scaling       an overflowing gradient (not the loss) is skipped by the scaler, which then scales less
+
+32 skipped steps in a row end the run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,41 +20,108 @@ from torch.optim import Optimizer
 
 from core.errors import NumericalError
 
+MOST_IN_A_ROW = 32
+
 
 class FiniteGuard:
-    """Raises NumericalError for a step whose loss or gradient is not finite; at the latest before anything is saved."""
+    """Decides about each update; `put_back` is what a forward pass changes besides: batch norm's statistics, sums."""
 
-    def __init__(self, optimizer: Optimizer, *, scaler: torch.amp.GradScaler, device: torch.device) -> None:
-        self.optimizer, self.scaler = optimizer, scaler
-        self.on_device = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
-        self.skipped = torch.zeros((), device=device)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        skips: bool,
+        put_back: Sequence[Tensor],
+    ) -> None:
+        self.optimizer, self.scaler, self.skips = optimizer, scaler, skips
+        obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.on_device = device.type == "cuda" and obeys_flag
+        self.put_back = put_back if skips else ()
+        self.before = [torch.empty_like(tensor) for tensor in self.put_back]
+        self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
+        self.longest = torch.zeros((), device=device)  # of these, since the host last asked
+        # Steps since the host last asked: their name, whether they were skipped, and their samples.
+        self.recent: list[tuple[str, Tensor, Sequence[Tensor]]] = []
 
-    def check(self, loss: Tensor, norm: Tensor, indices: Iterable[Tensor], *, step: str) -> None:
-        """Before the update that makes `step`, of the samples `indices`; `norm` is that of the gradient.
+    def remember(self) -> None:
+        """Before a step: what may have to be put back."""
+        for copy, tensor in zip(self.before, self.put_back, strict=True):
+            copy.copy_(tensor)
 
-        With loss scaling (fp16) an overflowing gradient is the scaler's business, and only the loss is looked at.
+    def allows(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: str) -> bool:
+        """May the update that makes `step` be made, of the samples `indices`? `norm` is that of the gradient.
+
+        On the device the answer is always yes: there the update itself obeys the flag.
         """
         watched = loss.detach() if self.scaler.is_enabled() else norm + loss.detach()
         if self.on_device:
-            not_finite = (~torch.isfinite(watched)).float()
-            self.skipped += not_finite
+            wrong = ~torch.isfinite(watched)
             if not self.scaler.is_enabled():
-                self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused updates obey it
-        elif not math.isfinite(watched.item()):
-            samples = torch.cat(list(indices)).tolist()
-            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise diverged(
-                step, f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {rate:g}; training samples {shown}"
+                self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]  # fused updates obey it
+            for copy, tensor in zip(self.before, self.put_back, strict=True):
+                tensor.copy_(torch.where(wrong, copy, tensor))
+            self.recent.append((step, wrong, indices))
+            self._count(~torch.isfinite(norm + loss.detach()))
+            return True
+        if math.isfinite(watched.item()):
+            if self.scaler.is_enabled():
+                self._count(~torch.isfinite(norm))
+                self._refuse_many(step=step)
+            elif self.skips:
+                self.in_a_row.zero_()
+            return True
+        what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}"
+        if not self.skips:
+            raise stopped(step, f"{what}; {samples(indices)}")
+        for copy, tensor in zip(self.before, self.put_back, strict=True):
+            tensor.copy_(copy)
+        self.recent.append((step, torch.ones((), dtype=torch.bool), indices))
+        self._count(torch.ones((), dtype=torch.bool))
+        self._refuse_many(step=step)
+        return False
+
+    def skipped(self, *, step: str) -> list[str]:
+        """What was skipped since the last call, a line a step, for the log; where no step may be, the run ends."""
+        flags = torch.stack([wrong for _, wrong, _ in self.recent]).tolist() if self.recent else []  # waits for it
+        found = [(name, indices) for wrong, (name, _, indices) in zip(flags, self.recent, strict=True) if wrong]
+        self.recent.clear()
+        if found and not self.skips:
+            name, indices = found[0]
+            more = f", and {len(found) - 1} of the steps behind it" if len(found) > 1 else ""
+            raise stopped(
+                name, f"loss or gradient{more}; {samples(indices)}. That step was skipped, not those behind it"
             )
+        self._refuse_many(step=step)
+        return [f"{name} was skipped: loss or gradient not finite; {samples(indices)}" for name, indices in found]
 
-    def refuse_skipped(self, *, step: str) -> None:
-        """Steps that the device skipped end the run."""
-        if count := int(self.skipped.item()):
-            raise diverged(step, f"{count} of the steps since the last log line or evaluation")
+    def _count(self, wrong: Tensor) -> None:
+        self.in_a_row.add_(1).mul_(wrong)
+        torch.maximum(self.longest, self.in_a_row, out=self.longest)
+
+    def _refuse_many(self, *, step: str) -> None:
+        longest = int(self.longest.item())
+        self.longest.zero_()
+        if longest >= MOST_IN_A_ROW:
+            raise stopped(step, f"{longest} steps in a row")
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps."""
+        return {"in_a_row": int(self.in_a_row.item())}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.in_a_row.fill_(state["in_a_row"])
 
 
-def diverged(step: str, details: str) -> NumericalError:
+def samples(indices: Sequence[Tensor]) -> str:
+    """The positions of a step's samples in the training part, the first few of them."""
+    found = torch.cat(list(indices)).tolist()
+    return "training samples " + ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+
+
+def stopped(step: str, details: str) -> NumericalError:
     """The error for a step that is not finite."""
-    advice = "The weights are those before it; try a lower optimizer.lr or trainer.clip_norm"
-    return NumericalError(step, f"not finite: {details}. {advice}")
+    advice = "try a lower optimizer.lr, trainer.clip_norm or trainer.on_nonfinite=skip"
+    return NumericalError(step, f"not finite: {details}. Nothing of it is saved; {advice}")

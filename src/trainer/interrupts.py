@@ -1,7 +1,9 @@
-"""SIGINT and SIGTERM become a request that the loop grants at its next commit point; a second SIGINT stops at once."""
+"""A signal becomes a request that the loop grants at its next commit point; a second SIGINT stops at once."""
 
 import signal
 from types import FrameType
+
+from core.errors import STOP_SIGNALS, is_hung_up_in_vain
 
 
 class Interrupts:
@@ -9,17 +11,27 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at_once = False
 
     def __enter__(self) -> "Interrupts":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        asked_by = [number for number in STOP_SIGNALS if not is_hung_up_in_vain(number)]
+        self._previous = {number: signal.signal(number, self._note) for number in asked_by}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A script that stops at once is ending; in a notebook the next Ctrl-C must be heard.
+            if number != signal.SIGINT or not self._at_once or handler is signal.default_int_handler:
+                signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Has a signal asked the run to stop?"""
+        return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
+            self._at_once = True
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only disturb what is being closed
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 

@@ -24,6 +24,8 @@ from trainer.checkpoint import CheckpointFolder, Snapshot
 from trainer.targets import resolve
 from trainer.trust import refuse_untrusted, without_downloads
 
+NEEDED = {"model": ("_target_",), "loss": ("_target_",), "data": ("_target_", "image_size", "channels", "fit")}
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -63,7 +65,12 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     that are not ours, torch's or torchvision's; `trust=["package"]` allows those of a package.
     """
     folder = Path(path)
-    config = without_downloads(read_run_config(folder))
+    config = read_run_config(folder)
+    for section, keys in NEEDED.items():
+        lacking = [key for key in keys if not isinstance(config.get(section), dict) or key not in config[section]]
+        if lacking:
+            raise CheckpointError(str(folder / "config.yaml"), f"lacks {section}.{lacking[0]}")
+    config = without_downloads(config)
     refuse_untrusted(config, trust=trust or [])
     checkpoints = CheckpointFolder(folder / "checkpoints")
     kinds = ("best",) if checkpoint == "best" and checkpoints.files("best") else ("last", "step", "best")
@@ -73,6 +80,11 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
         model.load_state_dict(snapshot.weights)
     except RuntimeError as exception:
         raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
+    try:
+        normalisation = Normalisation(snapshot.part("data"))
+        class_names = snapshot.values["data"]["class_names"]
+    except (KeyError, TypeError) as exception:
+        raise CheckpointError(str(folder), f"its checkpoint does not say what its data was: {exception!r}") from None
     place = choose_device(device, "fp32")
     data = config["data"]
     return Run(
@@ -80,8 +92,8 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),
-        transform=Transform(data["image_size"], data["channels"], data["fit"], Normalisation(snapshot.part("data"))),
-        class_names=snapshot.values["data"]["class_names"],
+        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation),
+        class_names=class_names,
         config=config,
         snapshot=snapshot,
         device=place,

@@ -9,6 +9,7 @@ folder sees a run that can be resumed.
 import datetime
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -17,7 +18,9 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,12 @@ import torch
 import yaml
 
 from core.errors import CheckpointError, StorageError
-from trainer.checkpoint import CheckpointFolder, Snapshot, write_durably
+from trainer.checkpoint import CheckpointFolder, Snapshot
+from trainer.durable import remove_leftovers, sync_folder, write_durably
 
+LOGGER = logging.getLogger("preceptor.run_folder")
+LOGS = ("metrics.jsonl", "events.jsonl")
+NEWBORN = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
 
 
@@ -57,21 +64,23 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
         """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
-        if path.exists() or path.is_symlink():
-            raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
+        refuse_existing(path)
         newborn = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
         lock = -1
         try:
-            (newborn / "checkpoints").mkdir(parents=True)
-            write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
-            CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
-            lock = _take_lock(newborn)
-            newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
+            with _nursery(path.parent):
+                (newborn / "checkpoints").mkdir(parents=True)
+                for name in LOGS:  # empty: their names are on the disk before a checkpoint counts a line of them
+                    write_durably(newborn / name)
+                write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+                CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
+                lock = _take_lock(newborn)
+                newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
+                sync_folder(path.parent)
         except OSError as exception:
             if lock >= 0:
                 os.close(lock)
-            if path.exists():
-                raise StorageError(str(path), f"exists already; go on with it by resume={path}") from None
+            refuse_existing(path)
             raise StorageError(str(path), f"cannot be made: {exception.strerror}") from exception
         finally:
             shutil.rmtree(newborn, ignore_errors=True)
@@ -82,7 +91,10 @@ class RunFolder:
         """An existing run, to go on with."""
         if not (path / "checkpoints").is_dir():  # before a lock is left in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
-        return cls(path, _take_lock(path))
+        lock = _take_lock(path)
+        for folder in (path, path / "checkpoints"):
+            remove_leftovers(folder)
+        return cls(path, lock)
 
     def close(self) -> None:
         """Let others have the folder."""
@@ -104,14 +116,15 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a torn last one is left out."""
-        return read_lines(self.path / "metrics.jsonl")
+        return [line for line in read_lines(self.path / "metrics.jsonl") if type(line.get("step")) is int]
 
     def rewind(self, step: int) -> None:
-        """Drop what was measured behind the checkpoint that the run goes on from, and torn last lines."""
+        """Drop what was measured behind the last evaluation that the run goes on from knows of, and torn last lines."""
         measured = [line for line in self.metrics() if line["step"] <= step]
         events = read_lines(self.path / "events.jsonl")
-        for name, kept in (("metrics.jsonl", measured), ("events.jsonl", events)):
+        for name, kept in zip(LOGS, (measured, events), strict=True):
             write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        (self.path / "summary.json").unlink(missing_ok=True)  # it tells of an end that is none any more
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """config.yaml anew, after a resume that changed something free to change."""
@@ -123,9 +136,42 @@ class RunFolder:
         write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
-        """summary.json, empty while there is none."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """summary.json, empty while there is none that can be read."""
+        try:
+            found = json.loads((self.path / "summary.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def refuse_existing(path: Path) -> None:
+    """StorageError where something is at a new run's path: it tells who has it in use, or how to go on with it."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock_or_refuse(lock, path)
+        finally:
+            os.close(lock)
+    raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
+
+
+@contextmanager
+def _nursery(folder: Path) -> Iterator[None]:
+    """Held while a run is born in a folder. Who holds it alone first removes what killed births have left there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # somebody is being born there now, or the file system has no such locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in folder.iterdir():
+                if NEWBORN.match(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _valid(node: Any) -> Any:
@@ -136,28 +182,43 @@ def _valid(node: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that is torn, as a crash leaves it, ends the reading."""
+    """The objects of a JSON-lines file. A torn last line, as a crash leaves it, is left out; any other is told."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        elif number < len(texts):
+            LOGGER.warning("%s: line %d cannot be read and is left out", path, number)
     return lines
 
 
 def _take_lock(folder: Path) -> int:
     """An exclusive lock on the folder, held until the process ends however it ends; StorageError when it is taken."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        _lock_or_refuse(lock, folder)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _lock_or_refuse(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(lock, 200).decode(errors="replace") or "another process"
-        os.close(lock)
-        raise StorageError(str(folder), f"in use by {holder}") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
-    return lock
+    except BlockingIOError:
+        for _ in range(20):  # who has just taken it is about to write who it is
+            if holder := os.pread(lock, 200, 0).decode(errors="replace"):
+                break
+            time.sleep(0.005)
+        raise StorageError(str(folder), f"in use by {holder or 'another process'}") from None
 
 
 def provenance() -> dict[str, Any]:

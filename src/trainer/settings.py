@@ -19,4 +19,5 @@ class Settings:
     monitor_mode: str
     clip_norm: float | None
     l1: float
+    skips: bool  # a step that is not finite is skipped, rather than the run stopped
     budget: str  # max_epochs or max_steps: which of them total_steps is

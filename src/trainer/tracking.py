@@ -7,38 +7,76 @@
 `SummaryWriter.add_hparams` would open a second run in a sub-folder; the same summaries are written here by hand.
 """
 
+import functools
 import json
+import logging
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from core.schema import leaves
 
+LOGGER = logging.getLogger("preceptor.tracking")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
 FINAL_METRICS = ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/accuracy", "train/loss")
+
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def watching(method: Method) -> Method:
+    """A method that only watches the run: where it fails, the run goes on without TensorBoard, and is told once."""
+
+    @functools.wraps(method)
+    def guarded(self: "TensorBoard", *arguments: Any, **named: Any) -> None:
+        if self.broken:
+            return
+        try:
+            method(self, *arguments, **named)
+        except Exception as exception:
+            self.broken = True
+            LOGGER.warning("TensorBoard fails, the run goes on without it: %s: %s", type(exception).__name__, exception)
+
+    return cast(Method, guarded)
 
 
 class TensorBoard:
     """The event file of a run. `resumed_at`: what an earlier process wrote behind that step is taken back."""
 
     def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
-        purge = None if resumed_at is None else resumed_at + 1
-        self.writer = SummaryWriter(str(folder), purge_step=purge, max_queue=1000, flush_secs=60)
+        self.folder = folder
+        self.resumed_at = resumed_at
+        self.broken = False
+        self.open()
+
+    @watching
+    def open(self) -> None:
+        """Start an event file."""
+        purge = None if self.resumed_at is None else self.resumed_at + 1
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge, max_queue=1000, flush_secs=60)
         self.events: Any = self.writer.file_writer  # takes summaries that have no method of their own
 
+    @watching
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by tag."""
+        """Numbers by tag. At the step that a run goes on from, a process that was killed may have told some already."""
+        told = told_at(self.folder, step) if step == self.resumed_at else set()
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+            if tag not in told:
+                self.writer.add_scalar(tag, value, step)
 
+    @watching
     def config(self, record: Mapping[str, Any]) -> None:
         """The config as text, and its values as the HPARAMS of this run."""
         text = yaml.safe_dump(dict(record), sort_keys=False)
@@ -47,12 +85,14 @@ class TensorBoard:
         for summary in (_main_columns_first(experiment), start):
             self.events.add_summary(summary)
 
+    @watching
     def finish(self, record: Mapping[str, Any], final: Mapping[str, float], step: int) -> None:
         """The test metrics, and the end of the HPARAMS session."""
         self.scalars(final, step)
         _, _, end = hparams(hyperparameters(record), {})
         self.events.add_summary(end)
 
+    @watching
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """A batch (B, C, H, W) of floats in [0, 1], up to 64 of them as a grid."""
         self.writer.add_image(tag, grid(images[:64]), step)
@@ -65,6 +105,7 @@ class TensorBoard:
             self.writer.add_graph(model.eval(), images[:2])
         model.train(was_training)
 
+    @watching
     def histograms(self, model: nn.Module, step: int) -> None:
         """Every parameter, and its gradient where there is one."""
         for name, parameter in model.named_parameters():
@@ -76,13 +117,40 @@ class TensorBoard:
         if torch.isfinite(values).all():  # a scaled fp16 gradient may overflow now and then
             self.writer.add_histogram(tag, values.float(), step)
 
+    @watching
     def flush(self) -> None:
         """To the file, so that a checkpoint never counts a step that TensorBoard has not seen."""
         self.writer.flush()
 
+    @watching
     def close(self) -> None:
         """No more events."""
         self.writer.close()
+
+
+def told_at(folder: Path, step: int) -> set[str]:
+    """The tags that the event files of a folder show at a step; what is torn ends a file."""
+    tags: set[str] = set()
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.status == SessionLog.START and event.step <= step:
+                tags.clear()  # a run that went on from an earlier step has taken them back
+            elif event.step == step:
+                tags |= {value.tag for value in event.summary.value}
+    return tags
+
+
+def _quietly(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """threading's excepthook, silent for the thread that writes events: what it raises comes back in the next call."""
+
+    def excepthook(facts: Any) -> None:
+        if type(facts.thread).__module__ != event_file_writer.__name__:
+            hook(facts)
+
+    return excepthook
+
+
+threading.excepthook = _quietly(threading.excepthook)
 
 
 def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:

@@ -1,30 +1,35 @@
 """The loop.
 
-    fit:  schedule -> forward, loss, backward -> L1, clip -> check -> update -> average -> log, evaluate -> commit
+    fit:       schedule -> forward, loss, backward -> L1, clip -> check -> update -> average -> log -> conclude
+    conclude:  evaluate, decide -> commit
 
-Everything that changes the weights or ends the run stands in `fit`, in the order in which it happens. The step is the
-only counter, all randomness is a function of it, and a run goes on from any commit point to the same bits.
+Everything that changes the weights or ends the run stands there, in the order in which it happens. The step is the
+only counter, all randomness is a function of it, and a run goes on from any commit point to the same bits. An
+evaluation that there was no time for is put off: the run that goes on begins with it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from core.errors import NumericalError, StopSignal, StorageError, is_out_of_memory
+from core.errors import NumericalError, StopSignal, as_ours
 from core.seeding import fold
+from trainer.checkpoint import BackgroundSaver
 from trainer.clock import Clock
 from trainer.display import Display
 from trainer.durations import due
 from trainer.early_stopping import EarlyStopping
 from trainer.ema import ExponentialMovingAverage
+from trainer.end import finish, summarise
 from trainer.finite import FiniteGuard
+from trainer.interfaces import Batches, Normalisation, StepLoader
 from trainer.interrupts import Interrupts
 from trainer.losses import Objective
 from trainer.metrics import RunningSums, evaluate, improves
@@ -33,33 +38,6 @@ from trainer.schedules import Schedule, momentum_of
 from trainer.settings import Settings
 from trainer.state import snapshot
 from trainer.tracking import TensorBoard
-
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images (B, C, H, W), labels (B,), sample indices (B,)
-
-
-class StepLoader(Protocol):
-    """The training data as the loop sees it."""
-
-    steps_per_epoch: int
-    samples_per_epoch: int
-
-    def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
-        """The batches of each step of an epoch, from its step `start` on; their labels may be probabilities (B, K)."""
-
-    def pictures(self, epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of an epoch, augmented, but with pixels of 0 to 255 still."""
-
-
-class Normalisation(Protocol):
-    """What turns pixels into the network's input."""
-
-    tensors: dict[str, Tensor]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) of 0 to 255 to float32."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become the one with these tensors."""
 
 
 @dataclass(kw_only=True)
@@ -89,17 +67,31 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.step = 0
+        self.evaluated = 0  # the step of the last evaluation
+        self.settled = True  # is the state one that a checkpoint may hold? Not within a step, nor while deciding
         self.stop_reason: str | None = None
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
         self.sums = RunningSums(self.device)
         self.clock = Clock()
         self.objective = Objective(self.loss_function, auxiliary_weight=self.auxiliary_weight)
-        self.guard = FiniteGuard(self.optimizer, scaler=self.scaler, device=self.device)
+        self.interrupts = Interrupts()
+        self.guard = FiniteGuard(
+            self.optimizer,
+            scaler=self.scaler,
+            device=self.device,
+            skips=self.settings.skips,
+            put_back=[*self.model.buffers(), self.sums.window],
+        )
+        # A network may hold infinities on purpose, as masks do: they are no sign of anything.
+        self.constants = {name for name, buffer in self.model.named_buffers() if not torch.isfinite(buffer).all()}
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def attach(self, folder: RunFolder, tracker: TensorBoard, display: Display) -> None:
-        """Where the run leaves its traces."""
-        self.folder, self.tracker, self.display = folder, tracker, display
+    def attach(self, folder: RunFolder, tracker: TensorBoard, display: Display, closing: ExitStack) -> None:
+        """Where the run leaves its traces; `closing` closes them, and what else is open, at the run's end."""
+        self.folder, self.tracker, self.display, self.closing = folder, tracker, display, closing
+        self.saver = BackgroundSaver(folder.checkpoints, saved=self.step)
+        closing.callback(tracker.close)
+        closing.callback(self.saver.close)
 
     @property
     def epoch(self) -> float:
@@ -119,37 +111,33 @@ class Trainer:
 
     def run(self) -> float | None:
         """Fit, keep a record of a failure, and close what is open; returns the best monitored value."""
-        try:
-            with self.display:
+        with self.closing, self.display:
+            try:
                 self.fit()
-        except Exception as exception:
-            error = self.as_told(exception)
-            self.stop_reason = str(error)
-            with suppress(StorageError):
-                self.summarise("failed")
-            if error is exception:
-                raise
-            raise error from exception
-        finally:
-            with suppress(OSError):  # on a full disk the first error is the one to tell
-                self.tracker.close()
-            self.folder.close()
+            except Exception as exception:
+                error = as_ours(exception, place=str(self.folder.path), step=self.next_step)
+                self.stop_reason = str(error)
+                with suppress(Exception):  # the first error is the one to tell
+                    self.keep_last_step(exception)
+                with suppress(Exception):
+                    summarise(self, "failed")
+                if error is exception:
+                    raise
+                raise error from exception
+        if self.interrupts.received is not None:  # in the last moment: a grid of runs is to end with it
+            raise StopSignal(self.interrupts.exit_code)
         return self.best.get("metrics", {}).get(self.settings.monitor)
 
-    def as_told(self, exception: Exception) -> Exception:
-        """What the system or torch raised, as one of our errors where the user can mend it."""
-        if isinstance(exception, OSError):
-            place = exception.filename or str(self.folder.path)
-            return StorageError(place, f"{self.next_step}: {exception.strerror or exception}")
-        if is_out_of_memory(exception):
-            return NumericalError(
-                self.next_step, "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
-            )
-        return exception
+    def keep_last_step(self, exception: Exception) -> None:
+        """What fails between steps, as reading data may, costs none of them; after NaN nothing is saved."""
+        self.saver.retry()
+        if self.settled and self.step > self.saver.saved and not isinstance(exception, NumericalError):
+            self.save(["best", "last"] if self.best.get("step") == self.step else ["last"])
+        self.saver.wait()
 
     def is_finished(self, folder: RunFolder) -> bool:
         """Was this run trained to its end, and tested, before?"""
-        self.stop_reason = self.reason_to_stop(Interrupts())
+        self.stop_reason = self.reason_to_stop()
         summary = folder.read_summary()
         ended = summary.get("status") in ("finished", "stopped_early")
         return self.stop_reason is not None and ended and summary.get("step") == self.step
@@ -159,45 +147,59 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end from wherever the state is, test the best weights, and return summary.json's content."""
         settings, optimizer = self.settings, self.optimizer
-        with Interrupts() as interrupts:
-            self.stop_reason = self.reason_to_stop(interrupts)
-            while not self.stop_reason:
-                self.model.train()
-                self.clock.start()
-                epoch, done = divmod(self.step, self.train_loader.steps_per_epoch)
-                for batches in self.train_loader.steps(epoch, start=done):
-                    self.schedule.apply(optimizer, self.step)
-                    reseed(fold(settings.seed, "dropout", self.step), self.device)
-                    samples = sum(len(targets) for _, targets, _ in batches)
-                    step_loss = torch.zeros((), device=self.device)
-                    for images, targets, _ in batches:
-                        with self.autocast:
-                            minimised, loss, logits = self.objective(self.forward(images), targets)
-                        share = minimised * (len(targets) / samples)
-                        self.scaler.scale(share).backward()
-                        step_loss += share.detach()
-                        self.sums.add(loss, logits, targets)
-                    self.scaler.unscale_(optimizer)
-                    self.add_l1()
-                    norm = self.clip_gradients()
-                    self.guard.check(step_loss, norm, (indices for _, _, indices in batches), step=self.next_step)
+        if self.evaluation_is_due():
+            self.schedule.apply(optimizer, self.step - 1)  # it tells the rate of the step that it follows
+            self.conclude()
+        else:
+            self.stop_reason = self.reason_to_stop()
+        while not self.stop_reason:
+            self.model.train()
+            self.clock.start()
+            epoch, done = divmod(self.step, self.train_loader.steps_per_epoch)
+            for batches in self.train_loader.steps(epoch, start=done):
+                self.settled = False
+                self.guard.remember()
+                self.schedule.apply(optimizer, self.step)
+                reseed(fold(settings.seed, "dropout", self.step), self.device)
+                samples = sum(len(targets) for _, targets, _ in batches)
+                step_loss = torch.zeros((), device=self.device)
+                for images, targets, _ in batches:
+                    with self.autocast:
+                        minimised, loss, logits = self.objective(self.forward(images), targets)
+                    share = minimised * (len(targets) / samples)
+                    self.scaler.scale(share).backward()
+                    step_loss += share.detach()
+                    self.sums.add(loss, logits, targets)
+                self.scaler.unscale_(optimizer)
+                self.add_l1()
+                norm = self.clip_gradients()
+                indices = [indices for _, _, indices in batches]
+                if self.guard.allows(step_loss, norm, indices, step=self.next_step):
                     self.scaler.step(optimizer)
-                    self.scaler.update()
-                    self.step += 1
-                    if self.ema:
-                        self.ema.update(self.model, self.step)
-                    self.clock.samples += samples
+                self.scaler.update()
+                self.step += 1
+                if self.ema:
+                    self.ema.update(self.model, self.step)
+                self.clock.samples += samples
+                self.log_step(norm)
+                optimizer.zero_grad(set_to_none=True)
+                self.settled = True
+                self.conclude()
+                if self.stop_reason:
+                    break
+            self.clock.stop()
+        return finish(self)
 
-                    self.log_step(norm)
-                    evaluated = due(self.step, settings.evaluate_every, total_steps=settings.total_steps)
-                    improved = self.evaluate() if evaluated else False
-                    optimizer.zero_grad(set_to_none=True)
-                    self.stop_reason = self.reason_to_stop(interrupts)
-                    self.commit(evaluated=evaluated, improved=improved)
-                    if self.stop_reason:
-                        break
-                self.clock.stop()
-            return self.finish(interrupts)
+    def conclude(self) -> None:
+        """What follows a step: evaluate where that is due, decide whether to stop, commit."""
+        improved = self.evaluate() if self.evaluation_is_due() and not self.interrupts.received else None
+        self.stop_reason = self.reason_to_stop()
+        self.commit(evaluated=improved is not None, improved=bool(improved))
+
+    def evaluation_is_due(self) -> bool:
+        """At this step, and not made yet: a run may be stopped before it."""
+        settings = self.settings
+        return self.step > self.evaluated and due(self.step, settings.evaluate_every, total_steps=settings.total_steps)
 
     @torch.no_grad()
     def add_l1(self) -> None:
@@ -214,10 +216,10 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         return norm
 
-    def reason_to_stop(self, interrupts: Interrupts) -> str | None:
+    def reason_to_stop(self) -> str | None:
         """Why training ends at this step, or None."""
-        if interrupts.received is not None:
-            return interrupts.received.name
+        if self.interrupts.received is not None:
+            return self.interrupts.received.name
         if self.early_stopping.stopped:
             return "early_stopping"
         if self.step >= self.settings.total_steps:
@@ -235,7 +237,7 @@ class Trainer:
         if not due(self.step, self.settings.log_every, total_steps=self.settings.total_steps):
             return
         figures = {f"step/{name}": value for name, value in self.sums.read().items()}  # waits for the device
-        self.guard.refuse_skipped(step=self.next_step)
+        self.tell_skipped()
         figures["step/gradient_norm"] = norm.item()
         for group in self.optimizer.param_groups:
             figures[f"rate/{group['name']}"] = group["lr"]
@@ -247,14 +249,26 @@ class Trainer:
         self.tracker.scalars(figures, self.step)
         self.display.figures(self.step, self.epoch, figures)
 
-    def evaluate(self) -> bool:
-        """Measure, write it down, and tell those who decide by it; True when it is the best so far."""
-        metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}  # waits for the device
-        self.guard.refuse_skipped(step=self.next_step)
+    def evaluate(self) -> bool | None:
+        """Measure, write it down, and tell those who decide by it; True when it is the best so far.
+
+        None when a signal asks the run to stop meanwhile: then nothing has happened.
+        """
         self.clock.stop()
+        measured: dict[str, float] | None = {}
         if self.val_loader is not None:
-            measured = evaluate(self.evaluated_model, self.loss_function, self.val_loader, autocast=self.autocast)
-            metrics |= {f"val/{name}": value for name, value in measured.items()}
+            measured = evaluate(
+                *(self.evaluated_model, self.loss_function, self.val_loader),
+                autocast=self.autocast,
+                abandon=self.interrupts.asked,
+            )
+        if measured is None:
+            return None
+        self.settled = False
+        metrics = {f"train/{name}": value for name, value in self.sums.read_total().items()}  # waits for the device
+        metrics |= {f"val/{name}": value for name, value in measured.items()}
+        self.tell_skipped()
+        self.evaluated = self.step
         monitor = self.settings.monitor
         improved = monitor is not None and improves(
             metrics[monitor], self.best.get("metrics", {}).get(monitor), mode=self.settings.monitor_mode
@@ -270,7 +284,7 @@ class Trainer:
             **metrics,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(self.clock.seconds, 3),
-            "samples_per_second": round(self.clock.lap(), 1),
+            "samples_per_second": round(self.clock.lap() or self.clock.samples_per_second, 1),
         }
         self.folder.append_metrics(line)
         self.tracker.scalars(metrics, self.step)
@@ -286,63 +300,32 @@ class Trainer:
         self.display.warn(text)
         self.folder.append_event("warning", step=self.step, text=text)
 
+    def tell_skipped(self) -> None:
+        """Steps that were skipped since the last look; NumericalError where none may be."""
+        for text in self.guard.skipped(step=self.next_step):
+            self.warn(text)
+
     def commit(self, *, evaluated: bool, improved: bool) -> None:
         """The one commit point of a step: whatever a checkpoint holds is settled now."""
+        self.settled = True
+        self.saver.check()
         wanted = {  # the best first: a crash in between must not leave a `last` that names a best which is not there
             "best": improved,
             "last": evaluated or self.stop_reason is not None,
             "step": due(self.step, self.settings.checkpoint_every),
         }
-        kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-        if not kinds:
-            return
-        self.guard.refuse_skipped(step=self.next_step)
-        self.clock.stop()
+        if kinds := [kind for kind, is_wanted in wanted.items() if is_wanted]:
+            self.clock.stop()
+            self.save(kinds)
+            self.clock.start()
+
+    def save(self, kinds: list[str]) -> None:
+        """A checkpoint of this step, written behind the training's back."""
+        self.tell_skipped()
         self.tracker.flush()  # never count a step that TensorBoard has not seen
         keep = {"last": 2, "best": 2, "step": self.settings.checkpoint_keep}
-        self.folder.checkpoints.save(kinds, snapshot(self), keep=keep)
-        self.clock.start()
-
-    # The end
-
-    def finish(self, interrupts: Interrupts) -> dict[str, Any]:
-        """Test the best weights and write summary.json; a run stopped by a signal is not tested but saved."""
-        test: dict[str, float] = {}
-        if interrupts.received is None:
-            if self.best:
-                best, _, damaged = self.folder.checkpoints.load("best")
-                for text in damaged:
-                    self.warn(text)
-                self.evaluated_model.load_state_dict(best.weights)
-            if self.test_loader is not None:
-                test = evaluate(self.evaluated_model, self.loss_function, self.test_loader, autocast=self.autocast)
-        if interrupts.received is None:  # not during the test either: the resumed run will write it
-            self.tracker.finish(self.record, {f"test/{name}": value for name, value in test.items()}, self.step)
-        status = "finished" if self.stop_reason == self.settings.budget else "stopped_early"
-        summary = self.summarise("interrupted" if interrupts.received else status, test=test)
-        self.display.summary(summary, self.folder.path)
-        if interrupts.received is not None:
-            self.display.say(f"saved; go on with resume={self.folder.path}")
-            raise StopSignal(interrupts.exit_code)
-        return summary
-
-    def summarise(self, status: str, *, test: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Write summary.json."""
-        summary = {
-            "status": status,
-            "stop_reason": self.stop_reason,
-            "step": self.step,
-            "epoch": self.epoch,
-            "best": self.best,
-            "test": dict(test or {}),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "seconds": round(self.clock.seconds, 3),
-            "samples_per_second": round(self.clock.samples_per_second, 1),
-            "seed": self.settings.seed,
-            "provenance": dict(self.provenance),
-        }
-        self.folder.write_summary(summary)
-        return summary
+        self.saver.wait()  # so that no more than one copy of the state waits to be written
+        self.saver.save(kinds, snapshot(self), keep=keep)
 
 
 def reseed(seed: int, device: torch.device) -> None:

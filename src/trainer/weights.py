@@ -8,8 +8,9 @@ from core.errors import CheckpointError
 from trainer.checkpoint import CheckpointFolder, load_weights_file
 
 
-def init_from(source: Path, model: nn.Module) -> list[str]:
-    """Start from a run's best weights or a safetensors file; what fits is loaded. Returns the report, a line a fact."""
+def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:
+    """Start from a run's best weights or a safetensors file; what fits is loaded. Returns the report, a line a fact,
+    with `shown` for the source: a path from the environment is written nowhere."""
     if source.is_dir():
         folder = CheckpointFolder(source / "checkpoints")
         best = folder.files("best")
@@ -28,7 +29,7 @@ def init_from(source: Path, model: nn.Module) -> list[str]:
         for name in own
         if name in weights and name not in fitting
     ]
-    report = [f"init_from {source}: {len(fitting)} of {len(own)} tensors loaded"]
+    report = [f"init_from {shown}: {len(fitting)} of {len(own)} tensors loaded"]
     for what, names in (
         ("of another shape, so these start anew", resized),
         ("not in the file, so these start anew", [name for name in own if name not in weights]),

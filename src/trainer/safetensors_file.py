@@ -1,0 +1,123 @@
+"""The safetensors format: written from the tensors' own memory; and its header, checked before tensors are made.
+
+    8 bytes, the header's length | header, JSON: name -> dtype, shape, [begin, end) | the tensors' bytes
+
+Format: github.com/huggingface/safetensors, README. Whatever is not exactly that is refused, in a bounded time and
+memory: the parser behind it sees only files whose tensors lie side by side within the file.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError, SecurityError
+
+LARGEST_HEADER = 16 * 2**20  # bytes; ours have some kilobytes, and a class name takes its length twice
+MOST_BRACKETS = 500_000  # a tensor has three: what JSON makes of them takes a hundred times a bracket's memory
+MOST_DIMENSIONS = 64  # as torch
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def written(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """The parts of a file: the header, then each tensor's own memory, the widest types first.
+
+    Nothing is copied. (The library's writer copies everything twice, which takes as long as a disk does.)
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    memory: list[memoryview] = []
+    place = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [place, place + len(flat)]
+        memory.append(flat.numpy().data)
+        place += len(flat)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return [len(text).to_bytes(8, "little") + text, *memory]
+
+
+def refuse_foreign_format(head: bytes, source: Path) -> None:
+    """Refuse what can carry code by its first bytes; in safetensors eight bytes of length come first, then JSON."""
+    if head[8:9] != b"{":
+        raise SecurityError(str(source), "not safetensors; pickle, torch.save and zip files are never opened")
+
+
+def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
+    """The header of a file's bytes; SecurityError for another format, CheckpointError for a header that lies."""
+    refuse_foreign_format(content[:9], source)
+    length = int.from_bytes(content[:8], "little")
+    if length > min(LARGEST_HEADER, len(content) - 8):
+        limit = f"must be at most {LARGEST_HEADER:,}, and within the file"
+        raise CheckpointError(str(source), f"not a safetensors file: a header of {length:,} bytes {limit}")
+    text = content[8 : 8 + length]
+    try:
+        if text.count(b"{") + text.count(b"[") > MOST_BRACKETS:
+            raise ValueError("too many entries")
+        header = json.loads(text, object_pairs_hook=_unique)
+        _check_tensors(header, size=len(content) - 8 - length)
+    except (ValueError, RecursionError) as exception:
+        raise CheckpointError(str(source), f"not a safetensors file: {exception}") from None
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in its header")
+    return found
+
+
+def _check_tensors(header: dict[str, Any], *, size: int) -> None:
+    """ValueError unless the tensors fill `size` bytes side by side, each as long as its shape and type say."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata must be text")
+    places = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name[:80]!r} must have dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{name[:80]!r} is of an unknown type")
+        if not _counts(shape) or len(shape) > MOST_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
+            raise ValueError(f"{name[:80]!r} must have a shape and two offsets, whole numbers >= 0")
+        if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+            raise ValueError(f"{name[:80]!r} is not as long as its shape says")
+        places.append(offsets)
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end:,} of {size:,}")
+
+
+def _counts(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)

@@ -1,0 +1,47 @@
+"""A new network, tried out on made-up pictures before anything is trained: what it cannot take is told by its key."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import ConfigError
+
+
+def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Two images through a new network, as in evaluation and as in training: what it cannot take is told now."""
+    data = values["data"]
+    shape = (2, data["channels"], data["image_size"], data["image_size"])
+    smallest = getattr(model, "minimum_size", 1)
+    if data["image_size"] < smallest:
+        needs = f"{values['model']['_target_']} needs images of at least {smallest} pixels"
+        raise ConfigError("data.image_size", needs, value=data["image_size"])
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(shape))
+            in_training = copy.deepcopy(model).train()(torch.rand(shape))  # a copy: batch norm takes note of it
+    except (RuntimeError, ValueError, IndexError, TypeError) as exception:
+        explanation = f"does not take images of {shape[1:]} (channels, height, width): {exception}"
+        raise ConfigError("model", explanation, value=values["model"]["_target_"]) from None
+    heads = in_training if isinstance(in_training, tuple | list) else [in_training]  # logits, then auxiliary logits
+    for output in (logits, *heads):
+        given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if given != (2, data["num_classes"]):
+            explanation = f"gives {given} for two images, where the data's classes ask for (2, {data['num_classes']})"
+            raise ConfigError("model", explanation, value=values["model"]["_target_"])
+
+
+def try_out_one(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
+    """A picture alone, where the loader will give such a batch: batch norm may have no variance to divide by."""
+    data = values["data"]
+    picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=device)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(picture)
+    except ValueError as exception:
+        explanation = f"leaves a batch of one picture, which this network cannot train on ({exception})"
+        raise ConfigError(
+            "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
+        ) from None

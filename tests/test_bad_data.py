@@ -1,0 +1,413 @@
+"""Data that is broken, too large, gone or not what it was: D04 to D17, X08 and X09 of the fault list."""
+
+import errno
+import hashlib
+import io
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from conftest import built, reopened, stop_after
+from PIL import Image
+
+from core.errors import CheckpointError, ConfigError, DataError, StopSignal
+from data import datasets, images, splits
+from data.datasets import Collection
+from data.images import Images, decode
+from data.loaders import EvalLoader, TrainLoader
+from data.normalisation import Normalisation
+from data.pipeline import Augmentations
+from trainer.state import changed_data
+
+HTML = b"<!doctype html><title>404</title>"
+
+
+def encoded(colour: int, *, kind: str = "png", size: tuple[int, int] = (9, 7)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, (colour, 50, 100)).save(content, kind)
+    return content.getvalue()
+
+
+def bad_contents() -> dict[str, bytes]:
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "jpeg")
+    return {
+        "truncated JPEG": noise.getvalue()[:1000],
+        "zero bytes": b"",
+        "text": b"not a picture",
+        "HTML": HTML,
+        "truncated PNG": encoded(1)[:-30],
+        "too large": encoded(1, size=(31, 30)),
+    }
+
+
+def write(base: Path, counts: dict[str, int], bad: dict[tuple[str, int], bytes]) -> None:
+    """Pictures whose red tells their class and number, but for the bad ones."""
+    for shift, (name, count) in enumerate(counts.items()):
+        (base / name).mkdir(parents=True)
+        for number in range(count):
+            content = bad.get((name, number), encoded(100 * shift + number % 100))
+            (base / name / f"{number:03}.jpg").write_bytes(content)
+
+
+def prepared(root: Path, *, streamed: bool = False, **changes: object) -> splits.Splits:
+    settings = {"image_size": 4, "channels": 3, "test_fraction": 0.0, "empty_class": "error"}
+    settings |= {"on_bad_image": "skip", "max_pixels": 900} | changes
+    return splits.prepare(
+        datasets.image_folder(root=str(root), **settings),
+        seed=0,
+        val_fraction=0,
+        image_size=4,
+        channels=3,
+        fit="resize",
+        num_classes=None,
+        limit_train=None,
+        memory_budget=0 if streamed else 1,
+    )
+
+
+def epoch(part: Images, *, num_workers: int, start: int = 0) -> list[torch.Tensor]:
+    loader = TrainLoader(
+        part,
+        batch_size=min(16, len(part)),
+        accumulate=1,
+        seed=1,
+        num_workers=num_workers,
+        device=torch.device("cpu"),
+        augmentations=Augmentations({}, seed=1, num_classes=3),
+        normalisation=Normalisation({"mean": torch.zeros(3), "std": torch.ones(3)}),
+    )
+    return [part for [batch] in loader.steps(2, start) for part in batch]
+
+
+@pytest.mark.parametrize("kind", bad_contents())
+def test_d04_d05_a_bad_picture_is_an_error_or_skipped(tmp_path, caplog, kind):
+    write(tmp_path, {"a": 3, "b": 3}, {("a", 1): bad_contents()[kind]})
+    for streamed in (False, True):
+        with pytest.raises(DataError) as caught:
+            prepared(tmp_path, streamed=streamed, on_bad_image="error")
+        assert caught.value.subject == str(tmp_path / "a/001.jpg") and caught.value.exit_code == 3
+    pixels = prepared(tmp_path).train.load()
+    assert pixels[:, 0, 0, 0].tolist() == [0, 2, 2, 100, 101, 102]
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("preceptor.data", "WARNING")
+    assert record.getMessage().startswith(f"{tmp_path / 'a/001.jpg'}: ")
+
+
+def test_a_gif_is_a_picture(tmp_path):
+    frames = [Image.new("RGB", (9, 7), (red, 0, 0)) for red in (7, 200)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert decode(tmp_path / "moving.gif", image_size=4, channels=3)[0, 0, 0] == 7
+
+
+def test_d04_replacements_are_the_same_resident_streamed_for_any_worker_and_after_a_resume(tmp_path, caplog):
+    contents = list(bad_contents().values())
+    bad = {("a", 0): contents[0], ("a", 1): contents[1], ("b", 69): contents[2], ("c", 5): contents[4]}
+    write(tmp_path, {"a": 200, "b": 70, "c": 130}, bad)
+    whole = prepared(tmp_path)
+    red = whole.train.pixels[:, 0, 0, 0]
+    # The next good one of the class; around its end for the last of b.
+    assert [red[row].item() for row in (0, 1, 2, 269, 270, 275)] == [2, 2, 2, 100, 200, 206]
+    assert whole.train.labels.bincount().tolist() == [200, 70, 130]
+    told = sorted(record.getMessage().partition(":")[0] for record in caplog.records)
+    assert told == sorted(str(tmp_path / name / f"{number:03}.jpg") for name, number in bad)
+    expected = epoch(whole.train, num_workers=0)
+    for num_workers in (0, 1, 2):
+        caplog.clear()
+        streamed = prepared(tmp_path, streamed=True)
+        assert all(
+            torch.equal(streamed.normalisation.tensors[key], whole.normalisation.tensors[key])
+            for key in ("mean", "std")
+        )
+        for start in (0, 7):
+            found = epoch(streamed.train, num_workers=num_workers, start=start)
+            assert all(torch.equal(*pair) for pair in zip(found, expected[3 * start :], strict=True))
+        loader = EvalLoader(
+            streamed.train,
+            batch_size=7,
+            normalisation=whole.normalisation,
+            device=torch.device("cpu"),
+            num_workers=num_workers,
+        )
+        assert torch.equal(torch.cat([batch.images for batch in loader]), whole.normalisation(whole.train.pixels))
+        assert len(caplog.records) == 4  # once each, though they were read four times
+    fresh = prepared(tmp_path, streamed=True)
+    fresh.train.pixels.bad.clear()  # as statistics have not met them: then workers do, and send word
+    caplog.clear()
+    epoch(fresh.train, num_workers=2)
+    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == told
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_d04_too_many_bad_pictures(tmp_path, streamed):
+    write(tmp_path, {"a": 150, "b": 149}, {("a", 3): b"", ("b", 7): HTML})
+    prepared(tmp_path, streamed=streamed)  # 2 of 299
+    (tmp_path / "a/004.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"3 of 299 pictures are bad, where data.on_bad_image=skip bears 2") as caught:
+        prepared(tmp_path, streamed=streamed)
+    assert Path(caught.value.subject).name in ("003.jpg", "004.jpg", "007.jpg")
+
+
+def test_d04_a_class_of_bad_pictures_alone(tmp_path):
+    write(tmp_path, {"a": 150, "b": 2}, {("b", 0): b"", ("b", 1): b""})
+    (tmp_path / "a/000.jpg").rename(tmp_path / "b/extra.txt")
+    with pytest.raises(DataError, match="2 of 151 pictures are bad"):
+        prepared(tmp_path)
+    (tmp_path / "b/001.jpg").unlink()
+    with pytest.raises(DataError, match="is bad, as are all other pictures of its class") as caught:
+        prepared(tmp_path)
+    assert caught.value.subject == str(tmp_path / "b/000.jpg")
+
+
+def test_bad_settings_name_their_key(tmp_path):
+    write(tmp_path, {"a": 3, "b": 3}, {})
+    for key, value in (("on_bad_image", "warn"), ("max_pixels", 0)):
+        with pytest.raises(ConfigError, match="must be") as caught:
+            prepared(tmp_path, **{key: value})
+        assert (caught.value.subject, caught.value.value) == (key, value)
+
+
+def test_a_run_skips_bad_pictures_and_goes_on_after_a_stop(tmp_path, caplog):
+    write(tmp_path / "pictures", {"a": 20, "b": 20}, {("a", 3): b"", ("b", 19): HTML})
+    overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
+    overrides += ("data.on_bad_image=skip", "data.memory_budget=0", "data.test_fraction=0.5", "data.num_workers=1")
+    overrides += ("data.timeout_s=77",)
+    weights = []
+    for name, stop in (("whole", None), ("stopped", 2)):
+        trainer = built(tmp_path / name, *overrides)
+        if stop:
+            stop_after(trainer, stop)
+            with pytest.raises(StopSignal):
+                trainer.run()
+            assert trainer.train_loader.source.timeout_s == trainer.val_loader.source.timeout_s == 77
+            config = tmp_path / name / "config.yaml"  # as of a run from before there was such a key
+            config.write_text(config.read_text().replace("  timeout_s: 77\n", ""))
+            trainer = reopened(tmp_path / name)
+            assert trainer.train_loader.source.timeout_s == 300
+        trainer.run()
+        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+    assert "003.jpg" in caplog.text and "019.jpg" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------- max_pixels
+
+
+def png(width: int, height: int) -> bytes:
+    """A real one, all black: a row of zeros takes a thousandth of its length."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packer = zlib.compressobj(1)
+    rows = b"".join(packer.compress(bytes(1 + width)) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_d09_a_decompression_bomb_takes_no_memory(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(20_000, 15_000))
+    assert (tmp_path / "bomb.png").stat().st_size < 3_000_000
+    program = (
+        "import resource, sys\nfrom core.errors import DataError\nfrom data.images import decode\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: decode(sys.argv[1], image_size=4, channels=1)\nexcept DataError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "bomb.png")], capture_output=True, text=True, timeout=60
+    )
+    told, grown = done.stdout.splitlines()
+    assert told.startswith(f"error[data] {tmp_path / 'bomb.png'}: has 20000 x 15000 = 300,000,000 pixels: ")
+    assert told.endswith("must be at most data.max_pixels = 100,000,000")
+    assert int(grown) < 20_000  # KiB
+    assert done.stderr == ""  # no warning of Pillow's
+
+
+def test_d09_odd_sizes_work_and_the_limit_is_exact(tmp_path):
+    for width, height in ((1, 1), (30_000, 2), (2, 30_000)):
+        (tmp_path / "odd.png").write_bytes(png(width, height))
+        assert decode(tmp_path / "odd.png", image_size=4, channels=3).shape == (3, 4, 4)
+        decode(tmp_path / "odd.png", image_size=4, channels=3, max_pixels=width * height)
+        with pytest.raises(DataError, match=f"data.max_pixels = {width * height - 1:,}"):
+            decode(tmp_path / "odd.png", image_size=4, channels=3, max_pixels=width * height - 1)
+
+
+# ------------------------------------------------------------------------------------------------------ files that go
+
+
+def test_d13_a_file_that_goes_is_no_bad_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "PAUSES", (0.01, 0.02, 0.03))
+    write(tmp_path, {"a": 3, "b": 3}, {})
+    found = prepared(tmp_path, streamed=True)
+    (tmp_path / "b/002.jpg").unlink()
+    for num_workers in (0, 2):
+        with pytest.raises(DataError, match=r"cannot be read: No such file or directory \(tried 4 times\)") as caught:
+            epoch(found.train, num_workers=num_workers)
+        assert caught.value.subject == str(tmp_path / "b/002.jpg")
+    tmp_path.rename(tmp_path.with_name("unmounted"))
+    with pytest.raises(DataError, match="tried 4 times"):
+        epoch(found.train, num_workers=2)
+    assert found.train.pixels.bad == {}
+
+
+@pytest.mark.parametrize("failures", [3, 4])
+def test_d13_a_drive_that_comes_back_is_read_on(tmp_path, monkeypatch, failures):
+    (tmp_path / "0.png").write_bytes(encoded(5))
+    pauses, calls, opened = [], [], Image.open
+
+    def unreliable(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) <= failures:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(*arguments, **settings)
+
+    monkeypatch.setattr(Image, "open", unreliable)
+    monkeypatch.setattr(images.time, "sleep", pauses.append)
+    if failures == 3:
+        assert decode(tmp_path / "0.png", image_size=4, channels=3)[0, 0, 0] == 5
+    else:
+        with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
+            decode(tmp_path / "0.png", image_size=4, channels=3)
+        assert not isinstance(caught.value, images.BadImage)
+    assert pauses == sorted(pauses) and len(pauses) == 3 and sum(pauses) < 2
+
+
+# ------------------------------------------------------------------------------------------------------ what pixels are
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda pixels: pixels.float(), "train pixels = torch.float32: must be torch.uint8, 0 to 255"),
+        (lambda pixels: pixels.float().index_fill(0, torch.tensor([3, 5]), float("nan")), "NaN or infinity in image 3"),
+        (lambda pixels: pixels.double().index_fill(0, torch.tensor([4]), float("-inf")), "NaN or infinity in image 4"),
+        (lambda pixels: pixels.long(), "torch.int64: must be torch.uint8"),
+        (lambda pixels: pixels[:, 0], "must be (N, C, H, W) with 1 or 3 channels"),
+    ],
+)
+def test_d16_pixels_of_a_function_from_elsewhere(change, told):
+    pixels, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 2
+    with pytest.raises(DataError) as caught:
+        splits.prepare(
+            Collection(Images(change(pixels), labels), None, None, ["a", "b"]),
+            seed=0,
+            val_fraction=0,
+            image_size=4,
+            channels=1,
+            fit="resize",
+            num_classes=None,
+            limit_train=None,
+            memory_budget=1,
+        )
+    assert told in str(caught.value) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_d07_sixteen_bits_keep_their_mean(tmp_path, suffix):
+    values = np.random.default_rng(0).integers(0, 65536, (40, 40)).astype(np.uint16)
+    values[:20] //= 256  # dark ones, which clipping would make white
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    pixels = decode(tmp_path / f"deep.{suffix}", image_size=40, channels=1)
+    assert abs(pixels.double().mean().item() / 255 - values.mean() / 65535) < 1 / 255
+    assert np.abs(pixels[0].numpy() - values / 257).max() <= 0.5
+
+
+# --------------------------------------------------------------------------------------------- other data at a resume
+
+
+def test_d15_a_picture_more_is_counted(tmp_path):
+    write(tmp_path / "pictures", {"a": 20, "b": 25}, {})
+    overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
+    trainer = built(tmp_path / "run", *overrides)
+    stop_after(trainer, 2)
+    with pytest.raises(StopSignal):
+        trainer.run()
+    picture = tmp_path / "pictures/a/new.jpg"
+    picture.write_bytes(encoded(1))
+    with pytest.raises(CheckpointError, match="train 36 -> 37 pictures; put it back, .* with init_from=RUN") as caught:
+        reopened(tmp_path / "run")
+    assert caught.value.exit_code == 6
+    (tmp_path / "pictures/a/000.jpg").unlink()
+    with pytest.raises(CheckpointError, match="the same number of pictures, other names or labels"):
+        reopened(tmp_path / "run")
+    picture.unlink()
+    (tmp_path / "pictures/a/000.jpg").write_bytes(encoded(0))
+    assert reopened(tmp_path / "run") is not None
+
+
+def test_d15_parts_that_come_and_go_and_checkpoints_without_counts():
+    now = {"counts": {"train": 5, "test": 2}}
+    assert "val 3 -> none pictures, test none -> 2 pictures" in changed_data({"counts": {"train": 5, "val": 3}}, now)
+    assert "pictures added, removed, other names or labels" in changed_data({}, now)
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+def hostile_archive(path: Path, outside: Path) -> None:
+    """What would write outside its folder, if it were unpacked by a careless program."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, kind, target in (
+            ("../escaped", tarfile.REGTYPE, ""),
+            (str(outside / "absolute"), tarfile.REGTYPE, ""),
+            ("cifar-10-batches-py", tarfile.SYMTYPE, str(outside)),
+            ("cifar-10-batches-py/through", tarfile.REGTYPE, ""),
+            ("hard", tarfile.LNKTYPE, "/etc/passwd"),
+            ("device", tarfile.CHRTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = kind, target, 0o6755
+            archive.addfile(member, io.BytesIO())
+
+
+def test_x08_a_hostile_archive_is_refused_unread(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "outside").mkdir()
+    hostile_archive(tmp_path / "root/cifar-10-python.tar.gz", tmp_path / "outside")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="digest does not match c58f30108f718f92721af3b95e74349a") as caught:
+        datasets.cifar10(root=str(tmp_path / "root"), download=True)
+    assert caught.value.subject == str(tmp_path / "root/cifar-10-python.tar.gz")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fault", ["truncated", "hostile"])
+def test_d17_what_comes_over_the_network_is_checked_before_it_is_unpacked(tmp_path, monkeypatch, fault):
+    from torchvision.datasets import CIFAR10
+
+    for name in ("served", "outside"):
+        (tmp_path / name).mkdir()
+    archive = tmp_path / "served/cifar-10-python.tar.gz"
+    hostile_archive(archive, tmp_path / "outside")
+    if fault == "truncated":
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        archive.write_bytes(archive.read_bytes()[:-9])
+    before = sorted(tmp_path.rglob("*"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=archive.parent)) as server:
+        Thread(target=server.serve_forever, args=(0.02,)).start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        with pytest.raises(DataError, match="the digest of what came does not match"):
+            datasets.cifar10(root=str(tmp_path / "root"), download=True)
+        server.shutdown()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_x09_whatever_is_downloaded_has_a_digest():
+    from torchvision import datasets as official
+
+    digests = [
+        digest for name in ("MNIST", "FashionMNIST", "KMNIST") for _, digest in getattr(official, name).resources
+    ]
+    digests += [official.CIFAR10.tgz_md5, official.CIFAR100.tgz_md5]
+    digests += [official.SVHN.split_list[part][2] for part in ("train", "test")]
+    assert len(digests) == 16 and all(len(bytes.fromhex(digest)) == 16 for digest in digests)

@@ -1,0 +1,104 @@
+"""What reliability costs (docs/reliability.md: 13): ratios, each pair measured side by side and several times."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from conftest import built, packed
+from torch import nn
+
+from core.seeding import fold
+from trainer.checkpoint import BackgroundSaver, CheckpointFolder, Snapshot
+from trainer.trainer import reseed
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def plain_write(folder: Path, content: bytes, number: int) -> None:
+    """The least that could be called a save: the bytes in a new file, on the disk, and their hash; an old one goes."""
+    path = folder / f"plain-{number}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    rest = memoryview(content)
+    while len(rest) > 0:
+        rest = rest[os.write(descriptor, rest) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+    hashlib.sha256(content).hexdigest()
+    (folder / f"plain-{number - 1}").unlink(missing_ok=True)
+
+
+def test_a_save_costs_little_more_than_a_write(tmp_path, full, promise):
+    mebibytes = 400 if full else 60
+    tensors = {f"model.{index}": torch.rand(mebibytes, 2**16) for index in range(4)}  # float32
+    content = packed(Snapshot(tensors, {"step": 0}))
+    folder = CheckpointFolder(tmp_path)
+    ours, plain = [], []
+    for step in range(7):
+        snapshot = Snapshot(tensors, {"step": step})
+        plain.append(seconds(lambda: plain_write(tmp_path, content, step)))  # noqa: B023
+        ours.append(seconds(lambda: folder.save(["best", "last"], snapshot, keep={"last": 1, "best": 1})))  # noqa: B023
+    ratio = median(one / other for one, other in zip(ours, plain, strict=True))
+    promise(13, f"a save of {len(content) / 2**20:.0f} MiB / write, fsync and hash", f"{ratio:.2f} (promised 1.5)")
+    assert ratio < 1.5
+
+
+def test_training_goes_on_while_a_save_does(tmp_path, promise):
+    """What the loop waits for is the copy of its state; writing it takes longer, and is done behind."""
+    tensors = {f"model.{index}": torch.rand(25, 2**16) for index in range(4)}
+    saver = BackgroundSaver(CheckpointFolder(tmp_path), saved=0)
+    waited, written = [], []
+    for step in range(5):
+        started = time.perf_counter()
+        snapshot = Snapshot({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, {"step": step})
+        saver.save(["last"], snapshot, keep={"last": 1})
+        waited.append(time.perf_counter() - started)
+        assert not saver._running.done()  # type: ignore[union-attr]
+        written.append(seconds(saver.wait))
+    saver.close()
+    share = median(waited) / (median(waited) + median(written))
+    promise(13, "training stands still for, of a save's time", f"{share:.0%}")
+    assert share < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("LeNet on 28 x 28, batch 128", ("model=lenet", "data.image_size=28")),
+        ("ResNet-20 on 32 x 32, batch 128", ("model=resnet20", "data.image_size=32", "data.channels=3")),
+    ],
+)
+def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
+    """Seeding, the check for NaN, the commit point, signals: their time beside that of the bare step."""
+    sizes = ("data=synthetic", "data.train_samples=300", "data.test_samples=16", "data.num_classes=10")
+    trainer = built(tmp_path / "run", *sizes, *given, "data.batch_size=128", "trainer.log_every=1000 steps")
+    (images, targets, indices), *_ = next(iter(trainer.train_loader.steps(0)))
+    loss_function, loss = nn.CrossEntropyLoss(), torch.ones(())
+
+    def step() -> None:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        loss_function(trainer.model(images), targets).backward()
+        trainer.optimizer.step()
+
+    def reliability() -> None:
+        trainer.guard.remember()
+        reseed(fold(0, "dropout", 7), trainer.device)
+        norm = trainer.clip_gradients()
+        trainer.guard.allows(loss, norm, [indices], step=trainer.next_step)
+        trainer.conclude()
+
+    trainer.step = 1
+    trainer.model.train()
+    bare = median(seconds(step) for _ in range(12))
+    more = median(seconds(lambda: [reliability() for _ in range(50)]) / 50 for _ in range(12))
+    trainer.closing.close()
+    promise(13, f"reliability in a step of {name}", f"{more / bare:.2%} (promised 1%)")
+    assert more / bare < 0.01

@@ -1,0 +1,317 @@
+"""Fuzzed command lines (FAULTS.md, C15): whatever is typed, one useful line with its exit code, and never a traceback.
+
+    a valid command line of one option of one group  ->  1 to 4 mutations  ->  launch(everything but the run folder)
+
+Each case runs in a fork of this process, in an empty folder, with bounded memory and without network. The scripts' own
+entry, schema, builder, data and network classes are at work; only the networks' weights are left out: networks are
+made and tried out on the meta device, where a VGG costs nothing, and then get memory that nobody fills.
+"""
+
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import trainer.build
+from core.config import Config
+from core.entry import CONFIGS, launch
+from core.schema import TRAIN, leaves
+
+GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
+SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, where 32 is too small
+SEED = 20261121
+MEMORY = 3 * 2**30  # more than this a case may not ask for
+SECONDS = 10
+TOP = {"seed", "run_dir", "init_from", "trust", "traceback"}
+LINE = re.compile(r"error\[(config|data|numerical|storage|checkpoint|security)\] [^\n]+: [^\n]+\n")
+
+VALUES = (
+    *("-1", "0", "1", "2", "3", "7", "-0.5", "0.5", "1.0", "1.5", "0.999", "-0.0", "5e-324", "1e-300", "100000"),
+    *("1e308", "-1e308", "1e400", "nan", "inf", "-inf", "9999999999", "9007199254740993", "9" * 25, "-" + "9" * 25),
+    *(
+        "true",
+        "false",
+        "null",
+        "[]",
+        "[1]",
+        "[0]",
+        "[-1]",
+        "[1,2]",
+        "[0.5,0.25]",
+        "[0.9,0.95]",
+        "[[1,2],[3]]",
+        "[null]",
+    ),
+    *("[[]]", "[a,b]", "[nan,nan]", "[1e308,1e308]", "[99999999999]", "[true]", "{}", "{a:1}", "{1:2}", "[{a:1}]"),
+    *("{_target_:os.getcwd}", "{_target_:nope}", "{_target_:null}", "{_target_:models.mlp.MLP}", "[{_target_:nope}]"),
+    *("''", "' '", "abc", "'1'", "'0.1'", "1e-3x", "ünïcödé", "'🙂'", "'a b'", "'two\nlines'", "'tab\there'", "a=b"),
+    *("${seed}", "${nope}", "${oc.env:NOPE}", "${oc.env:HOME}", "${data}", "'${'", "${", "'???'", "???", "1,2"),
+    *("/", "..", "~", "/dev/null", "1_000", "0x10", "0777", "1:30", "val/loss", "train/accuracy", "val/f1", "auto"),
+    *("'3 epochs'", "'0 steps'", "'1e30 epochs'", "'1e999 epochs'", "'50%'", "'-1 steps'", "'0.001 samples'", "min"),
+    *("relu", "sum", "balanced", "paper", "imagenet", "resize", "B", "step", "epoch"),
+)
+TARGETS = (
+    *("os.getcwd", "math.sqrt", "torch.nn.ReLU", "torch.nn.Identity", "torch.nn.Linear", "torch.nn.NLLLoss", "null"),
+    *("torch.nn.BCELoss", "torch.optim.LBFGS", "torch.optim.Adam", "torch.optim.SparseAdam", "torch.optim", "nope"),
+    *("torch.optim.lr_scheduler.StepLR", "torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.OneCycleLR"),
+    *("torchvision.models.resnet18", "torchvision.models.nope", "torchvision.transforms.v2.Normalize", "'a b'", "..."),
+    *("models.mlp", "models.mlp.MLP", "models.resnet.ResNet", "models.nope.Nope", "trainer.schedules.cosine", "''"),
+    *("trainer.schedules.Plateau", "data.datasets.digits", "data.datasets.image_folder", "data.mixing.Mixup", "1"),
+    *("data.augmentations.RandomCrop", "builtins.int", "builtins.dict", "core.errors.ConfigError"),
+    *("trainer.losses.Huber", "trainer.optimizers.Muon", "[a]", "{}", "${model._target_}", "torch.nn.Module.forward"),
+)
+
+
+@cache
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
+
+
+@cache
+def keys(group: str, option: str) -> dict[str, Any]:
+    """The keys that an option's file sets, as they are typed on the command line, its own bases' too."""
+    content = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
+    bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    prefix = "" if group in ("experiment", "debug") else f"{group}."
+    found = {key: value for base in bases for key, value in keys(group, base).items()}
+    return found | dict(leaves(content, prefix))
+
+
+def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
+    """A command line that works and the options it chooses; official data sets, which are not here, may be missing."""
+    chosen = {"model": "mlp", "data": "synthetic", "augment": "none", "optimizer": "sgd", "schedule": "cosine"}
+    chosen |= {"loss": "cross_entropy", "trainer": "default"}
+    size = 32
+    if group == "experiment":
+        card = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text())
+        for choice in card["defaults"]:
+            name, value = next(iter(choice.items()))
+            if name.removeprefix("override /") != "data" and isinstance(value, str):
+                chosen[name.removeprefix("override /")] = value
+        given = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
+    else:
+        chosen[group] = option
+        given = [f"{name}={value}" for name, value in chosen.items()]
+        if group == "debug":
+            given[-1:] = [given[-1], f"debug={option}"]
+        given += ["data.val_fraction=0.25"] * (group != "debug")
+    size = SIZES.get(chosen["model"], size)
+    if chosen["data"] == "synthetic":
+        given += ["data.train_samples=48", "data.test_samples=8"]
+    elif chosen["data"] in ("image_folder", "imagenet"):
+        given += ["data.root=pictures"]
+    elif "data.download" in keys("data", chosen["data"]):
+        given += ["data.download=false"]
+    return [*given, f"data.image_size={size}", "data.batch_size=8", "trainer.device=cpu", "trainer.threads=1"], chosen
+
+
+def mutated(arguments: Sequence[str], chosen: dict[str, str], draw: random.Random) -> list[str]:
+    """One to four changes of a command line."""
+    # Mostly keys that are there: any other is refused by Hydra, and nothing behind it is reached.
+    there = sorted({key for group, option in chosen.items() for key in keys(group, option)} | TOP)
+    everywhere = sorted({*there, *TRAIN} - {"resume"})
+    targets = [key for key in there if key.endswith("_target_")]
+    result = list(arguments)
+    for _ in range(draw.choice((1, 1, 1, 1, 2, 2, 3, 4))):
+        key, value = draw.choice(there if draw.random() < 0.9 else everywhere), draw.choice(VALUES)
+        kind = draw.random()
+        if key.endswith("_target_") or kind < 0.05:
+            key = key if key.endswith("_target_") else draw.choice(targets)
+            result.append(f"{key}={draw.choice((*TARGETS, value))}")
+        elif kind < 0.75:
+            result.append(f"{key}={value}")
+        elif kind < 0.79:
+            result.append(f"{draw.choice(('+', '++'))}{key}={value}")
+        elif kind < 0.84:
+            place = draw.randrange(len(key))
+            letters = draw.choice(("", "x", ".", "_", "é", key[place] * 2))
+            result.append(f"{draw.choice(('', '+', '++'))}{key[:place]}{letters}{key[place + 1 :]}={value}")
+        elif kind < 0.89:
+            result.append(f"~{key}")
+        elif kind < 0.97:
+            group = draw.choice(GROUPS)
+            option = draw.choice((*options(group), *options(group), draw.choice(VALUES)))
+            result.append(f"{group}={option}")
+        else:
+            result.append(draw.choice((value, f"={value}", f"{key}=", key, f"--{key}", f"~{key}={value}", f"-{value}")))
+    return result
+
+
+def fuzzed(count: int, seed: int = SEED) -> Iterator[list[str]]:
+    """Command lines, each option of each group in turn."""
+    draw = random.Random(seed)
+    pairs = [(group, option) for group in GROUPS for option in options(group)]
+    draw.shuffle(pairs)
+    for number in range(count):
+        yield mutated(*base(*pairs[number % len(pairs)]), draw)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case ended; a negative code is a signal's number."""
+
+    arguments: list[str]
+    code: int
+    error: str
+    left: list[str]
+    seconds: float
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it, if anything is."""
+        right = self.error == "" if self.code == 0 else LINE.fullmatch(self.error)
+        if self.code not in (0, 2, 3, 4, 5, 6, 7) or not right or self.left or self.seconds > SECONDS:
+            return f"exit {self.code} in {self.seconds:.1f} s, left {self.left}\n  {self.arguments}\n  {self.error}"
+        return None
+
+
+def build_everything(config: Config) -> None:
+    """What training builds before it makes the run folder."""
+    trainer.build.assemble(config)
+
+
+def on_meta(patched: pytest.MonkeyPatch) -> None:
+    """Networks are built and tried out on the meta device; behind it they get memory that nobody fills."""
+    build_model, try_out, try_out_one = trainer.build.build_model, trainer.build.try_out, trainer.build.try_out_one
+
+    def build(*arguments: Any, **named: Any) -> nn.Module:
+        with torch.device("meta"):
+            return build_model(*arguments, **named)
+
+    def check(model: nn.Module, values: dict[str, Any]) -> None:
+        with torch.device("meta"):
+            try_out(model, values)
+        model.to_empty(device="cpu")
+
+    def check_one(model: nn.Module, values: dict[str, Any], device: torch.device) -> None:
+        try_out_one(model.to("meta"), values, torch.device("meta"))
+        model.to_empty(device="cpu")
+
+    patched.setattr(trainer.build, "build_model", build)
+    patched.setattr(trainer.build, "try_out", check)
+    patched.setattr(trainer.build, "try_out_one", check_one)
+
+
+def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], place: Path) -> list[Outcome]:
+    """Each command line in a fork of its own, two at a time."""
+    running: dict[int, tuple[int, float]] = {}
+    done: dict[int, tuple[int, float]] = {}
+    for number, arguments in enumerate(cases):
+        if len(running) == 2:
+            wait(running, done)
+        folder = place / str(number)
+        folder.mkdir()
+        child = os.fork()
+        if child == 0:
+            run_here(arguments, main, folder, place / f"{number}.stderr")
+        running[child] = (number, time.monotonic())
+    while running:
+        wait(running, done)
+    return [
+        Outcome(
+            arguments,
+            done[number][0],
+            (place / f"{number}.stderr").read_text(),
+            sorted(path.name for path in (place / str(number)).iterdir()),
+            done[number][1],
+        )
+        for number, arguments in enumerate(cases)
+    ]
+
+
+def wait(running: dict[int, tuple[int, float]], done: dict[int, tuple[int, float]]) -> None:
+    child, status = os.wait()
+    number, start = running.pop(child)
+    done[number] = (os.waitstatus_to_exitcode(status), time.monotonic() - start)
+
+
+def run_here(arguments: list[str], main: Callable[[Config], object], folder: Path, error: Path) -> None:
+    """The rest of a forked process: one command line to its exit code."""
+    code = 99
+    try:
+        signal.alarm(3 * SECONDS)
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        warnings.resetwarnings()
+        sys.argv = ["scripts/train.py", *arguments]
+        try:
+            launch(main, config_name="train", rules=TRAIN)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def bounded(monkeypatch):
+    """No weights, no network, no data of the user's."""
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("no network in a test")
+
+    on_meta(monkeypatch)
+    if hasattr(yaml, "CSafeLoader"):  # most of the time goes into composing
+        monkeypatch.setattr(yaml, "SafeLoader", yaml.CSafeLoader)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
+    # Once here, so that the forks need not import what torch and Hydra load late: seconds each.
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *base("augment", "rand_augment")[0]])
+    launch(build_everything, config_name="train", rules=TRAIN)
+
+
+def test_every_option_builds(bounded, tmp_path, full):
+    """What is fuzzed starts from command lines that work, so that the mutations alone are at fault."""
+    cases = [base(group, option)[0] for group in GROUPS for option in options(group)]
+    for outcome in outcomes(cases if full else cases[::8], build_everything, tmp_path):
+        assert outcome.fault is None, outcome.fault
+        assert outcome.code == 0 or (outcome.code == 3 and "data=synthetic" not in outcome.arguments), outcome
+
+
+def test_c15_fuzzed_configs(bounded, tmp_path, full, promise):
+    count = 2000 if full else 120
+    found = outcomes(list(fuzzed(count)), build_everything, tmp_path)
+    faults = [outcome.fault for outcome in found if outcome.fault]
+    assert not faults, f"{len(faults)} of {count}:\n" + "\n".join(faults)
+    codes = Counter(outcome.code for outcome in found)
+    assert codes[0] > count / 50 and codes[2] > count / 3  # neither all refused nor all let through
+    told = ", ".join(f"{number} x exit {code}" for code, number in sorted(codes.items()))
+    promise(10, "Every bad input gets one useful line", f"{count:,} fuzzed configs: {told}; none exit 1")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda config: [][config.values["seed"]],
+        lambda config: int("x"),
+        lambda config: print("Traceback (most recent call last):", file=sys.stderr),
+        lambda config: Path("litter").write_text(""),
+        lambda config: os.kill(os.getpid(), signal.SIGKILL),
+    ],
+    ids=["exception", "ValueError", "words", "litter", "crash"],
+)
+def test_the_fuzz_sees_what_is_wrong(bounded, tmp_path, broken):
+    found = outcomes([base("model", "mlp")[0]], broken, tmp_path)
+    assert found[0].fault
