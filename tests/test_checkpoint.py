@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import built, composed, packed
 
+from core.durable import write_durably
 from core.errors import CheckpointError, SecurityError, StorageError
 from trainer.build import build
 from trainer.checkpoint import (
@@ -27,7 +28,6 @@ from trainer.checkpoint import (
     load_weights_file,
     unpack,
 )
-from trainer.durable import write_durably
 from trainer.run_folder import RunFolder, default_path, read_lines
 from trainer.safetensors_file import read_header
 

@@ -26,8 +26,9 @@ import pytest
 import torch
 from conftest import packed
 
+from core import durable
 from core.errors import CheckpointError, StorageError
-from trainer import checkpoint, durable
+from trainer import checkpoint
 from trainer.checkpoint import CheckpointFolder, Snapshot
 
 KEEP = {"last": 2, "best": 2, "step": None}

@@ -308,7 +308,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
     )
     attacks += (
         "trainer.restore.load_run",
-        "trainer.durable.write_durably",
+        "core.durable.write_durably",
         "torchvision.datasets.utils.download_url",
     )
     for target in attacks:

@@ -36,10 +36,10 @@ from conftest import MLP, SYNTHETIC, composed, last_state, packed, reopened, tra
 from omegaconf import OmegaConf
 
 from core.config import read_run_config
+from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError, PreceptorError, SecurityError
 from trainer.build import assemble, build
 from trainer.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
-from trainer.durable import write_durably
 from trainer.restore import load_run
 from trainer.safetensors_file import LARGEST_HEADER
 from trainer.weights import init_from
@@ -357,7 +357,7 @@ TARGETS = (
     *("torch.nn.modules.module.torch.load", "torch.nn.functional.torch.load", "torch.nn.init.warnings.sys.exit"),
     *("torch.nn.Module.__class__", "torch.nn.Module.__init__.__globals__", "torch.nn.Module.__subclasses__"),
     *("torch.nn.parallel.distributed.os.system", "torch.optim.optimizer.functools.partial", "models.mlp.torch.load"),
-    *("models.mlp.nn.modules.module.os.system", "trainer.restore.load_run", "trainer.durable.write_durably"),
+    *("models.mlp.nn.modules.module.os.system", "trainer.restore.load_run", "core.durable.write_durably"),
     *("trainer.weights.init_from", "trainer.run_folder.RunFolder.create", "trainer.build.build", "core.entry.launch"),
     *("core.config.read_run_config", "data.images.decode", "data.datasets.shutil.rmtree", "data.loaders.TrainLoader"),
     *("torchvision.datasets.MNIST", "torchvision.datasets.utils.download_url", "torchvision.io.read_file"),

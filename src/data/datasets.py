@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
+from data.cache import with_cache
 from data.images import MAX_PIXELS, SUFFIXES, Files, Images
 from data.stratification import split
 
@@ -38,6 +40,7 @@ CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batc
 CIFAR100_FILES = ("train", "test", "meta")
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
+CACHE_NAME = ".preceptor"  # in the folder of the pictures; hidden, so that nobody takes it for a class
 FOLDER_LAYOUT = (
     "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
     "with one for each class in them (val and test may be left out); set data.root"
@@ -99,8 +102,10 @@ def image_folder(
     empty_class: str,
     on_bad_image: str = "error",
     max_pixels: int = MAX_PIXELS,
+    cache_dir: str | None = None,
+    limit_train: int | None = None,
 ) -> Collection:
-    """Pictures in class folders, in sorted order.
+    """Pictures in class folders, in sorted order, read from their cache; not where only some of them are wanted.
 
     With ROOT/train, the parts are the folders given: no ROOT/test means no test part, and no ROOT/val means that
     `val_fraction` of train is taken. Without it, ROOT holds the classes, and `test_fraction` is put aside for the test.
@@ -125,7 +130,7 @@ def image_folder(
     if len(class_names) < 2:
         raise DataError(str(folders["train"]), f"has one class only, {class_names[0]}; {FOLDER_LAYOUT}")
 
-    parts: dict[str, Images] = {}
+    found: dict[str, tuple[Files, Tensor]] = {}
     for part, folder in folders.items():
         _same_classes(folder, expected=class_names, found=_class_names(folder))
         paths = [pictures_in(folder / name) for name in class_names]
@@ -141,7 +146,11 @@ def image_folder(
             on_bad_image=on_bad_image,
             max_pixels=max_pixels,
         )
-        parts[part] = Images(pixels=files, labels=labels)
+        found[part] = files, labels
+    if cache_dir is not None and limit_train is None:  # when all else is known to be right
+        place = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
+        found = {part: (with_cache(files, place), labels) for part, (files, labels) in found.items()}
+    parts = {part: Images(files, labels) for part, (files, labels) in found.items()}
     if "train" in given:
         return Collection(train=parts["train"], val=parts.get("val"), test=parts.get("test"), class_names=class_names)
     return _with_test(parts["train"], fraction=test_fraction, class_names=class_names)

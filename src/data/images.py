@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import DataError
+
+if TYPE_CHECKING:
+    from data.cache import Cache
 
 # Formats of plain pictures only: some of Pillow's others start programs (EPS) or hold no pixels (PDF).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -59,12 +63,18 @@ class Files:
     channels: int
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
+    cache: "Cache | None" = None  # where they lie decoded
     bad: dict[int, str] = field(default_factory=dict, init=False)  # by position: those found so far, told already
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
+        if self.cache is not None:
+            row = int(self.cache.rows[index])
+            if row in self.cache.bad:
+                raise BadImage(str(self.paths[index]), self.cache.bad[row])
+            return self.cache.pixels[row]
         return decode(self.paths[index], image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
 
     @property
@@ -73,7 +83,12 @@ class Files:
         return (len(self), self.channels, self.image_size, self.image_size)
 
     def take(self, indices: Tensor) -> "Files":
-        return replace(self, paths=[self.paths[index] for index in indices.tolist()])
+        paths = [self.paths[index] for index in indices.tolist()]
+        return replace(self, paths=paths, cache=self.cache and self.cache.take(indices))
+
+    def cached(self, indices: Tensor) -> Tensor | None:
+        """Pictures (B, C, H, W) as they lie in the cache, where they do and none of them is bad."""
+        return self.cache.read(indices) if self.cache is not None and self.cache.has(indices) else None
 
     def first_good(self, candidates: Iterable[int]) -> tuple[Tensor, dict[int, str]]:
         """The first of these pictures that is not bad; and why those before it are, by position."""
@@ -133,6 +148,8 @@ class Images:
         if isinstance(self.pixels, Tensor):
             return self.pixels[rows]
         files = self.pixels
+        if (cached := files.cached(rows)) is not None:
+            return cached
         pixels = torch.empty(len(rows), *files.shape[1:], dtype=torch.uint8)
         candidates = (self._candidates(row) for row in rows.tolist())
         pool = ThreadPoolExecutor()
@@ -148,6 +165,8 @@ class Images:
         """The same by this thread alone, perhaps in a worker; the bad ones are left for the main process to `tell`."""
         if isinstance(self.pixels, Tensor):
             return self.pixels.index_select(0, rows), {}  # copies whole pictures, where plain indexing takes longer
+        if (cached := self.pixels.cached(rows)) is not None:
+            return cached, {}
         found = [self.pixels.first_good(self._candidates(row)) for row in rows.tolist()]
         return torch.stack([picture for picture, _ in found]), {
             index: why for _, bad in found for index, why in bad.items()

@@ -2,7 +2,7 @@
 
     checkpoints/{last,best,step}-<step, 8 digits>-<first 16 hex digits of the content's sha256>.safetensors
 
-Bytes first, in memory; then the file, durably (`trainer.durable`); only then may an older generation go. There is no
+Bytes first, in memory; then the file, durably (`core.durable`); only then may an older generation go. There is no
 pointer file: the newest file whose content matches the hash in its name wins. Nothing is pickled, and a file is
 recognised by its hash before its content is parsed.
 """
@@ -23,8 +23,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from core.durable import link_durably, write_durably
 from core.errors import CheckpointError
-from trainer.durable import link_durably, write_durably
 from trainer.safetensors_file import read_header, written
 
 FORMAT = 2  # of what is in a checkpoint; older ones are read too (`trainer.state`), newer ones are refused

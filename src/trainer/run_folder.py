@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import yaml
 
+from core.durable import remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
 from trainer.checkpoint import CheckpointFolder, Snapshot
-from trainer.durable import remove_leftovers, sync_folder, write_durably
 
 LOGGER = logging.getLogger("preceptor.run_folder")
 LOGS = ("metrics.jsonl", "events.jsonl")

@@ -1,0 +1,162 @@
+"""Pictures decoded and resized once, kept on the disk, and from then on only read.
+
+    <digest>.npy    uint8 (N, C, H, W), mapped into memory: what is read often stays in the system's cache
+    <digest>.json   which of them could not be decoded, and why
+
+The digest is of the rule that makes pixels of pictures, the size, and each file's name, length and time of change: a
+folder that has changed has another cache. It appears by one rename, when it is whole and on the disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from core.durable import sync_folder, write_durably
+from core.errors import StorageError
+from data.images import BadImage, Files, decode
+
+RULE = 1  # of data.images.decode; another rule makes other pixels
+PIECE = 64  # pictures that a thread decodes before the next piece
+ROOM = 0.9  # share of the free disk that a cache may take
+ABANDONED = 60  # seconds after which an unfinished cache that nobody writes is removed
+log = logging.getLogger("preceptor.data")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Decoded pictures on the disk, or some of them."""
+
+    pixels: Tensor  # uint8 (M, C, H, W), mapped
+    bad: dict[int, str]  # row -> why it could not be decoded
+    rows: Tensor  # int64 (N,): where in `pixels` the pictures are
+
+    def take(self, indices: Tensor) -> "Cache":
+        """Those at these positions."""
+        return replace(self, rows=self.rows[indices])
+
+    def has(self, indices: Tensor) -> bool:
+        """Are all of these good?"""
+        return not self.bad or self.bad.keys().isdisjoint(self.rows[indices].tolist())
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), copied."""
+        return self.pixels.index_select(0, self.rows[indices])
+
+
+def with_cache(files: Files, folder: Path) -> Files:
+    """The same files, read from their cache in this folder, which is made where it is not there.
+
+    Where it cannot be made, a warning says why, and each picture is decoded whenever it is read.
+    """
+    if not files.paths:
+        return files
+    path = folder / f"{fingerprint(files)}.npy"
+    if not path.exists():
+        needed = int(np.prod(files.shape))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
+            if needed > ROOM * (free := shutil.disk_usage(folder).free):
+                raise OSError(None, f"it needs {needed:,} bytes, and {free:,} are free")
+            _make(files, path)
+        except (OSError, StorageError) as error:
+            reason = error.explanation if isinstance(error, StorageError) else error.strerror
+            log.warning(
+                f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)"
+            )
+            return files
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    bad = json.loads(path.with_suffix(".json").read_text())
+    return replace(files, cache=Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files))))
+
+
+def fingerprint(files: Files) -> str:
+    """What the decoded pixels depend on, as far as it is known without reading the pictures."""
+    common = os.path.commonpath([path.parent for path in files.paths])
+    digest = hashlib.blake2b(repr((RULE, files.shape, files.max_pixels)).encode(), digest_size=12)
+    for path in files.paths:
+        facts = path.stat()
+        digest.update(repr((os.path.relpath(path, common), facts.st_size, facts.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _make(files: Files, path: Path) -> None:
+    """Decode all pictures, by as many threads as there are cores: Pillow's decoders let others run meanwhile."""
+    bad: dict[int, str] = {}
+
+    def decode_piece(start: int) -> None:
+        for row in range(start, min(start + PIECE, len(files))):
+            try:
+                picture = decode(
+                    files.paths[row],
+                    image_size=files.image_size,
+                    channels=files.channels,
+                    max_pixels=files.max_pixels,
+                )
+                pixels[row] = picture.numpy()
+            except BadImage as error:
+                if files.on_bad_image == "error":
+                    raise
+                bad[row] = error.explanation
+
+    with _unfinished(path) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": files.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        # A full disk is an error here; behind the map it would end the process.
+        os.posix_fallocate(file.fileno(), 0, start + int(np.prod(files.shape)))
+        pixels = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=files.shape)
+        pool = ThreadPoolExecutor()
+        try:
+            pieces = [pool.submit(decode_piece, start) for start in range(0, len(files), PIECE)]
+            terminal = Console(stderr=True)
+            text = f"decoding {len(files):,} pictures, once"
+            for piece in track(
+                pieces, text, console=terminal, transient=True, disable=not terminal.is_terminal, total=len(pieces)
+            ):
+                piece.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        pixels.flush()
+        os.fsync(file.fileno())
+        write_durably(path.with_suffix(".json"), json.dumps(bad).encode())
+        Path(file.name).replace(path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path`, locked while it is written, and gone afterwards unless it was renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with temporary.open("x+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Unfinished caches whose makers were killed."""
+    for path in folder.glob(".*.npy.*.tmp"):
+        with suppress(OSError), path.open("rb") as file:
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

@@ -1,0 +1,189 @@
+"""The cache of decoded pictures: the same pixels, read without decoding; whole or not there; never in the way."""
+
+import itertools
+import logging
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import last_state, trained
+from PIL import Image
+
+from core.errors import DataError
+from data import cache
+from data.cache import with_cache
+from data.datasets import image_folder
+from data.images import Files, Images
+
+BAD = 3
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """36 pictures of three classes, of several sizes and modes."""
+    draw = np.random.default_rng(0)
+    for index in range(36):
+        path = tmp_path / "pictures" / f"class {index % 3}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (9 + index % 4, 8) if index % 2 else (9, 12, 3)
+        Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def files_of(root: Path, *, size: int = 7, on_bad_image: str = "error") -> Images:
+    collection = image_folder(
+        root=str(root), image_size=size, channels=3, test_fraction=0, empty_class="error", on_bad_image=on_bad_image
+    )
+    return collection.train
+
+
+def kept(root: Path) -> list[str]:
+    return sorted(path.suffix for path in (root / ".preceptor").iterdir())
+
+
+def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
+    plain = files_of(root)
+    assert isinstance(plain.pixels, Files)
+    place = root / ".preceptor"
+    first = Images(with_cache(plain.pixels, place), plain.labels)
+    assert kept(root) == [".json", ".npy"]
+    monkeypatch.setattr("data.images.decode", None)
+    monkeypatch.setattr("data.cache.decode", None)
+    again = Images(with_cache(plain.pixels, place), plain.labels)
+    monkeypatch.undo()
+    expected, rows = plain.load(), torch.tensor([5, 5, 0, 35])
+    for images in (first, again):
+        assert torch.equal(images.load(), expected)
+        assert torch.equal(images.fetch(rows)[0], expected[rows]) and torch.equal(images.pixels[5], expected[5])
+        part = images.take(torch.tensor([30, 2, 7]))
+        assert torch.equal(part.load(), expected[[30, 2, 7]])
+        assert torch.equal(part.take(torch.tensor([2])).fetch(torch.tensor([0]))[0], expected[[7]])
+
+
+def test_what_has_changed_is_decoded_anew(root):
+    def load() -> torch.Tensor:
+        files = files_of(root).pixels
+        assert isinstance(files, Files)
+        return with_cache(files, root / ".preceptor").cached(torch.arange(36))
+
+    before = load()
+    path = root / "class 0" / "00.png"
+    Image.new("RGB", (9, 9), "red").save(path)
+    os.utime(path, ns=(1, 1))
+    after = load()
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
+    assert kept(root).count(".npy") == 2
+    os.utime(path, ns=(2, 2))  # the same length, another time
+    load()
+    assert kept(root).count(".npy") == 3
+    moved = root.rename(root.with_name("moved"))  # the cache moves along
+    files = files_of(moved).pixels
+    assert isinstance(files, Files)
+    with_cache(files, moved / ".preceptor")
+    assert kept(moved).count(".npy") == 3
+
+
+def test_bad_pictures_are_as_without_a_cache(root, caplog):
+    path = root / "class 0" / "00.png"
+    path.write_bytes(path.read_bytes()[:60])
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    with pytest.raises(DataError, match="00.png"):
+        with_cache(files, root / ".preceptor")
+    assert kept(root) == []
+    skipping = files_of(root, on_bad_image="skip")
+    assert isinstance(skipping.pixels, Files)
+    expected = skipping.load()
+    caplog.clear()
+    for _ in range(2):  # made, and read
+        images = Images(with_cache(files_of(root, on_bad_image="skip").pixels, root / ".preceptor"), skipping.labels)
+        assert torch.equal(images.load(), expected)
+        assert torch.equal(images.fetch(torch.arange(36))[0], expected)
+    assert [record.getMessage().count("00.png") for record in caplog.records] == [1, 1]
+
+
+def test_a_training_is_the_same_to_the_bit(root, tmp_path):
+    given = ("data=image_folder", f"data.root={root}", "data.image_size=8", "data.channels=1", "data.batch_size=4")
+    given += ("augment=[crop_flip,mixup]", "data.val_fraction=0.2")
+    states = [
+        last_state(trained(tmp_path / str(number), *given, *more).folder.path)
+        for number, more in enumerate(
+            [
+                ("data.cache_dir=null",),
+                (),  # made, and read into memory
+                ("data.memory_budget=0", "data.num_workers=0"),  # mapped
+                ("data.memory_budget=0", "data.num_workers=2"),
+                ("data.memory_budget=0", "data.num_workers=1", f"data.cache_dir={tmp_path / 'elsewhere'}"),
+            ]
+        )
+    ]
+    assert states == states[:1] * 5
+    assert kept(root) == [".json", ".npy"] and len(list((tmp_path / "elsewhere").iterdir())) == 2
+
+
+@pytest.mark.parametrize("trouble", ["no room", "a file in its place", "a full disk"])
+def test_where_it_cannot_be_made_pictures_are_decoded(root, monkeypatch, caplog, trouble):
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trouble == "no room":
+        monkeypatch.setattr(cache, "ROOM", 0.0)
+    elif trouble == "a file in its place":
+        (root / ".preceptor").write_text("mine")
+    else:
+        monkeypatch.setattr(signal, "SIGXFSZ", signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        found = with_cache(files, root / ".preceptor")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found is files
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "data.cache_dir" in record.getMessage()
+    assert (root / ".preceptor").is_file() or kept(root) == []
+
+
+def killed_at(number: int) -> Any:
+    """A decoder that kills its process at its number-th picture."""
+    real, calls = cache.decode, itertools.count()
+
+    def decode(*given: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    return decode
+
+
+def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
+    """Killed at every picture: never half a cache; what was begun is removed by whoever makes the next one."""
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    expected, place = files_of(root).load(), root / ".preceptor"
+    monkeypatch.setattr(cache, "ABANDONED", -1)
+    for number in range(1, 36, 7):
+        child = os.fork()
+        if child == 0:
+            cache.decode = killed_at(number)
+            with_cache(files, place)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert kept(root) == [".tmp"]
+    assert torch.equal(with_cache(files, place).cached(torch.arange(36)), expected)
+    assert kept(root) == [".json", ".npy"]
+
+
+def test_one_that_is_being_made_is_not_removed(root, monkeypatch):
+    place = root / ".preceptor"
+    place.mkdir()
+    with cache._unfinished(place / "x.npy") as file:
+        os.utime(file.fileno(), (1, 1))
+        cache._remove_abandoned(place)
+        assert Path(file.name).exists() and time.time() - Path(file.name).stat().st_mtime > cache.ABANDONED
+    assert list(place.iterdir()) == []
