@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: setup train test test-slow test-cuda torture check format lock clean
+.PHONY: setup train test test-slow test-cuda torture bench check format lock clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,9 @@ test-slow: setup
 
 test-cuda: setup
 	@$(BIN)/python -m pytest -m cuda $(ARGS)
+
+bench: setup
+	@$(BIN)/python scripts/bench.py $(ARGS)
 
 # The promises of docs/reliability.md, each with its figure.
 torture: setup
