@@ -3,7 +3,9 @@
 The scripts' own entry runs in this process, from command line to exit code.
 """
 
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -323,6 +325,20 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
     assert code == 7 and "model.hidden.0._target_ = shutil.copyfile" in err and not (tmp_path / "stolen").exists()
     (tmp_path / "run/config.yaml").write_text(config.replace("models.mlp.MLP", "${oc.env:HOME}"))
     assert script("evaluate", "run=run")[0] == 6
+
+
+def test_a_signal_that_an_import_makes_an_error_of_still_ends_the_script(script, monkeypatch):
+    """pydoc, which finds what a config names, turns whatever an import raises into an error of its own."""
+
+    def importing(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as raised:
+            raise RuntimeError("problem in models.mlp") from raised
+
+    monkeypatch.setattr("trainer.build.build_model", importing)
+    assert script("train", *FAST) == (143, "", "")
+    assert script("train", *FAST, "-m", "seed=1,2") == (143, "", "")
 
 
 def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):

@@ -48,6 +48,8 @@ FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
 
 def launch(main: Callable[[Config], object], *, config_name: str, rules: Mapping[str, Rule]) -> None:
     """Run a script to its exit code (DESIGN.md: exit codes and errors)."""
+    global _asked_for
+    _asked_for = None
     for number in STOP_SIGNALS:
         if not is_hung_up_in_vain(number):
             signal.signal(number, _end)
@@ -62,6 +64,8 @@ def launch(main: Callable[[Config], object], *, config_name: str, rules: Mapping
         sys.exit(130)
     except Exception as exception:
         _ignore_signals()  # it ends already
+        if _asked_for is not None:
+            sys.exit(_asked_for)
         error = as_error(exception, rules)
         if not getattr(exception, "reported", False):
             _trace(exception)
@@ -77,15 +81,18 @@ def _trace(exception: Exception) -> None:
 
 
 _last_signal = -math.inf
+# The exit code that a signal asks for: code on the way may make an error of its own of what it raises, as imports do.
+_asked_for: int | None = None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     """While there is no run to save, a signal ends the process; what is begun is cleared away on the way out, for which
     those that follow within a second wait."""
-    global _last_signal
+    global _last_signal, _asked_for
     before, _last_signal = _last_signal, time.monotonic()
+    _asked_for = 128 + number
     if _last_signal - before > 1:
-        raise StopSignal(128 + number)
+        raise StopSignal(_asked_for)
 
 
 def _ignore_signals() -> None:
@@ -114,6 +121,8 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
         try:
             return _run_one(main, settle(composed, rules, choices=hydra_config.runtime.choices, job=number))
         except Exception as exception:
+            if _asked_for is not None:
+                raise StopSignal(_asked_for) from None
             if number is None:
                 failures.append(exception)
                 return None
