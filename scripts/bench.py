@@ -1,225 +1,150 @@
-"""Measures, side by side: what a step could do, what training does, and what a plain loop over a DataLoader does.
+"""Measures, side by side: what a step could do, what training does, and what others do.
 
-    python scripts/bench.py                        everything, as a table, and as outputs/bench.json
-    python scripts/bench.py step loader            some parts of: step, loader, folder, start
-    python scripts/bench.py step --rounds 9        more rounds: on a busy machine the medians need them
+    python scripts/bench.py                        everything, as a table, outputs/bench.json and outputs/bench.png
+    python scripts/bench.py step loader            some of its parts, below
+    python scripts/bench.py step --rounds 40       more rounds: on a busy machine the medians need them
+    python scripts/bench.py step --only lenet      only the networks with this in their name
 
-    step     samples a second in training steps: `limit` repeats one batch that lies ready, with the same network,
-             layout and optimizer; `ours` is the trainer itself; `plain` is a loop over torchvision's transforms and a
-             DataLoader
-    loader   samples a second from uint8 to augmented, normalised batches, no network; against a DataLoader, 2 workers
-    folder   an epoch of a folder of photographs: decoded each time, and read from its cache
-    start    seconds from the command to the end of a first step, and of `import torch` alone
+    step        samples a second in training steps. `limit` repeats one batch that lies ready, with the same network,
+                layout and optimizer; `ours` is the trainer itself, with its logs; `plain` is a loop over torchvision's
+                transforms and a DataLoader; Lightning and fastai (the extra `bench`) get the same DataLoader
+    own         microseconds a step that are the trainer's own: less a bare loop over the same batches
+    loader      samples a second from uint8 to augmented, normalised batches, no network; against a DataLoader
+    folder      an epoch of a folder of photographs: decoded each time, and read from its cache
+    evaluation  samples a second in evaluation, against the forward pass of one batch that lies ready
+    logs        what logging at every step and saving at every fifth cost, against neither
+    growth      microseconds a sample in training, as data, batches and networks grow
+    memory      peak memory of a process that trains
+    start       seconds from the command to the end of a first step, and of `import torch, torchvision`
+    cuda        images a second of large networks in bf16 on a GPU, against a plain compiled loop
 
-Contenders take turns within a round, and ratios are medians of rounds: machines are noisy. MNIST, CIFAR-10 and the
-folder `imagenette-mini` are read from PRECEPTOR_DATA; where they are missing, made-up pictures of that size stand in.
+All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
+CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where they are missing, made-up pictures of that
+size stand in.
 """
 
 import argparse
-import io
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("PRECEPTOR_DATA", "datasets"))
+from contenders import DATA, PEERS, ROOT, Contender, Seen, assembled, bare, data_loader, ours, plain, whole_trainer
+
 BATCH = 128
+CPU = ("trainer.device=cpu", f"data.batch_size={BATCH}")
 CASES = {
-    "MLP 784-256-256-10, MNIST": ("data=mnist", "model=mlp", "model.hidden=[256,256]"),
-    "LeNet 20C5-50C5-FC256, MNIST": ("data=mnist", "model=lenet"),
-    "LeNet 20C5-50C5-FC256, MNIST, crop_flip": ("data=mnist", "model=lenet", "augment=crop_flip"),
-    "ResNet-20, CIFAR-10": ("data=cifar10", "model=resnet20"),
-    "ResNet-20, CIFAR-10, crop_flip": ("data=cifar10", "model=resnet20", "augment=crop_flip"),
+    "MLP 784-256-256-10, MNIST": ("data=mnist", "model=mlp", "model.hidden=[256,256]", *CPU),
+    "LeNet 20C5-50C5-FC256, MNIST": ("data=mnist", "model=lenet", *CPU),
+    "LeNet 20C5-50C5-FC256, MNIST, crop_flip": ("data=mnist", "model=lenet", "augment=crop_flip", *CPU),
+    "ResNet-20, CIFAR-10": ("data=cifar10", "model=resnet20", *CPU),
+    "ResNet-20, CIFAR-10, crop_flip": ("data=cifar10", "model=resnet20", "augment=crop_flip", *CPU),
 }
 AUGMENTATIONS = ("none", "flip", "crop_flip", "affine", "color_shift", "erasing", "mixup", "cutmix")
-Contender = Callable[[], float]  # one turn: what it reached
+LARGE = ("resnet18", "resnet50", "vgg16")
+Turn = Callable[[float], float]  # seconds -> what it reached
+Line = dict[str, Any]  # unit, the contender that ratios are `of`, and what each reached in each round
 
 
-def composed(*overrides: str) -> Any:
-    """A config as the command line composes it; made-up data where the official one is missing."""
-    from hydra import compose, initialize_config_dir
-
-    from core.config import settle
-    from core.schema import TRAIN
-
-    places = {"data=mnist": "MNIST", "data=cifar10": "cifar-10-batches-py"}
-    sizes = {"data=mnist": ("28", "1"), "data=cifar10": ("32", "3")}
-    given = list(overrides)
-    name = given[0]
-    if not (DATA / places[name]).exists():
-        size, channels = sizes[name]
-        given[0] = "data=synthetic"
-        given += [f"data.image_size={size}", f"data.channels={channels}", "data.train_samples=2000"]
-    given += [f"data.batch_size={BATCH}", "trainer.device=cpu", "trainer.log_graph=false", "trainer.log_images=false"]
-    given += ["trainer.evaluate_every=1000 epochs", "trainer.early_stopping.patience=null", "trainer.max_epochs=1000"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        choices = {"model": "bench", "data": name.removeprefix("data=")}
-        return settle(compose("train", [*given, "trainer.checkpoint.monitor=null"]), TRAIN, choices=choices)
-
-
-def rate(steps: Iterator[int], *, seconds: float) -> float:
-    """Samples a second of steps that each yield how many they saw; the first few are not counted."""
-    for _ in itertools.islice(steps, 3):
-        pass
-    samples, start = 0, time.perf_counter()
-    for count in steps:
-        samples += count
-        if time.perf_counter() - start > seconds:
-            break
-    return samples / (time.perf_counter() - start)
-
-
-def limit(trainer: Any) -> Iterator[int]:
-    """One batch that lies ready, again and again."""
-    images, targets, _ = next(iter(trainer.train_loader.steps(0)))[0]
-    trainer.model.train()
-    while True:
-        trainer.loss_function(trainer.model(images), targets).backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        yield len(targets)
-
-
-def ours(overrides: tuple[str, ...], *, seconds: float) -> float:
-    """The trainer itself, run folder, logs and all, stopped after a while; from step to step, as its clock counts."""
-    from dataclasses import replace
-    from signal import SIGTERM
-
-    from core.errors import StopSignal
-    from trainer.build import build
-
-    folder = Path(tempfile.mkdtemp())
-    config = composed(*overrides)
-    place = {"run_dir": str(folder / "run")}
-    started: list[float] = []
-    with redirect_stdout(io.StringIO()), suppress(StopSignal):
-        trainer = build(replace(config, values=config.values | place, record=config.record | place))
-        assert trainer is not None
-        conclude = trainer.conclude
-
-        def watch() -> None:
-            if trainer.step == 3:
-                started[:] = [time.perf_counter(), trainer.clock.samples]
-            elif len(started) == 2 and time.perf_counter() - started[0] > seconds:
-                started.append((trainer.clock.samples - started[1]) / (time.perf_counter() - started[0]))
-                trainer.interrupts.received = SIGTERM
-            conclude()
-
-        trainer.conclude = watch  # type: ignore[method-assign]
-        trainer.run()
-    shutil.rmtree(folder)
-    return started[2]
-
-
-def plain_batches(trainer: Any, *, augment: bool, workers: int) -> Any:
-    """What most people write: a Dataset of pictures, torchvision's transforms, a DataLoader."""
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
-
-    source = trainer.train_loader.source
-    pictures = source.pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
-    size, channels = pictures.shape[1], pictures.shape[3]
-    crop = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()]
-    transform = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            *(crop if augment else []),
-            transforms.ToTensor(),
-            transforms.Normalize((0.5,) * channels, (0.25,) * channels),
-        ]
-    )
-
-    class Pictures(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(pictures)
-
-        def __getitem__(self, index: int) -> Any:
-            return transform(pictures[index]), int(source.labels[index])
-
-    return DataLoader(Pictures(), batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True)
-
-
-def plain(trainer: Any, batches: Any) -> Iterator[int]:
-    """A loop over these."""
-    import torch
-
-    model = trainer.model.to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    while True:
-        for images, labels in batches:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            yield len(labels)
-
-
-def in_turns(contenders: Mapping[str, Contender], *, rounds: int) -> dict[str, list[float]]:
-    """What each reached in each round."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        names = list(contenders)
+def in_turns(turns: Mapping[str, Turn], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """What each reached in each round, after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(-1, rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            found[name].append(contenders[name]())
+            reached = turns[name](seconds)
+            if number >= 0:
+                found[name].append(reached)
     return found
 
 
-def bench_step(rounds: int, seconds: float) -> dict[str, Any]:
-    from trainer.build import assemble
+def race(
+    trainings: Mapping[str, Callable[[Seen], object]], *, of: str, rounds: int, seconds: float, unit: str = "samples/s"
+) -> Line:
+    """A line of contenders that run until all have had their turns."""
+    with ExitStack() as stack:
+        turns = {name: stack.enter_context(Contender(train)).turn for name, train in trainings.items()}
+        return {"unit": unit, "of": of, **in_turns(turns, rounds=rounds, seconds=seconds)}
 
-    results: dict[str, Any] = {}
+
+def bench_step(options: argparse.Namespace) -> dict[str, Line]:
+    lines: dict[str, Line] = {}
     for name, overrides in CASES.items():
+        if options.only.lower() not in name.lower():
+            continue
         augment = "augment=crop_flip" in overrides
-        limited, loop = (assemble(composed(*overrides))[0] for _ in range(2))
-        contenders: dict[str, Contender] = {
-            "limit": partial(rate, limit(limited), seconds=seconds),
-            "ours": partial(ours, overrides, seconds=seconds),
-        }
-        for count in (0, 2):
-            batches = plain_batches(loop, augment=augment, workers=count)
-            contenders[f"plain, {count} workers"] = partial(rate, plain(loop, batches), seconds=seconds)
-        results[name] = {"unit": "samples/s", "of": "ours", **in_turns(contenders, rounds=rounds)}
-    return results
+        with whole_trainer(*overrides) as trainer:
+            trainings = {"limit": bare(assembled(*overrides), one_batch=True), "ours": ours(trainer)}
+            for workers in (0, 2):
+                other = assembled(*overrides, "trainer.channels_last=false")
+                batches = data_loader(other, augment=augment, workers=workers)
+                trainings[f"plain, {workers} workers"] = plain(other.model, batches)
+            for peer, make in PEERS.items():
+                other = assembled(*overrides, "trainer.channels_last=false")
+                with suppress(ImportError):
+                    trainings[peer] = make(other.model, data_loader(other, augment=augment, workers=0))
+            lines[name] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
+    return lines
 
 
-def loaded(loader: Any) -> Iterator[int]:
+def bench_own(options: argparse.Namespace) -> dict[str, Line]:
+    lines: dict[str, Line] = {}
+    for hidden in ("[32]", "[256,256]"):
+        given = ("data=mnist", "model=mlp", f"model.hidden={hidden}", *CPU)
+        with whole_trainer(*given) as trainer:
+            trainings = {"ours": ours(trainer), "bare": bare(assembled(*given), one_batch=False)}
+            line = race(trainings, of="own", rounds=options.rounds, seconds=options.seconds, unit="us a step")
+        for name in trainings:
+            line[name] = [BATCH * 1e6 / reached for reached in line[name]]
+        line["own"] = [mine - theirs for mine, theirs in zip(line["ours"], line["bare"], strict=True)]
+        lines[f"MLP of {hidden}, MNIST"] = line
+    return lines
+
+
+def loading(loader: Any) -> Callable[[Seen], object]:
     """The batches of one epoch after the other."""
-    for epoch in itertools.count():
-        for step in loader.steps(epoch):
-            yield from (len(batch.labels) for batch in step)
+
+    def read(seen: Seen) -> None:
+        for epoch in itertools.count():
+            for step in loader.steps(epoch):
+                for batch in step:
+                    seen(len(batch.labels))
+
+    return read
 
 
-def repeated(batches: Any) -> Iterator[int]:
+def repeating(batches: Any) -> Callable[[Seen], object]:
     """The same of a DataLoader."""
-    while True:
-        yield from (len(labels) for _, labels in batches)
+
+    def read(seen: Seen) -> None:
+        while True:
+            for _, labels in batches:
+                seen(len(labels))
+
+    return read
 
 
-def bench_loader(rounds: int, seconds: float) -> dict[str, Any]:
-    from trainer.build import assemble
-
-    results: dict[str, Any] = {}
+def bench_loader(options: argparse.Namespace) -> dict[str, Line]:
+    lines: dict[str, Line] = {}
     for name in AUGMENTATIONS:
-        trainer = assemble(composed("data=cifar10", "model=mlp", f"augment={name}"))[0]
-        contenders: dict[str, Contender] = {"ours": partial(rate, loaded(trainer.train_loader), seconds=seconds)}
+        trainer = assembled("data=cifar10", "model=mlp", f"augment={name}", *CPU)
+        readings = {"ours": loading(trainer.train_loader)}
         if name == "crop_flip":
-            batches = plain_batches(trainer, augment=True, workers=2)
-            contenders["plain, 2 workers"] = partial(rate, repeated(batches), seconds=seconds)
-        results[f"CIFAR-10, {name}"] = {"unit": "samples/s", "of": "ours", **in_turns(contenders, rounds=rounds)}
-    return results
+            readings["DataLoader, 2 workers"] = repeating(data_loader(trainer, augment=True, workers=2))
+        lines[f"CIFAR-10, {name}"] = race(readings, of="ours", rounds=options.rounds, seconds=options.seconds)
+    return lines
 
 
-def bench_folder(rounds: int, seconds: float) -> dict[str, Any]:
+def bench_folder(options: argparse.Namespace) -> dict[str, Line]:
     import torch
 
     from data.cache import with_cache
@@ -233,72 +158,262 @@ def bench_folder(rounds: int, seconds: float) -> dict[str, Any]:
     rows = torch.randperm(len(train)).split(BATCH)
     with tempfile.TemporaryDirectory() as place:
         cached = Images(with_cache(train.pixels, Path(place)), train.labels)  # type: ignore[arg-type]
-
-        def turn(read: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            read()
-            return len(train) / (time.perf_counter() - start)
-
         kinds = {"decoded by threads": train.load, "cached": lambda: [cached.fetch(part) for part in rows]}
-        found = in_turns({kind: partial(turn, read) for kind, read in kinds.items()}, rounds=rounds)
+        turns = {kind: partial(epoch_of, len(train), read) for kind, read in kinds.items()}
+        found = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
     return {f"{len(train):,} photographs at 112 pixels": {"unit": "samples/s", "of": "cached", **found}}
 
 
-def bench_start(rounds: int, seconds: float) -> dict[str, Any]:
-    def turn(*command: str) -> float:
+def epoch_of(samples: int, read: Callable[[], object], _: float) -> float:
+    """Samples a second of reading them all once."""
+    start = time.perf_counter()
+    read()
+    return samples / (time.perf_counter() - start)
+
+
+def bench_evaluation(options: argparse.Namespace) -> dict[str, Line]:
+    import torch
+
+    from trainer.metrics import evaluate
+
+    lines: dict[str, Line] = {}
+    for name, overrides in CASES.items():
+        if "crop_flip" in name or options.only.lower() not in name.lower():
+            continue
+        trainer = assembled(*overrides)
+        images = next(iter(trainer.val_loader)).images
+
+        def forward(seen: Seen, trainer: Any = trainer, images: Any = images) -> None:
+            trainer.model.eval()
+            with torch.inference_mode():
+                while True:
+                    trainer.model(images)
+                    seen(len(images))
+
+        def evaluating(seen: Seen, trainer: Any = trainer) -> None:
+            def watched() -> Any:
+                for batch in trainer.val_loader:
+                    yield batch
+                    seen(len(batch.labels))
+
+            while True:
+                evaluate(trainer.model, trainer.loss_function, watched(), autocast=trainer.autocast)
+
+        contenders: dict[str, Callable[[Seen], object]] = {"limit": forward, "ours": evaluating}
+        lines[name] = race(contenders, of="ours", rounds=options.rounds, seconds=options.seconds)
+    return lines
+
+
+def bench_logs(options: argparse.Namespace) -> dict[str, Line]:
+    given = CASES["LeNet 20C5-50C5-FC256, MNIST"]
+    kinds = {
+        "logs every 50 steps": (),
+        "logs at every step": ("trainer.log_every=1 steps",),
+        "saves at every fifth": ("trainer.checkpoint.every_steps=5",),
+    }
+    with ExitStack() as stack:
+        trainings = {
+            name: ours(stack.enter_context(whole_trainer(*given, *overrides))) for name, overrides in kinds.items()
+        }
+        line = race(trainings, of="logs every 50 steps", rounds=options.rounds, seconds=options.seconds)
+    return {"LeNet 20C5-50C5-FC256, MNIST": line}
+
+
+def bench_growth(options: argparse.Namespace) -> dict[str, Line]:
+    """Each line's contenders differ in one size alone."""
+    made_up = ("data=synthetic", "data.image_size=28", "data.channels=1", "trainer.device=cpu")
+    sizes: dict[str, list[tuple[str, ...]]] = {
+        "samples": [(f"{n:,}", f"data.train_samples={n}", "model=mlp") for n in (4000, 16000, 64000)],
+        "batch": [(str(n), f"data.batch_size={n}", "data.train_samples=8000", "model=mlp") for n in (32, 128, 512)],
+        "hidden units": [(f"2 x {n}", f"model.hidden=[{n},{n}]", "model=mlp") for n in (128, 256, 512)],
+    }
+    lines: dict[str, Line] = {}
+    for what, kinds in sizes.items():
+        with ExitStack() as stack:
+            trainings = {
+                name: ours(stack.enter_context(whole_trainer(made_up[0], *made_up[1:], *given)))
+                for name, *given in kinds
+            }
+            line = race(trainings, of=kinds[0][0], rounds=options.rounds, seconds=options.seconds, unit="us a sample")
+        for name in trainings:
+            line[name] = [1e6 / reached for reached in line[name]]
+        lines[f"MLP, by {what}"] = line
+    return lines
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = [{scripts!r}]
+import contenders as c
+given = {given!r}
+class Enough(BaseException): pass
+seen_so_far = 0
+def seen(samples):
+    global seen_so_far
+    seen_so_far += samples
+    if seen_so_far > 30 * 128: raise Enough
+def peer(name):
+    other = c.assembled(*given, "trainer.channels_last=false")
+    return getattr(c, name)(other.model, c.data_loader(other, augment=False, workers=0))
+try:
+    if {name!r} == "ours":
+        with c.whole_trainer(*given) as trainer: c.ours(trainer)(seen)
+    else:
+        peer({name!r})(seen)
+except Enough:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def bench_memory(options: argparse.Namespace) -> dict[str, Line]:
+    lines: dict[str, Line] = {}
+    for name in ("LeNet 20C5-50C5-FC256, MNIST", "ResNet-20, CIFAR-10"):
+        line: Line = {"unit": "MiB", "of": "ours"}
+        for contender in ("ours", "plain", "lightning"):
+            code = MEMORY.format(scripts=str(ROOT / "scripts"), given=CASES[name], name=contender)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                line[contender] = [float(done.stdout)]
+        lines[name] = line
+    return lines
+
+
+def bench_start(options: argparse.Namespace) -> dict[str, Line]:
+    def turn(command: tuple[str, ...], _: float) -> float:
         with tempfile.TemporaryDirectory() as place:
             start = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=place)
             return time.perf_counter() - start
 
-    train = (str(ROOT / "scripts/train.py"), "trainer.max_steps=1", "trainer.log_graph=false", "run_dir=run")
-    contenders = {"train.py, one step": partial(turn, *train), "import torch": partial(turn, "-c", "import torch")}
-    found = in_turns(contenders, rounds=min(rounds, 3))
+    train = str(ROOT / "scripts/train.py")
+    commands = {
+        "train.py, one step": (train, "trainer.max_steps=1", "trainer.log_graph=false", "run_dir=run"),
+        "import torch, torchvision": ("-c", "import torch, torchvision"),
+        "train.py --help": (train, "--help"),
+    }
+    turns = {name: partial(turn, command) for name, command in commands.items()}
+    found = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
     return {"LeNet-5 on digits": {"unit": "s", "of": "train.py, one step", **found}}
 
 
-PARTS = {"step": bench_step, "loader": bench_loader, "folder": bench_folder, "start": bench_start}
+def bench_cuda(options: argparse.Namespace) -> dict[str, Line]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    made_up = ("data=synthetic", "data.image_size=224", "data.channels=3", "data.num_classes=100")
+    sizes = ("data.train_samples=4000", "data.batch_size=256", "trainer.device=cuda", "trainer.precision=bf16")
+    lines: dict[str, Line] = {}
+    for network in LARGE:
+        given = (*made_up, *sizes, f"model={network}", "trainer.compile=true")
+        with whole_trainer(*given) as resident, whole_trainer(*given, "data.num_workers=8") as other:
+            trainings = {
+                "limit": bare(assembled(*given), one_batch=True),
+                "ours": ours(resident),
+                "plain, compiled": bare(other, one_batch=False),
+            }
+            lines[f"{network}, bf16"] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
+    return lines
+
+
+PARTS = {
+    "step": bench_step,
+    "own": bench_own,
+    "loader": bench_loader,
+    "folder": bench_folder,
+    "evaluation": bench_evaluation,
+    "logs": bench_logs,
+    "growth": bench_growth,
+    "memory": bench_memory,
+    "start": bench_start,
+    "cuda": bench_cuda,
+}
+
+
+def shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def table_of(part: str, lines: Mapping[str, Line]) -> Any:
+    """Medians, and the median ratio of the line's own to each."""
+    from rich.table import Table
+
+    table = Table("contender", title=part, title_justify="left")
+    for title in ("median", "unit", "ratio"):
+        table.add_column(title, justify="right")
+    for name, line in lines.items():
+        table.add_section()
+        table.add_row(f"[bold]{name}[/]")
+        of = line["of"]
+        for contender, values in line.items():
+            if contender in ("unit", "of"):
+                continue
+            ratio = median(one / other for one, other in zip(line[of], values, strict=True))
+            told = "" if contender == of else f"{of} = {ratio:.2f} of it"
+            table.add_row(f"  {contender}", shown(median(values)), line["unit"], told)
+    return table
+
+
+def plot(lines: Mapping[str, Line], path: Path) -> None:
+    """The steps of each network: medians, their spread over rounds, as shares of the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 1.1 * len(lines)), layout="constrained")
+    contenders = [name for name in next(iter(lines.values())) if name not in ("unit", "of", "limit")]
+    height = 0.8 / len(contenders)
+    for number, contender in enumerate(contenders):
+        shares = [[one / limit for one, limit in zip(line[contender], line["limit"])] for line in lines.values()]
+        places = [place + number * height for place in range(len(lines))]
+        middles = [median(found) for found in shares]
+        spread = [[m - quantiles(found, n=4)[0] for m, found in zip(middles, shares)]]
+        spread += [[quantiles(found, n=4)[2] - m for m, found in zip(middles, shares)]]
+        axes.barh(places, middles, height, label=contender, xerr=spread, error_kw={"elinewidth": 0.8})
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(lines))], list(lines))
+    axes.invert_yaxis()
+    axes.set_xlabel("training samples a second, as a share of the limit (one batch that lies ready)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures training, loading and starting, side by side.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all, if none is named")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
+    parser.add_argument("--only", default="", help="of step and evaluation: the lines with this in their name")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn, which ends with a step")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="where the figures go")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="the figures; a plot beside it")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as core.entry
 
     import torch
     from rich.console import Console
-    from rich.table import Table
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "batch": BATCH, "rounds": arguments.rounds}
-    report: dict[str, Any] = {"facts": facts}
-    console = Console(width=140)
-    for part in arguments.parts or PARTS:
-        report[part] = PARTS[part](arguments.rounds, arguments.seconds)
-        table = Table("contender", title=part, title_justify="left")
-        for title in ("median", "unit", "to it"):
-            table.add_column(title, justify="right")
-        for name, result in report[part].items():
-            unit, reference = result.pop("unit"), result.pop("of")
-            table.add_section()
-            table.add_row(f"[bold]{name}[/]")
-            for contender, values in result.items():
-                ratio = median(ours / other for ours, other in zip(result[reference], values, strict=True))
-                shown = f"{median(values):,.0f}" if median(values) >= 100 else f"{median(values):.2f}"
-                table.add_row(f"  {contender}", shown, unit, "" if contender == reference else f"{ratio:.2f}x")
-            result |= {"unit": unit, "of": reference}
-        console.print(table)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"figures of each round: {arguments.output}")
+    from trainer.machine import keep_freed_memory
+
+    keep_freed_memory()  # for all of them alike
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": options.rounds}
+    console = Console(width=120)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for part in options.parts or PARTS:
+        report[part] = PARTS[part](options)
+        console.print(table_of(part, report[part]))
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    told = str(options.output)
+    if report.get("step") and options.rounds > 1:
+        plot(report["step"], options.output.with_suffix(".png"))
+        told += f", {options.output.with_suffix('.png')}"
+    console.print(f"figures of each round: {told}")
 
 
 if __name__ == "__main__":

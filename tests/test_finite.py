@@ -79,7 +79,7 @@ def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, wha
     trainer = built(
         tmp_path / "run",
         f"optimizer={name}",
-        "+optimizer.fused=true",
+        "++optimizer.fused=true",
         f"trainer.log_every={5 if where == 'log line' else 100} steps",
         f"trainer.evaluate_every={1 if where == 'evaluation' else 4} epochs",
         "trainer.max_epochs=4",
@@ -103,7 +103,7 @@ def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, wha
 
 def test_a_skipped_first_step_leaves_momentum_at_zero(tmp_path):
     """Fused SGD allocates its momentum unfilled at the first step, also when it is told to skip that step."""
-    trainer = built(tmp_path / "run", *SGD, "+optimizer.fused=true", "trainer.log_every=100 steps")
+    trainer = built(tmp_path / "run", *SGD, "++optimizer.fused=true", "trainer.log_every=100 steps")
     trainer.guard.on_device = True
     noted = poison(trainer, 1, "gradient")
     after: list[dict[str, Tensor]] = []
@@ -121,7 +121,7 @@ def momentum_of(trainer: Trainer) -> dict[str, Tensor]:
 
 def test_the_device_path_is_the_same_training(tmp_path):
     """Without anything to skip, telling the fused update so changes no bit."""
-    given = ("optimizer=adamw", "+optimizer.fused=true", "trainer.clip_norm=1")
+    given = ("optimizer=adamw", "++optimizer.fused=true", "trainer.clip_norm=1")
     host, device = built(tmp_path / "host", *given), built(tmp_path / "device", *given)
     device.guard.on_device = True
     host.run()
@@ -180,7 +180,7 @@ BATCH_NORM = ("model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.log_eve
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_skipped_changes_nothing(tmp_path, what, on_device):
     """N06: weights, optimizer, batch norm's statistics and the sums are those before it; the next step is made."""
-    trainer = skipping(tmp_path / "run", *(["+optimizer.fused=true"] if on_device else []))
+    trainer = skipping(tmp_path / "run", *(["++optimizer.fused=true"] if on_device else []))
     trainer.guard.on_device = on_device
     states: list[dict[str, Tensor]] = [snapshot(trainer).tensors]
     conclude = trainer.conclude
@@ -210,7 +210,7 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path, what, on_device):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_run_that_skips_is_resumed_to_the_bit(tmp_path, on_device):
     def make(name: str) -> Trainer:
-        trainer = skipping(tmp_path / name, *(["+optimizer.fused=true"] if on_device else []))
+        trainer = skipping(tmp_path / name, *(["++optimizer.fused=true"] if on_device else []))
         return poisoned(trainer)
 
     def poisoned(trainer: Trainer) -> Trainer:
@@ -240,7 +240,7 @@ def test_a_run_that_skips_is_resumed_to_the_bit(tmp_path, on_device):
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_too_many_skipped_in_a_row_end_the_run(tmp_path, on_device):
-    given = ["trainer.max_epochs=20", *(["+optimizer.fused=true"] if on_device else [])]
+    given = ["trainer.max_epochs=20", *(["++optimizer.fused=true"] if on_device else [])]
     trainer = skipping(tmp_path / "run", *given)
     trainer.guard.on_device = on_device
     trainer.loss_function.register_forward_hook(

@@ -231,3 +231,28 @@ def test_bad_settings_name_their_key(key, value):
     with pytest.raises(ConfigError, match="must be") as caught:
         train_loader(images(8), **{key: value})
     assert caught.value.subject == key
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mixing", [{}, MIX])
+def test_batches_made_at_once_are_those_made_one_by_one(mixing, accumulate):
+    """And they lie as far from the beginning of their group wherever an epoch is begun: products may depend on it."""
+    steps = augmentations(**STEPS, **mixing)
+    alone, grouped = (train_loader(images(43), augmentations=steps, accumulate=accumulate) for _ in range(2))
+    alone.batches_at_once = 1
+    assert grouped.batches_at_once > 43
+    for at_once in (3, 4, grouped.batches_at_once):
+        grouped.batches_at_once = at_once
+        whole = list(grouped.steps(5))
+        assert same(whole, list(alone.steps(5)))
+        for start in range(len(whole)):
+            rest = list(grouped.steps(5, start))
+            assert same(rest, whole[start:])
+            for step, other in zip(rest, whole[start:], strict=True):
+                for batch, twin in zip(step, other, strict=True):
+                    assert batch.images.storage_offset() == twin.images.storage_offset()
+
+
+def test_a_large_batch_is_made_alone():
+    large = Images(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    assert train_loader(large, augmentations=augmentations()).batches_at_once == 1

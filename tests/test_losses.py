@@ -126,11 +126,40 @@ def test_wrong_values_are_told_by_their_key(overrides, message):
 
 
 def test_accuracy_counts_the_larger_part_of_a_mixed_sample():
-    sums = RunningSums(torch.device("cpu"))
+    sums = RunningSums()
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0]])
     sums.add(torch.tensor(2.0), logits, torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 1.0, 0.0]]))
-    sums.add(torch.tensor(4.0), logits[:1], torch.tensor([1]))
+    sums.add(torch.tensor(4.0), logits[:1], torch.tensor([[0.0, 1.0, 0.0]]))
     assert sums.read() == {"loss": 2.5, "accuracy": 0.5}
+
+
+def test_sums_are_the_same_whenever_they_are_made():
+    """Of losses that a sum in another order would round otherwise; what is taken back does not count."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.rand((), generator=generator) * 10**power,
+            torch.rand(size, 5, generator=generator),
+            torch.arange(size) % 5,
+        )
+        for power, size in zip(range(-6, 6), (3, 4) * 6, strict=True)
+    ]
+    total, right, count = 0.0, 0, 0
+    for number, (loss, logits, labels) in enumerate(batches):
+        if number != 7:
+            total += loss.item() * len(labels)
+            right += sum(int(row.argmax()) == int(label) for row, label in zip(logits, labels, strict=True))
+            count += len(labels)
+    for every in (1, 2, 5, 12):
+        sums = RunningSums()
+        for number, batch in enumerate(batches):
+            sums.add(*batch)
+            sums.take_back(1, torch.tensor(number == 7))
+            if number % every == 0:
+                assert sums.window[2] == sum(len(labels) for _, _, labels in batches[: number + 1]) - 4 * (number >= 7)
+        again = RunningSums()
+        again.window = sums.window
+        assert again.read() == sums.read() == {"loss": total / count, "accuracy": right / count}
 
 
 def test_the_loop_takes_probabilities(tmp_path):

@@ -89,6 +89,32 @@ def test_groups_hold_each_parameter_once(on):
         assert sorted(map(id, trainable)) == sorted(id(each) for group in groups for each in group["params"])
 
 
+@pytest.mark.parametrize(
+    ("given", "fused"),
+    [
+        (("optimizer=sgd",), True),
+        (("optimizer=nesterov",), True),
+        (("optimizer=adamw",), True),
+        (("optimizer=adagrad",), True),
+        (("optimizer=sgd", "+optimizer.foreach=true"), None),
+        (("optimizer=adam", "+optimizer.fused=false"), False),
+        (("optimizer=rmsprop",), None),
+    ],
+)
+def test_one_kernel_updates_all_where_there_is_one(tmp_path, given, fused):
+    """The same training but for rounding."""
+    runs = [
+        built(tmp_path / name, *keys) for name, keys in {"a": given, "b": (given[0], "+optimizer.foreach=true")}.items()
+    ]
+    assert runs[0].optimizer.defaults.get("fused") is fused
+    for run in runs:
+        run.run()
+    for ours, plain in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+# The updates
+
 # The updates
 
 

@@ -7,6 +7,7 @@ The order of an epoch is randperm(N) of fold(seed, "order", epoch); step k has t
 cut into A micro-batches of B. So a run can go on at any step, and the number of workers changes no number.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -25,6 +26,11 @@ from data.workers import fetched
 
 # Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+# Pixels that are gathered, augmented and normalised by one call each, where they lie ready: as many as stay in a CPU's
+# cache until their step; on CUDA, where starting a call takes as long as a small batch, more.
+AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Batch(NamedTuple):
@@ -79,6 +85,9 @@ class TrainLoader:
         self.source = _source(
             images, device=device, num_workers=num_workers, timeout_s=timeout_s, augment_in_workers=in_workers
         )
+        numbers = batch_size * math.prod(images.pixels.shape[1:])  # of a batch
+        at_once = AT_ONCE[device.type] // numbers
+        self.batches_at_once = max(1, at_once) if isinstance(self.source, Resident) else 1
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
@@ -89,21 +98,35 @@ class TrainLoader:
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """One list of micro-batches for each optimizer step of this epoch, from step `start` on."""
-        pictures = self.pictures(epoch, start * self.accumulate)
-        batches = (batch._replace(images=self.normalisation(batch.images)) for batch in pictures)
+        # From the beginning of a group on: a batch lies at the same place in it, whose alignment may change last bits.
+        start *= self.accumulate
+        first = start - start % self.batches_at_once
+        rest = self.order(epoch)[first * self.batch_size :]
+        batches = self.show(rest.split(self.batch_size), epoch, then=self.normalisation) if len(rest) else iter(())
+        batches = islice(batches, start - first, None)
         while step := list(islice(batches, self.accumulate)):
             yield step
 
-    def pictures(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of this epoch from number `start` on, augmented, but with pixels of 0 to 255 still."""
-        rest = self.order(epoch)[start * self.batch_size :]
-        if len(rest) > 0:
-            yield from self.show(rest.split(self.batch_size), epoch)
+    def pictures(self, epoch: int) -> Iterator[Batch]:
+        """The micro-batches of this epoch, augmented, but with pixels of 0 to 255 still."""
+        return self.show(self.order(epoch).split(self.batch_size), epoch)
 
-    def show(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
-        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255."""
+    def show(
+        self, batches: Sequence[Tensor], epoch: int, *, then: Callable[[Tensor], Tensor] = lambda images: images
+    ) -> Iterator[Batch]:
+        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255, unless `then`
+        makes something else of them.
+
+        What happens to a sample does not depend on its batch: so several are made at once where they lie ready.
+        """
         drawn = self.augmentations.draw(epoch=epoch, samples=self.samples, device=self.augment_on)
-        yield from self.source.read([drawn.rows(indices) for indices in batches], augment=drawn)
+        groups = [
+            batches[first : first + self.batches_at_once] for first in range(0, len(batches), self.batches_at_once)
+        ]
+        read = self.source.read([drawn.rows(torch.cat(list(group))) for group in groups], augment=drawn)
+        for group, (images, labels, indices) in zip(groups, read, strict=True):
+            sizes = [len(batch) for batch in group]
+            yield from map(Batch, then(images).split(sizes), labels.split(sizes), indices.split(sizes))
 
 
 class EvalLoader:

@@ -11,7 +11,7 @@ to leave the weights alone, and the host asks only where it waits anyway: at a l
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ MOST_IN_A_ROW = 32
 
 
 class FiniteGuard:
-    """Decides about each update; `put_back` is what a forward pass changes besides: batch norm's statistics, sums."""
+    """Decides about each update.
+
+    `put_back` is what a forward pass changes besides: batch norm's statistics. `take_back` gets the number of a step's
+    batches, and a flag that says whether they do not count.
+    """
 
     def __init__(
         self,
@@ -34,11 +38,13 @@ class FiniteGuard:
         device: torch.device,
         skips: bool,
         put_back: Sequence[Tensor],
+        take_back: Callable[[int, Tensor], None],
     ) -> None:
         self.optimizer, self.scaler, self.skips = optimizer, scaler, skips
         obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.on_device = device.type == "cuda" and obeys_flag
         self.put_back = put_back if skips else ()
+        self.take_back = take_back
         self.before = [torch.empty_like(tensor) for tensor in self.put_back]
         self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
         self.longest = torch.zeros((), device=device)  # of these, since the host last asked
@@ -55,17 +61,19 @@ class FiniteGuard:
 
         On the device the answer is always yes: there the update itself obeys the flag.
         """
-        watched = loss.detach() if self.scaler.is_enabled() else norm + loss.detach()
         if self.on_device:
+            watched = loss if self.scaler.is_enabled() else norm + loss
             wrong = ~torch.isfinite(watched)
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]  # fused updates obey it
             for copy, tensor in zip(self.before, self.put_back, strict=True):
                 tensor.copy_(torch.where(wrong, copy, tensor))
+            if self.skips:
+                self.take_back(len(indices), wrong)
             self.recent.append((step, wrong, indices))
-            self._count(~torch.isfinite(norm + loss.detach()))
+            self._count(~torch.isfinite(norm + loss))
             return True
-        if math.isfinite(watched.item()):
+        if math.isfinite(loss.item()) and (self.scaler.is_enabled() or math.isfinite(norm.item())):
             if self.scaler.is_enabled():
                 self._count(~torch.isfinite(norm))
                 self._refuse_many(step=step)
@@ -77,8 +85,10 @@ class FiniteGuard:
             raise stopped(step, f"{what}; {samples(indices)}")
         for copy, tensor in zip(self.before, self.put_back, strict=True):
             tensor.copy_(copy)
-        self.recent.append((step, torch.ones((), dtype=torch.bool), indices))
-        self._count(torch.ones((), dtype=torch.bool))
+        wrong = torch.ones((), dtype=torch.bool, device=loss.device)
+        self.take_back(len(indices), wrong)
+        self.recent.append((step, wrong, indices))
+        self._count(wrong)
         self._refuse_many(step=step)
         return False
 

@@ -1,46 +1,78 @@
-"""Losses and accuracies as sums over seen samples; the sums stay on the device until somebody asks for them."""
+"""Losses and accuracies as sums over seen samples; nobody waits for the device before somebody asks for them."""
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-Sums = tuple[float, float, int]  # loss summed over samples, correct answers, samples
+Sums = tuple[float, int, int]  # loss summed over samples, correct answers, samples
+NOTED = 2**24  # logits that are noted before they are summed up: 64 MiB
 
 
 class RunningSums:
     """Loss and accuracy of the training steps since the last log line, and since the last evaluation.
 
-    `window` (loss sum, correct, samples) is added to on the device at every step and read, which waits for the device,
-    only when a log line or an evaluation is due; `read` moves it to the host's sums, which an evaluation empties.
+    A step only notes what it has: its few operations would take longer than many a network's own. They are summed up
+    together when a log line, an evaluation or a checkpoint asks for them, which waits for the device: in Python's
+    numbers, one batch after the other, so that it makes no difference when. `read` moves the sums of the log line to
+    those of the evaluation, which empties them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.window = torch.zeros(3, dtype=torch.float64, device=device)
-        self.total: Sums = (0.0, 0.0, 0)
+    def __init__(self) -> None:
+        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._window: Sums = (0.0, 0, 0)
+        self.total: Sums = (0.0, 0, 0)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """A batch: its mean loss (scalar), logits (B, K), and labels (B,) or probabilities (B, K)."""
-        count = len(targets)
+        self._noted.append((loss.detach(), logits.detach(), targets))
+
+    def take_back(self, batches: int, where: Tensor) -> None:
+        """The last so many batches do not count where this flag (scalar), which may lie on the device, is true."""
+        self._noted[-batches:] = [
+            (torch.where(where, math.nan, loss), logits, targets) for loss, logits, targets in self._noted[-batches:]
+        ]
+
+    def sum_up(self, *, at_least: int = 1) -> None:
+        """Sum up what is noted, if it is so many logits."""
+        if len(self._noted) * (self._noted[0][1].numel() if self._noted else 0) < at_least:
+            return
+        logits, targets = (torch.cat(parts) for parts in list(zip(*self._noted, strict=True))[1:])
         labels = targets if targets.ndim == 1 else targets.argmax(1)  # of a mixed sample, the larger part's
-        self.window[0] += loss.detach() * count
-        self.window[1] += (logits.detach().argmax(1) == labels).sum()
-        self.window[2] += count
+        counts = [len(targets) for _, _, targets in self._noted]
+        right = torch.stack([part.sum() for part in (logits.argmax(1) == labels).split(counts)]).tolist()
+        losses = torch.stack([loss for loss, _, _ in self._noted]).tolist()
+        loss_sum, correct, samples = self._window
+        for loss, answers, count in zip(losses, right, counts, strict=True):
+            if not math.isnan(loss):
+                loss_sum, correct, samples = loss_sum + loss * count, correct + answers, samples + count
+        self._window = loss_sum, correct, samples
+        self._noted.clear()
+
+    @property
+    def window(self) -> Tensor:
+        """The sums since the last log line, float64 (3,), as a checkpoint keeps them."""
+        self.sum_up()
+        return torch.tensor(self._window, dtype=torch.float64)
+
+    @window.setter
+    def window(self, sums: Tensor) -> None:
+        loss_sum, correct, samples = sums.tolist()
+        self._window = loss_sum, int(correct), int(samples)
 
     def read(self) -> dict[str, float]:
         """Mean loss and accuracy since the last log line, which this one ends; empty when nothing was seen."""
-        loss, correct, samples = self.window.tolist()
-        count = int(samples)
+        self.sum_up()
+        (loss, correct, count), self._window = self._window, (0.0, 0, 0)
         self.total = (self.total[0] + loss, self.total[1] + correct, self.total[2] + count)
-        self.window.zero_()
         return {"loss": loss / count, "accuracy": correct / count} if count else {}
 
     def read_total(self) -> dict[str, float]:
         """Mean loss and accuracy since the last evaluation, which this one ends."""
         self.read()
-        loss, correct, count = self.total
-        self.total = (0.0, 0.0, 0)
+        (loss, correct, count), self.total = self.total, (0.0, 0, 0)
         return {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1)}
 
 
@@ -50,7 +82,7 @@ def evaluate(
     loss_function: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
-    autocast: torch.autocast,
+    autocast: AbstractContextManager[object],
     abandon: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Mean loss and accuracy of a network in evaluation mode over every sample of `batches`.

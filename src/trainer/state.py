@@ -84,7 +84,7 @@ def load(trainer: "Trainer", snapshot: Snapshot) -> None:
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(values["scaler"])
     trainer.early_stopping.load_state(values["early_stopping"])
-    trainer.sums.window.copy_(snapshot.tensors["sums.window"])
+    trainer.sums.window = snapshot.tensors["sums.window"]
     trainer.sums.total = tuple(values["sums"]["total"])
     trainer.guard.load_state(values["guard"])
     trainer.step, trainer.evaluated, trainer.best = snapshot.step, values["evaluated"], values["best"]

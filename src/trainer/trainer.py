@@ -10,13 +10,14 @@ evaluation that there was no time for is put off: the run that goes on begins wi
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from core.errors import NumericalError, StopSignal, as_ours
@@ -32,7 +33,7 @@ from trainer.finite import FiniteGuard
 from trainer.interfaces import Batches, Normalisation, StepLoader
 from trainer.interrupts import Interrupts
 from trainer.losses import Objective
-from trainer.metrics import RunningSums, evaluate, improves
+from trainer.metrics import NOTED, RunningSums, evaluate, improves
 from trainer.run_folder import RunFolder
 from trainer.schedules import Schedule, momentum_of
 from trainer.settings import Settings
@@ -57,7 +58,7 @@ class Trainer:
     test_loader: Batches | None
     early_stopping: EarlyStopping
     ema: ExponentialMovingAverage | None
-    autocast: torch.autocast
+    autocast: AbstractContextManager[object]
     scaler: torch.amp.GradScaler
     device: torch.device
     data_values: Mapping[str, Any]  # class names, fingerprint, sizes: what a checkpoint must tell of its data
@@ -71,7 +72,7 @@ class Trainer:
         self.settled = True  # is the state one that a checkpoint may hold? Not within a step, nor while deciding
         self.stop_reason: str | None = None
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
-        self.sums = RunningSums(self.device)
+        self.sums = RunningSums()
         self.clock = Clock()
         self.objective = Objective(self.loss_function, auxiliary_weight=self.auxiliary_weight)
         self.interrupts = Interrupts()
@@ -80,7 +81,8 @@ class Trainer:
             scaler=self.scaler,
             device=self.device,
             skips=self.settings.skips,
-            put_back=[*self.model.buffers(), self.sums.window],
+            put_back=list(self.model.buffers()),
+            take_back=self.sums.take_back,
         )
         # A network may hold infinities on purpose, as masks do: they are no sign of anything.
         self.constants = {name for name, buffer in self.model.named_buffers() if not torch.isfinite(buffer).all()}
@@ -162,19 +164,21 @@ class Trainer:
                 self.schedule.apply(optimizer, self.step)
                 reseed(fold(settings.seed, "dropout", self.step), self.device)
                 samples = sum(len(targets) for _, targets, _ in batches)
-                step_loss = torch.zeros((), device=self.device)
+                losses: list[Tensor] = []
                 for images, targets, _ in batches:
                     with self.autocast:
                         minimised, loss, logits = self.objective(self.forward(images), targets)
-                    share = minimised * (len(targets) / samples)
-                    self.scaler.scale(share).backward()
-                    step_loss += share.detach()
+                    if len(batches) > 1:
+                        minimised = minimised * (len(targets) / samples)
+                    self.scaler.scale(minimised).backward()
+                    losses.append(minimised.detach())
                     self.sums.add(loss, logits, targets)
                 self.scaler.unscale_(optimizer)
-                self.add_l1()
+                if self.settings.l1:
+                    self.add_l1()
                 norm = self.clip_gradients()
                 indices = [indices for _, _, indices in batches]
-                if self.guard.allows(step_loss, norm, indices, step=self.next_step):
+                if self.guard.allows(reduce(torch.add, losses), norm, indices, step=self.next_step):
                     self.scaler.step(optimizer)
                 self.scaler.update()
                 self.step += 1
@@ -182,7 +186,8 @@ class Trainer:
                     self.ema.update(self.model, self.step)
                 self.clock.samples += samples
                 self.log_step(norm)
-                optimizer.zero_grad(set_to_none=True)
+                for parameter in self.parameters:
+                    parameter.grad = None
                 self.settled = True
                 self.conclude()
                 if self.stop_reason:
@@ -204,14 +209,14 @@ class Trainer:
     @torch.no_grad()
     def add_l1(self) -> None:
         """The gradient of l1 * sum |w|, which is l1 * sign(w) and 0 at 0: once a step, however many batches it has."""
-        for weight in self.penalised if self.settings.l1 else ():
+        for weight in self.penalised:
             if weight.grad is not None:
                 weight.grad.add_(weight.sign(), alpha=self.settings.l1)
 
     def clip_gradients(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device; they are cut down to `clip_norm` where it is set."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.settings.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         return norm
@@ -232,6 +237,7 @@ class Trainer:
     def log_step(self, norm: Tensor) -> None:
         """Figures of the steps since the last log line, where one is due."""
         self.display.tick(self.step, self.epoch)
+        self.sums.sum_up(at_least=NOTED)
         if due(self.step, self.settings.histograms_every):
             self.tracker.histograms(self.model, self.step)
         if not due(self.step, self.settings.log_every, total_steps=self.settings.total_steps):
