@@ -29,7 +29,9 @@ test-slow: setup
 test-cuda: setup
 	@$(BIN)/python -m pytest -m cuda $(ARGS)
 
+# With Lightning and fastai, which nothing else needs.
 bench: setup
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[dev,bench]"
 	@$(BIN)/python scripts/bench.py $(ARGS)
 
 # The promises of docs/reliability.md, each with its figure.
@@ -49,7 +51,7 @@ format: setup
 
 # Pins anew, for every platform; names no index.
 lock: setup
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra bench --no-header --no-annotate --no-emit-index-url \
 		--upgrade --output-file requirements.lock pyproject.toml
 
 clean:

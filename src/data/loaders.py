@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.images import Images
+from data.images import Files, Images
 from data.normalisation import Normalisation
 from data.pipeline import Augmentations
 from data.workers import fetched
@@ -88,6 +88,16 @@ class TrainLoader:
         numbers = batch_size * math.prod(images.pixels.shape[1:])  # of a batch
         at_once = AT_ONCE[device.type] // numbers
         self.batches_at_once = max(1, at_once) if isinstance(self.source, Resident) else 1
+
+    @property
+    def reading(self) -> str:
+        """Where the pictures come from, for the log."""
+        if isinstance(self.source, Resident):
+            size = self.source.pixels.numel() / 2**20
+            return f"{size:,.1f} MiB of pictures in memory, {self.batches_at_once} batches made at once"
+        cached = isinstance(self.source.images.pixels, Files) and self.source.images.pixels.cache is not None
+        by = f"{self.source.num_workers} workers" if self.source.num_workers else "the process itself"
+        return f"pictures {'mapped from the cache' if cached else 'read'} by {by}"
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import torch
+
 from core.config import Config
 from core.errors import StorageError
 from core.schema import SPLITS
@@ -57,6 +59,7 @@ def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list
         f"{model_name} ({count:,} parameters) on {data_name} ({', '.join(parts)}), "
         f"{trainer.provenance['device']}, {trainer.settings.total_steps:,} steps -> {folder.path}"
     )
+    display.say(f"  automatic: {', '.join(chosen(trainer))}")
     left_out = len(splits.train) - trainer.train_loader.samples_per_epoch
     if left_out:
         display.say(f"{left_out} of {len(splits.train):,} training samples are left out of each epoch (data.drop_last)")
@@ -67,6 +70,18 @@ def begin(trainer: Trainer, config: Config, splits: Splits, weights_report: list
     tracker.config(trainer.record)
     if values["trainer"]["log_images"] or values["trainer"]["log_graph"]:
         show_first_batch(trainer, images=values["trainer"]["log_images"], graph=values["trainer"]["log_graph"])
+
+
+def chosen(trainer: Trainer) -> list[str]:
+    """What a config may leave to us, as it was decided."""
+    fused = "fused" if trainer.optimizer.defaults.get("fused") else "not fused"
+    layout = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in trainer.model.parameters())
+    return [
+        f"threads {torch.get_num_threads()}",
+        "channels_last" if layout else "channels first",
+        f"{type(trainer.optimizer).__name__} {fused}",
+        trainer.train_loader.reading,
+    ]
 
 
 def make_folder(trainer: Trainer, config: Config) -> RunFolder:

@@ -14,6 +14,10 @@ class StepLoader(Protocol):
     steps_per_epoch: int
     samples_per_epoch: int
 
+    @property
+    def reading(self) -> str:
+        """Where the pictures come from, for the log."""
+
     def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[tuple[Tensor, Tensor, Tensor]]]:
         """The batches of each step of an epoch, from its step `start` on; their labels may be probabilities (B, K)."""
 
