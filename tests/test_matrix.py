@@ -155,7 +155,7 @@ def pairs_wanted() -> set[Pair]:
 
 def covering_rows() -> list[Row]:
     """A covering array, greedily: rows around a pair that is missing, until none is (as AETG, Cohen et al. 1997)."""
-    draw = random.Random(9)  # of the first 20 seeds the one with the fewest rows
+    draw = random.Random(0)  # of the first 20 seeds the one with the fewest rows
     missing = pairs_wanted()
     rows: list[Row] = []
     while missing:
