@@ -10,11 +10,20 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as reference
 
 from core.errors import ConfigError
-from data.augmentations import Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, rectangles
+from data.augmentations import (
+    AlternatingFlip,
+    Elastic,
+    RandomAffine,
+    RandomCrop,
+    RandomFlip,
+    RandomResizedCrop,
+    rectangles,
+)
 from data.color import ColorShift, PCAColor
 from data.corruptions import RandomBlur, RandomErasing, RandomNoise
 from data.distributions import SymmetricBeta, normal, per_pixel
 from data.mixing import CutMix, Mixup
+from data.pipeline import Augmentations
 
 
 def pictures(batch: int, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:
@@ -29,16 +38,18 @@ def uniform(batch: int, count: int) -> torch.Tensor:
 # Geometry
 
 
+@pytest.mark.parametrize("mode", ["black", "reflect"])
 @pytest.mark.parametrize("padding", [0, 1, 3])
 @pytest.mark.parametrize("as_float", [False, True])
-def test_crop_is_a_slice_of_the_padded_picture(padding, as_float):
+def test_crop_is_a_slice_of_the_padded_picture(padding, as_float, mode):
     images = pictures(64, height=10, width=14)
     images = images.float() if as_float else images
     numbers = uniform(64, 2)
     numbers[0], numbers[1] = 0, 1 - 2**-24  # the ends of [0, 1)
-    result = RandomCrop(padding=padding)(images, numbers)
+    result = RandomCrop(padding=padding, mode=mode)(images, numbers)
     assert result.dtype == images.dtype
-    padded = functional.pad(images, [padding] * 4)
+    edges = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
+    padded = torch.from_numpy(np.pad(images.numpy(), edges, mode="constant" if mode == "black" else "reflect"))
     for ours, picture, (down, right) in zip(result, padded, numbers.tolist()):
         top, left = math.floor(down * (2 * padding + 1)), math.floor(right * (2 * padding + 1))
         assert torch.equal(ours, picture[:, top : top + 10, left : left + 14])
@@ -58,6 +69,29 @@ def test_flip_mirrors_those_below_the_probability():
         assert result.dtype == torch.uint8
         for ours, picture, number in zip(result, images, numbers[:, 0].tolist()):
             assert torch.equal(ours, picture.flip(-1) if number < probability else picture)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_reflection_goes_on_where_the_padding_is_wider_than_the_picture(side):
+    images, numbers = pictures(8, height=side, width=side), torch.zeros(8, 2)  # its upper left corner
+    edges = [(0, 0), (0, 0), (5, 5), (5, 5)]
+    padded = np.pad(images.numpy(), edges, mode="reflect" if side > 1 else "edge")
+    assert (RandomCrop(padding=5, mode="reflect")(images, numbers).numpy() == padded[..., :side, :side]).all()
+
+
+def test_each_picture_is_mirrored_in_every_other_epoch():
+    images = pictures(400)
+    frame = Augmentations({"flip": AlternatingFlip()}, seed=5, num_classes=4)
+    rows, labels = torch.arange(400), torch.zeros(400, dtype=torch.long)
+    mirrored = []
+    for epoch in range(4):
+        drawn = frame.draw(epoch=epoch, samples=400, device=torch.device("cpu"))
+        result, _, _ = drawn(images, labels, rows)
+        is_mirrored = (result == images.flip(-1)).flatten(1).all(1)
+        assert torch.equal(is_mirrored, ~(result == images).flatten(1).all(1))
+        mirrored.append(is_mirrored)
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3]) and 150 < mirrored[0].sum() < 250
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14)])
@@ -344,6 +378,10 @@ def test_numbers_for_pixels_are_even_and_unlike_each_other():
 # Wrong arguments
 
 
+def crop(**changes: object) -> RandomCrop:
+    return RandomCrop(**{"padding": 1} | changes)
+
+
 def affine(**changes: object) -> RandomAffine:
     return RandomAffine(**{"translate": 0.1, "scale": [0.9, 1.1], "rotate": 5, "shear": 5, "mirror": 0} | changes)
 
@@ -384,6 +422,7 @@ def cutmix(**changes: object) -> CutMix:
     ("build", "key", "value"),
     [
         (RandomCrop, "padding", -1),
+        (crop, "mode", "edge"),
         (RandomFlip, "probability", 1.5),
         (RandomFlip, "probability", "half"),
         (affine, "translate", -0.1),

@@ -93,6 +93,7 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "network": {
         "mlp": ("model=mlp", "model.hidden=[16]"),
         "resnet": ("model=resnet20", "model.depths=[1,1]", "model.widths=[4,8]"),
+        "airbench": ("model=airbench", "model.widths=[4,8]"),
         "heads": ("model=mlp", "model._target_=test_losses.WithHeads", "loss.auxiliary_weight=0.5"),
     },
     "stop": STOPS,
@@ -104,11 +105,12 @@ SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # off, on
     "colour": (("data.channels=1",), ("data.channels=3",)),
     "drop_last": ((), ("data.drop_last=true",)),
     "accumulate": ((), ("trainer.accumulate=2",)),
+    "tta": ((), ("trainer.tta=mirror",)),
     "ema": ((), ("trainer.ema_decay=0.9",)),
     "clip_norm": ((), ("trainer.clip_norm=0.5",)),
     "l1": ((), ("trainer.l1=0.001",)),
     "weight_decay": (("optimizer.weight_decay=0",), ("optimizer.weight_decay=0.01",)),
-    "weight_decay_on": ((), ("trainer.weight_decay_on=weights",)),
+    "weight_decay_on": ((), ("trainer.weight_decay_on=weights", "trainer.bias_lr_factor=4")),
     "label_smoothing": ((), ("loss.label_smoothing=0.1",)),
     "class_weights": ((), ("loss.class_weights=balanced",)),
     "warm_up": ((), ("schedule.warmup_epochs=0.5",)),
@@ -127,10 +129,10 @@ def possible(row: Row) -> bool:
     """Whether these choices, perhaps not of every factor, go together."""
     network, schedule, optimizer = (row.get(factor, "") for factor in ("network", "schedule", "optimizer"))
     return not (
-        (network in ("resnet", "heads") and row.get("dropout") == "on")
-        or (network == "resnet" and row.get("batch_norm") == "off")  # it always has it
+        (network in ("resnet", "airbench", "heads") and row.get("dropout") == "on")
+        or (network in ("resnet", "airbench") and row.get("batch_norm") == "off")  # they always have it
         or (network == "heads" and row.get("batch_norm") == "on")
-        or (network == "resnet" and row.get("normalise") == "pca")
+        or (network in ("resnet", "airbench") and row.get("normalise") == "pca")
         or (schedule.startswith("torch") and row.get("warm_up") == "on")
         or (schedule == "torch OneCycleLR" and optimizer in ("adagrad", "muon"))  # torch finds no momentum there
     )
@@ -153,7 +155,7 @@ def pairs_wanted() -> set[Pair]:
 
 def covering_rows() -> list[Row]:
     """A covering array, greedily: rows around a pair that is missing, until none is (as AETG, Cohen et al. 1997)."""
-    draw = random.Random(9)  # of the first 20 seeds the one with the fewest rows
+    draw = random.Random(0)  # of the first 20 seeds the one with the fewest rows
     missing = pairs_wanted()
     rows: list[Row] = []
     while missing:
@@ -191,7 +193,7 @@ def overrides(row: Row, pictures: Path) -> tuple[str, ...]:
         given += ["schedule.momentum=null"]
     epochs = 4 if row["accumulate"] == "on" else 2
     chosen = [FACTORS[factor][row[factor]] for factor in FACTORS]
-    own = {"batch_norm"} if row["network"] == "resnet" else set()  # has it, and no key for it
+    own = {"batch_norm"} if row["network"] in ("resnet", "airbench") else set()  # they have it, and no key for it
     chosen += [SWITCHES[name][row[name] == "on"] for name in SWITCHES if name not in own]
     values = {"pictures": pictures, "epochs": epochs, "half": epochs // 2, "long": epochs * 3 // 2}
     return tuple(text.format(**values) for text in itertools.chain(*chosen, given))

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from core.errors import ConfigError
 from models.adapter import adapt
+from models.airbench import Airbench
 from models.alexnet import AlexNet
 from models.blocks import ACTIVATIONS, SCHEMES, LocalResponseNorm, Maxout, activation, initialise
 from models.lenet import LeNet, LeNet5
@@ -36,6 +37,7 @@ ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small network of each class
     VGG: SMALL_VGG,
     NIN: SMALL_NIN,
     MaxoutNet: {**DIGITS, "widths": [4, 8]},
+    Airbench: {**CIFAR, "widths": [8, 16]},
     AlexNet: {**CIFAR, "image_size": 67},  # 18 million parameters: its linear layers have one width
 }
 # The others take seconds each: `make test-slow` trains every config at its own size.
@@ -646,6 +648,7 @@ def test_maxout_and_response_norm_keep_channels_last() -> None:
         LeNet5(**DIGITS),
         ResNet(**SMALL, shortcut="A"),
         VGG(**SMALL_VGG),
+        Airbench(**CIFAR, widths=[8, 16]),
         nn.Sequential(LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0), Maxout(pieces=3)),
     ],
     ids=type,
@@ -907,6 +910,7 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
         (VGG, {"dropout": 1}, "dropout = 1: must be a number >= 0 and < 1"),
         (NIN, {"widths": [[8, 0], [4]]}, "widths = [[8, 0], [4]]: must be lists of whole numbers >= 1"),
         (NIN, {"kernel_sizes": [5, 4]}, "kernel_sizes = [5, 4]: must be 2 odd numbers, as many as widths"),
+        (Airbench, {"widths": [8, 0]}, "widths = [8, 0]: must be a list of whole numbers >= 1"),
         (NIN, {"kernel_sizes": [5]}, "kernel_sizes = [5]: must be 2 odd numbers, as many as widths"),
         (AlexNet, {"groups": 3}, "groups = 3: must be 1 or 2"),
         (AlexNet, {"image_size": 64}, "image_size = 64: AlexNet needs at least 67 px"),

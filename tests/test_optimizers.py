@@ -229,13 +229,15 @@ def test_rates_and_momenta_of_each_group(tmp_path):
     trainer = built(
         tmp_path / "run",
         *("optimizer=muon", "optimizer.lr=0.02", "optimizer.adamw_lr=0.001", "trainer.weight_decay_on=weights"),
-        *("schedule=one_cycle", "model.hidden=[16,16]"),
+        *("schedule=one_cycle", "model.hidden=[16,16]", "trainer.bias_lr_factor=8"),
     )
-    assert trainer.schedule.base_rates == [0.02, 0.001, 0.001]
+    assert trainer.schedule.base_rates == [0.02, 0.001, 0.008]
     trainer.run()
     groups = trainer.optimizer.param_groups
     share = groups[0]["lr"] / 0.02
-    assert 0 < share < 0.01 and [group["lr"] for group in groups] == pytest.approx([0.02 * share, *[0.001 * share] * 2])
+    assert 0 < share < 0.01 and [group["lr"] for group in groups] == pytest.approx(
+        [0.02 * share, 0.001 * share, 0.008 * share]
+    )
     assert [group.get("momentum") for group in groups] == [pytest.approx(0.95), None, None]
     assert [group.get("betas") for group in groups] == [None, *[pytest.approx((0.95, 0.95))] * 2]
 
@@ -256,6 +258,7 @@ def test_it_learns_a_batch_by_heart(tmp_path, name):
         ("optimizer.ns_steps=0", r"optimizer.ns_steps = 0: must be an integer in \[1, 99\]"),
         ("optimizer.adamw_lr=0", r"optimizer.adamw_lr = 0: must be a number > 0"),
         ("optimizer.momentum=1", r"optimizer.momentum = 1: must be a number in \[0, 1\)"),
+        ("trainer.bias_lr_factor=2", r"trainer.bias_lr_factor = 2: .* needs trainer.weight_decay_on=weights"),
         ("+optimizer.fused=true", r"optimizer.fused = true: .* takes no such argument"),
         ("model.hidden=[]", r"optimizer._target_.*this one has none; try optimizer=adamw"),
     ],

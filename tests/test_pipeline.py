@@ -16,7 +16,7 @@ from core.entry import CONFIGS
 from core.errors import ConfigError
 from core.seeding import fold
 from data.adapter import ASampleAtATime
-from data.augmentations import Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
+from data.augmentations import AlternatingFlip, Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
 from data.color import ColorShift, PCAColor
 from data.corruptions import RandomBlur, RandomErasing, RandomNoise
 from data.mixing import CutMix, Mixup
@@ -31,10 +31,12 @@ PCA.fit(torch.zeros(3), torch.tensor([[0.06, 0.05, 0.04], [0.05, 0.06, 0.05], [0
 
 STEPS = {
     "crop": RandomCrop(padding=2),
+    "reflect": RandomCrop(padding=2, mode="reflect"),
     "affine": RandomAffine(translate=0.2, scale=[0.7, 1.4], rotate=60, shear=25, mirror=0.5),
     "resized_crop": RandomResizedCrop(area=[0.1, 1], ratio=[0.5, 2]),
     "elastic": Elastic(alpha=20, sigma=2),
     "flip": RandomFlip(probability=0.5),
+    "alternate": AlternatingFlip(),
     "early_mixup": Mixup(alpha=1, probability=0.7),
     "color_shift": ColorShift(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5),
     "pca_color": PCA,
@@ -128,7 +130,7 @@ def test_no_step_reads_a_number_back_from_the_device(name):
 
 
 def test_pixels_keep_their_type_where_nothing_is_interpolated():
-    kept = ("crop", "flip", "erasing", "cutmix", "transform")
+    kept = ("crop", "reflect", "flip", "alternate", "erasing", "cutmix", "transform")
     for name in STEPS:
         assert (show(draw(CHAINS[name]), pictures(N), torch.arange(5))[0].dtype == torch.uint8) == (name in kept)
 
@@ -157,6 +159,14 @@ def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_mov
         alone = draw(CHAINS[name], seed=9, epoch=4)
         assert torch.equal(alone.numbers[name], drawn.numbers[name])
         assert name == "flip" or torch.equal(alone.partners[name], drawn.partners[name])
+
+
+def test_alternating_numbers_are_those_of_epoch_0_moved_by_a_half():
+    first, second, third, fourth = (draw(STEPS, seed=9, epoch=epoch).numbers["alternate"] for epoch in range(4))
+    generator = torch.Generator().manual_seed(fold(9, "augment", "alternate", 0))
+    assert torch.equal(first, torch.rand(N, 1, generator=generator))
+    assert torch.equal(second.double(), (first.double() + 0.5) % 1)
+    assert torch.equal(third, first) and torch.equal(fourth, second)
 
 
 def test_nothing_to_do():

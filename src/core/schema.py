@@ -188,6 +188,8 @@ TRAIN: dict[str, Rule] = {
     "trainer.ema_decay": optional(number(0, 1, without="low high")),
     "trainer.on_nonfinite": one_of("stop", "skip"),
     "trainer.weight_decay_on": one_of("all", "weights"),
+    "trainer.bias_lr_factor": number(0, without="low"),
+    "trainer.tta": one_of("none", "mirror"),
     "trainer.evaluate_every": duration,
     "trainer.log_every": duration,
     "trainer.histograms_every": optional(duration),
@@ -254,7 +256,13 @@ FREE_ON_RESUME = (
 
 # Keys that came after the first runs were made, with the value that means what was done before they were there: a run
 # that lacks them is read as if it had them.
-ADDED_LATER = {"trainer.l1": 0.0, "trainer.on_nonfinite": "stop", "data.timeout_s": 300}
+ADDED_LATER = {
+    "trainer.l1": 0.0,
+    "trainer.on_nonfinite": "stop",
+    "trainer.bias_lr_factor": 1.0,
+    "trainer.tta": "none",
+    "data.timeout_s": 300,
+}
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,19 +16,28 @@ from data.distributions import per_pixel
 
 
 class RandomCrop:
-    """Pad with black and cut out a window of the old size: a shift by -padding to +padding pixels each way."""
+    """Pad and cut out a window of the old size: a shift by -padding to +padding pixels each way.
+
+    Padded with black, or by reflection: c b | a b c | b a.
+    """
 
     numbers = 2
 
-    def __init__(self, padding: int) -> None:
+    def __init__(self, padding: int, mode: str = "black") -> None:
         if type(padding) is not int or padding < 0:
             raise ConfigError("padding", "must be an integer >= 0", value=padding)
-        self.padding = padding
+        if mode not in ("black", "reflect"):
+            raise ConfigError("mode", "must be black or reflect", value=mode)
+        self.padding, self.mode = padding, mode
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
         wide = width + 2 * self.padding
-        padded = functional.pad(images, [self.padding] * 4)  # (B, C, H + 2p, W + 2p)
+        if self.mode == "black":
+            padded = functional.pad(images, [self.padding] * 4)  # (B, C, H + 2p, W + 2p)
+        else:
+            down, across = (_reflected(size, self.padding, images.device) for size in (height, width))
+            padded = images.index_select(2, down).index_select(3, across)  # torch's own pad takes no uint8
         top, left = (numbers * (2 * self.padding + 1)).long().unbind(1)  # (B,) each
         # A row of the result lies in one piece in memory: copy B * C * H pieces of W bytes, by where they start.
         plane = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
@@ -47,10 +56,22 @@ class RandomFlip:
         self.probability = require_within("probability", probability, 0, 1)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        # Choosing whole pictures among both versions copies them in one piece: four times as fast as torch.where.
-        both = torch.cat([images, images.flip(3)])  # (2B, C, H, W)
-        position = torch.arange(len(images), device=images.device)
-        return both.index_select(0, position + len(images) * (numbers[:, 0] < self.probability))
+        return _mirrored(images, numbers[:, 0] < self.probability)
+
+
+class AlternatingFlip:
+    """Mirror left and right in every other epoch: half of the samples in the even ones, the others in the odd ones.
+
+    Two epochs in a row show each sample both ways, where chance would show half of them twice the same way.
+
+    Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024, section 3.6.
+    """
+
+    numbers = 1
+    alternates = True
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return _mirrored(images, numbers[:, 0] < 0.5)
 
 
 class RandomAffine:
@@ -159,6 +180,21 @@ class Elastic:
         place = torch.arange(size, dtype=torch.float64, device=device)
         gaussian = torch.exp(-0.5 * ((place - place[:, None]) / self.sigma) ** 2)
         return (gaussian * (2**16 / (self.sigma * math.sqrt(2 * math.pi)))).round()
+
+
+def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images (B, C, H, W), the chosen ones (B,) with left and right exchanged."""
+    # Choosing whole pictures among both versions copies them in one piece: four times as fast as torch.where.
+    both = torch.cat([images, images.flip(3)])  # (2B, C, H, W)
+    position = torch.arange(len(images), device=images.device)
+    return both.index_select(0, position + len(images) * chosen)
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    """Positions (size + 2 padding,) of what stands there when it is reflected at its ends, as often as it takes."""
+    period = max(2 * (size - 1), 1)  # there and back
+    place = torch.arange(-padding, size + padding, device=device) % period
+    return torch.minimum(place, period - place)
 
 
 def rectangles(

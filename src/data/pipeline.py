@@ -6,6 +6,7 @@ it draws nothing itself. The frame draws all numbers of an epoch at once, with a
     numbers = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
 
 so that what happens to a sample depends on seed, epoch and sample alone: not on its batch, the workers, or other steps.
+For a step that alternates (`alternates = True`) they are those of epoch 0, in odd epochs moved by 1/2 on the circle.
 Pixels stay uint8 as long as a step allows it, and are on the scale 0 to 255 throughout.
 
 A step that mixes two samples (`mixes = True`) gets a partner for each sample, which follows from the same three:
@@ -71,15 +72,18 @@ class Augmentations:
     def draw(self, *, epoch: int, samples: int, device: torch.device) -> "Drawn":
         """An epoch's numbers: always drawn on the CPU, so that they are the same for every device."""
 
-        def generator(purpose: str, name: str) -> torch.Generator:
+        def generator(purpose: str, name: str, epoch: int) -> torch.Generator:
             return torch.Generator().manual_seed(fold(self.seed, purpose, name, epoch))
 
-        numbers = {
-            name: torch.rand(samples, step.numbers, generator=generator("augment", name)).to(device)
-            for name, step in self.steps.items()
-        }
+        numbers: dict[str, Tensor] = {}
+        for name, step in self.steps.items():
+            alternates = getattr(step, "alternates", False)
+            drawn = torch.rand(samples, step.numbers, generator=generator("augment", name, 0 if alternates else epoch))
+            if alternates and epoch % 2:
+                drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # both are exact
+            numbers[name] = drawn.to(device)
         partners = {
-            name: torch.randint(samples, (samples,), generator=generator("partner", name))
+            name: torch.randint(samples, (samples,), generator=generator("partner", name, epoch))
             for name, step in self.steps.items()
             if getattr(step, "mixes", False)
         }

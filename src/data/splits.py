@@ -95,7 +95,7 @@ def _limited(images: Images, limit: int | None, *, seed: int) -> Images:
     """A stratified part of so many pictures, or all of them."""
     if limit is None or limit >= len(images):
         return images
-    return images.take(stratified(images.labels, count=limit, seed=fold(seed, "limit"), spare=0))
+    return images.take(_stratified_part(images, count=limit, seed=fold(seed, "limit")))
 
 
 def _check(*, val_fraction: float, image_size: int, channels: int, fit: str) -> None:
@@ -194,10 +194,17 @@ def measured(train: Images, *, seed: int) -> Iterator[Tensor]:
     if isinstance(train.pixels, Tensor):
         yield train.pixels
         return
-    count = min(len(train), STREAMED_STATISTICS)
-    chosen = stratified(train.labels, count=count, seed=fold(seed, "statistics"), spare=0)
-    for piece in chosen.split(CHUNK):
+    for piece in _stratified_part(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics")).split(CHUNK):
         yield train.read(piece)
+
+
+def sample(train: Images, *, count: int, seed: int) -> Tensor:
+    """The pixels of a stratified subset of so many pictures, or of all: uint8 (N, C, H, W)."""
+    return train.read(_stratified_part(train, count=count, seed=seed))
+
+
+def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:
+    return stratified(images.labels, count=min(len(images), count), seed=seed, spare=0)
 
 
 def fingerprint(collection: Collection) -> str:

@@ -28,7 +28,7 @@ from data.adapter import ASampleAtATime
 from data.loaders import EvalLoader, TrainLoader
 from data.normalisation import covariance
 from data.pipeline import Augmentations
-from data.splits import Splits, measured, prepare
+from data.splits import Splits, measured, prepare, sample
 from trainer.begin import Notices, begin, go_on
 from trainer.checks import check_classes, check_monitors, with_classes
 from trainer.durations import to_steps, total_steps, warmup_steps
@@ -37,7 +37,7 @@ from trainer.ema import ExponentialMovingAverage
 from trainer.losses import balanced_weights
 from trainer.machine import autocast, choose_device, configure_torch
 from trainer.metrics import resolve_mode
-from trainer.optimizers import Muon, decayed_parameters, fill_momentum, group_parameters
+from trainer.optimizers import Muon, decayed_parameters, fill_momentum, group_parameters, scale_biases
 from trainer.run_folder import provenance
 from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of, one_cycle_momentum
 from trainer.settings import Settings
@@ -45,7 +45,9 @@ from trainer.targets import check_arguments, parameters_of, resolve
 from trainer.trainer import Trainer
 from trainer.trial import try_out, try_out_one
 from trainer.trust import refuse_untrusted, without_downloads
-from trainer.weights import init_from
+from trainer.weights import fit_to, init_from
+
+FITTED = 1000  # training pictures that a network may fit itself to; 600 MB at 224 px
 
 # Keys of every data set's config that splitting and loading read; the rest is for the function that it names.
 SHARED_DATA_KEYS = [name.removeprefix("data.") for name in TRAIN if name.startswith("data.")]
@@ -88,8 +90,12 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     model = build_model(values, init_seed=fold(values["seed"], "init"))
     try_out(model, values)
     weights_report: list[str] = []
-    if values["init_from"] and not config.from_run:
-        weights_report = init_from(Path(values["init_from"]), model, shown=record["init_from"])
+    if not config.from_run:
+        if hasattr(model, "fit"):
+            pictures = sample(splits.train, count=FITTED, seed=fold(values["seed"], "fit"))
+            fit_to(splits.normalisation(pictures), model)
+        if values["init_from"]:
+            weights_report = init_from(Path(values["init_from"]), model, shown=record["init_from"])
     wants_channels_last = settings["channels_last"]
     if wants_channels_last == "auto":
         wants_channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -123,6 +129,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     every = {key: settings[key] and steps(settings[key]) for key in ("evaluate_every", "log_every", "histograms_every")}
     decayed = decayed_parameters(model, settings["weight_decay_on"])
     optimizer = build_optimizer(values["optimizer"], model, decayed=decayed, device=device)
+    scale_biases(optimizer, settings["bias_lr_factor"], settings["weight_decay_on"])
     trainer = Trainer(
         settings=Settings(
             seed=values["seed"],
@@ -136,6 +143,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
             clip_norm=settings["clip_norm"],
             l1=settings["l1"],
             skips=settings["on_nonfinite"] == "skip",
+            tta=settings["tta"],
             budget="max_steps" if total == settings["max_steps"] else "max_epochs",
         ),
         model=model,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.errors import StopSignal
-from trainer.metrics import evaluate
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -25,11 +24,7 @@ def finish(trainer: "Trainer") -> dict[str, Any]:
         trainer.settled = False  # these weights are not those of the last step
         trainer.evaluated_model.load_state_dict(best.weights)
     if trainer.test_loader is not None:
-        test = evaluate(
-            *(trainer.evaluated_model, trainer.loss_function, trainer.test_loader),
-            autocast=trainer.autocast,
-            abandon=trainer.interrupts.asked,
-        )
+        test = trainer.measure(trainer.test_loader)
     if trainer.interrupts.received is not None or test is None:  # the resumed run will test
         summary = summarise(trainer, "interrupted")
     else:

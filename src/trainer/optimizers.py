@@ -157,6 +157,15 @@ def group_parameters(model: nn.Module, *, decayed: Collection[nn.Parameter], wit
     return [group for group in groups if group["params"]]
 
 
+def scale_biases(optimizer: Optimizer, factor: float, weight_decay_on: str) -> None:
+    """The learning rate of what is spared weight decay, times this (Jordan 2024, section 3.4 takes 64)."""
+    if factor != 1 and weight_decay_on == "all":
+        explanation = "other than 1 needs trainer.weight_decay_on=weights, which sets biases and norms apart"
+        raise ConfigError("trainer.bias_lr_factor", explanation, value=factor)
+    for group in optimizer.param_groups:
+        group["lr"] *= factor if group["name"] == "spared" else 1
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon is for: of linear layers and convolutions inside the network.
 

@@ -23,8 +23,14 @@ from trainer.build import build_model, choose_device
 from trainer.checkpoint import CheckpointFolder, Snapshot
 from trainer.targets import resolve
 from trainer.trust import refuse_untrusted, without_downloads
+from trainer.tta import with_tta
 
-NEEDED = {"model": ("_target_",), "loss": ("_target_",), "data": ("_target_", "image_size", "channels", "fit")}
+NEEDED = {
+    "model": ("_target_",),
+    "loss": ("_target_",),
+    "data": ("_target_", "image_size", "channels", "fit"),
+    "trainer": ("tta",),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Transform:
 class Run:
     """A trained network and all that is needed to use it."""
 
-    model: nn.Module  # in evaluation mode
+    model: nn.Module  # in evaluation mode, with its test-time augmentation
     probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
     transform: Transform
     class_names: list[str]
@@ -88,7 +94,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     place = choose_device(device, "fp32")
     data = config["data"]
     return Run(
-        model=model.to(place).eval(),
+        model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),

@@ -20,4 +20,5 @@ class Settings:
     clip_norm: float | None
     l1: float
     skips: bool  # a step that is not finite is skipped, rather than the run stopped
+    tta: str  # none or mirror
     budget: str  # max_epochs or max_steps: which of them total_steps is

@@ -39,6 +39,7 @@ from trainer.schedules import Schedule, momentum_of
 from trainer.settings import Settings
 from trainer.state import snapshot
 from trainer.tracking import TensorBoard
+from trainer.tta import with_tta
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,14 @@ class Trainer:
     def evaluated_model(self) -> nn.Module:
         """The network that is evaluated: the moving average where there is one."""
         return self.ema.average if self.ema else self.model
+
+    def measure(self, batches: Batches) -> dict[str, float] | None:
+        """Loss and accuracy of the evaluated network; None when a signal asks the run to stop meanwhile."""
+        return evaluate(
+            *(with_tta(self.evaluated_model, self.settings.tta), self.loss_function, batches),
+            autocast=self.autocast,
+            abandon=self.interrupts.asked,
+        )
 
     def run(self) -> float | None:
         """Fit, keep a record of a failure, and close what is open; returns the best monitored value."""
@@ -263,11 +272,7 @@ class Trainer:
         self.clock.stop()
         measured: dict[str, float] | None = {}
         if self.val_loader is not None:
-            measured = evaluate(
-                *(self.evaluated_model, self.loss_function, self.val_loader),
-                autocast=self.autocast,
-                abandon=self.interrupts.asked,
-            )
+            measured = self.measure(self.val_loader)
         if measured is None:
             return None
         self.settled = False

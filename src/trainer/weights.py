@@ -1,11 +1,20 @@
-"""Starting from another network's weights: `init_from`, a run folder or a safetensors file."""
+"""What a new network starts from beside its own weights: training pictures, or another network's weights."""
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, ConfigError
 from trainer.checkpoint import CheckpointFolder, load_weights_file
+
+
+def fit_to(pictures: Tensor, model: nn.Module) -> None:
+    """Let a network with a method `fit` see normalised pictures (N, C, H, W) of the training part."""
+    try:
+        model.fit(pictures)  # type: ignore[operator]
+    except (RuntimeError, ValueError, TypeError) as exception:
+        explanation = f"cannot be fitted to pictures {tuple(pictures.shape)}: {exception}"
+        raise ConfigError("model", explanation, value=type(model).__name__) from None
 
 
 def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:

@@ -1,0 +1,60 @@
+"""Test-time augmentation: every figure is that of the mean over a picture and its mirror image."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import trained
+from torch import nn
+from torch.nn import functional
+
+from trainer.evaluation import predict
+from trainer.restore import load_run
+from trainer.run_folder import read_lines
+from trainer.tta import with_tta
+
+
+@pytest.mark.parametrize("average", [(), ("trainer.ema_decay=0.9",)])
+def test_what_is_told_is_the_mean_of_both_sides(tmp_path, average):
+    folder = tmp_path / "run"
+    trainer = trained(folder, "trainer.tta=mirror", "trainer.checkpoint.monitor=null", *average)
+    network = trainer.ema.average if average else trainer.model
+    network.eval()
+
+    def measured(loader):
+        (images, labels, _), *_ = loader  # one batch holds all
+        with torch.no_grad():
+            logits = (network(images) + network(torch.flip(images, dims=[-1]))) / 2
+        hits = (logits.argmax(1) == labels).double().mean().item()
+        return logits, functional.cross_entropy(logits, labels).item(), hits
+
+    logits, loss, accuracy = measured(trainer.test_loader)
+    assert json.loads((folder / "summary.json").read_text())["test"] == pytest.approx(
+        {"loss": loss, "accuracy": accuracy}, rel=1e-6
+    )
+    line = read_lines(folder / "metrics.jsonl")[-1]
+    assert (line["val/loss"], line["val/accuracy"]) == pytest.approx(measured(trainer.val_loader)[1:], rel=1e-6)
+    # evaluate.py, predict.py and notebooks use the run as it is loaded.
+    run = load_run(folder)
+    assert torch.equal(predict(run.model, trainer.test_loader)[0], logits)
+    with torch.no_grad():
+        plain = network(next(iter(trainer.test_loader)).images)
+    assert (plain - logits).abs().max() > 0.01  # it makes a difference
+
+
+def test_training_is_the_same_with_and_without(tmp_path):
+    states = [
+        trained(tmp_path / tta, f"trainer.tta={tta}", "model.dropout=0.3", "model.batch_norm=true").model.state_dict()
+        for tta in ("none", "mirror")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_as_it_was(training):
+    network = nn.Sequential(nn.Dropout(0.5)).train(training)
+    both = with_tta(network, "mirror")
+    assert both.training == network.training == training
+    assert with_tta(network, "none") is network
+    assert set(both.state_dict()) == set(copy.deepcopy(network).state_dict())
