@@ -31,7 +31,8 @@ def test_contenders_take_turns_and_are_timed_by_their_steps():
     assert len(line["slow"]) == len(line["fast"]) == 4
     turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     assert turns.count("slow") > 2 and turns.count("fast") > 2  # by turns, whoever begins a round
-    assert 250 < median(line["slow"]) <= 500 and 1500 < median(line["fast"]) <= 5000
+    assert median(line["slow"]) <= 500 and median(line["fast"]) <= 5000  # no step is shorter than its pause
+    assert median(line["fast"]) > 3 * median(line["slow"])
 
 
 def test_a_bench_of_a_moment(tmp_path, monkeypatch, capsys):
