@@ -129,6 +129,7 @@ TRAIN: dict[str, Rule] = {
     "data.val_fraction": number(0, 1, without="high"),
     "data.test_fraction": number(0, 1, without="high"),
     "data.image_size": whole(1),
+    "data.stored_size": optional(whole(1)),
     "data.channels": one_of(1, 3),
     "data.num_classes": optional(whole(2)),
     "data.fit": one_of("resize", "pad"),
@@ -254,7 +255,7 @@ FREE_ON_RESUME = (
 
 # Keys that came after the first runs were made, with the value that means what was done before they were there: a run
 # that lacks them is read as if it had them.
-ADDED_LATER = {"trainer.l1": 0.0, "trainer.on_nonfinite": "stop", "data.timeout_s": 300}
+ADDED_LATER = {"trainer.l1": 0.0, "trainer.on_nonfinite": "stop", "data.timeout_s": 300, "data.stored_size": None}
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
