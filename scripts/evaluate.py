@@ -28,8 +28,9 @@ def evaluate(config: Config) -> None:
     folder, split = Path(values["run"]), values["split"]
     run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
     run_config = with_data_root(run, values["root"])
-    # Nothing is fitted again: the run has its normalisation with it.
-    splits = build_data({**run_config["data"], "normalise": "none"}, seed=run_config["seed"])
+    # Nothing is fitted again: the run has its normalisation with it. Training pictures are seen as all others are.
+    changed = {"normalise": "none"} | ({"stored_size": None} if split == "train" else {})
+    splits = build_data({**run_config["data"], **changed}, seed=run_config["seed"])
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
         raise DataError("data", "differs from the data this run was trained on (fingerprint)")
     images = getattr(splits, split)

@@ -88,12 +88,14 @@ def augmented_pictures(trainer: "Trainer", splits: "Splits") -> dict[str, Any]:
     import torch
 
     from data.loaders import TrainLoader
+    from data.splits import resize
 
     loader = cast(TrainLoader, trainer.train_loader)
     labels = splits.train.labels
     present = labels.unique().tolist()[:MAX_CLASSES]
     chosen = torch.tensor([int((labels == label).nonzero()[0]) for label in present])
-    versions = [splits.train.read(chosen)]  # each (classes, C, H, W)
+    size = trainer.record["data"]["image_size"]
+    versions = [resize(splits.train.read(chosen), image_size=size, fit="resize")]  # each (classes, C, H, W)
     for epoch in range(EPOCHS):
         (batch,) = loader.show([chosen], epoch)
         versions.append(batch.images.float().round().clamp(0, 255).to(torch.uint8).cpu())

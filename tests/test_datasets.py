@@ -686,7 +686,7 @@ def test_memory_budget_decides_whether_files_are_decoded_at_once(tmp_path):
     assert kept.fingerprint == streamed.fingerprint
     with pytest.raises(ConfigError, match="fit = pad"):
         prepare(collection, fit="pad")
-    with pytest.raises(ConfigError, match="memory_budget = 0.0: the data at image_size 64"):
+    with pytest.raises(ConfigError, match="memory_budget = 0.0: the data at 64 pixels"):
         prepare(numbered([5, 5]), image_size=64, memory_budget=0.0)
 
 

@@ -217,8 +217,8 @@ def test_streamed_files_are_measured_as_resident_pixels(tmp_path):
     for path, picture in zip(paths, pixels, strict=True):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     streamed = Images(Files(paths, image_size=5, channels=3), torch.arange(30) % 2)
-    assert torch.equal(torch.cat(list(measured(streamed, seed=3))), pixels)
-    [resident] = measured(Images(pixels, streamed.labels), seed=3)
+    assert torch.equal(torch.cat(list(measured(streamed, image_size=5, seed=3))), pixels)
+    [resident] = measured(Images(pixels, streamed.labels), image_size=5, seed=3)
     assert torch.equal(resident, pixels)
 
 

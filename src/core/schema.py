@@ -129,6 +129,7 @@ TRAIN: dict[str, Rule] = {
     "data.val_fraction": number(0, 1, without="high"),
     "data.test_fraction": number(0, 1, without="high"),
     "data.image_size": whole(1),
+    "data.stored_size": optional(whole(1)),
     "data.channels": one_of(1, 3),
     "data.num_classes": optional(whole(2)),
     "data.fit": one_of("resize", "pad"),
@@ -262,6 +263,7 @@ ADDED_LATER = {
     "trainer.bias_lr_factor": 1.0,
     "trainer.tta": "none",
     "data.timeout_s": 300,
+    "data.stored_size": None,
 }
 
 

@@ -19,16 +19,20 @@ TRIES = 32
 
 
 class ASampleAtATime:
-    """A step of `data.pipeline` from a transform that knows no batches; `name` is the config key that errors tell."""
+    """A step of `data.pipeline` from a transform that knows no batches; `name` is the config key that errors tell.
+
+    It gives pictures as large as it gets, or of `image_size`, where larger ones are stored.
+    """
 
     numbers = 1  # the seed
     one_at_a_time = True
 
-    def __init__(self, transform: Callable[[Tensor], Tensor], *, name: str) -> None:
+    def __init__(self, transform: Callable[[Tensor], Tensor], *, name: str, image_size: int | None = None) -> None:
         if not callable(transform):
             raise ConfigError(name, "must be a step of ours, or take a picture when it is called", value=transform)
         self.transform = transform
         self.name = name
+        self.image_size = image_size
 
     def try_out(self, shape: Sequence[int]) -> None:
         """Refuse a transform that does not take pictures of this shape (C, H, W), before the first step."""
@@ -37,7 +41,7 @@ class ASampleAtATime:
             self(picture, torch.tensor([[number / TRIES]]))
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images of the same shape."""
+        """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images."""
         if images.is_floating_point():
             images = images.round().clamp(0, 255).to(torch.uint8)
         with _generators_left_alone():
@@ -57,7 +61,8 @@ class ASampleAtATime:
         except Exception as exception:
             explanation = f"fails on a picture {tuple(image.shape)}: {type(exception).__name__}: {exception}"
             raise ConfigError(self.name, explanation) from exception
-        if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape != image.shape:
+        shapes = (image.shape, (len(image), self.image_size, self.image_size))
+        if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape not in shapes:
             given = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise ConfigError(self.name, f"must give torch.uint8 {tuple(image.shape)}, as it got; it gives {given}")
         return result

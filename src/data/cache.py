@@ -61,7 +61,7 @@ class Cache:
 
 
 def with_cache(files: Files, folder: Path) -> Files:
-    """The same files, read from their cache in this folder, which is made where it is not there.
+    """The same files, read from their cache of this size in this folder, which is made where it is not there.
 
     Where it cannot be made, a warning says why, and each picture is decoded whenever it is read.
     """
@@ -84,7 +84,8 @@ def with_cache(files: Files, folder: Path) -> Files:
             return files
     pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     bad = json.loads(path.with_suffix(".json").read_text())
-    return replace(files, cache=Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files))))
+    made = Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files)))
+    return replace(files, caches={**files.caches, files.image_size: made})
 
 
 def fingerprint(files: Files) -> str:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,12 @@ def image_folder(
     on_bad_image: str = "error",
     max_pixels: int = MAX_PIXELS,
     cache_dir: str | None = None,
+    stored_size: int | None = None,
     limit_train: int | None = None,
 ) -> Collection:
     """Pictures in class folders, in sorted order, read from their cache; not where only some of them are wanted.
+
+    Those to train on are kept at `stored_size`, and at `image_size` too where other parts are taken from them.
 
     With ROOT/train, the parts are the folders given: no ROOT/test means no test part, and no ROOT/val means that
     `val_fraction` of train is taken. Without it, ROOT holds the classes, and `test_fraction` is put aside for the test.
@@ -149,7 +152,11 @@ def image_folder(
         found[part] = files, labels
     if cache_dir is not None and limit_train is None:  # when all else is known to be right
         place = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
-        found = {part: (with_cache(files, place), labels) for part, (files, labels) in found.items()}
+        to_train_on = {stored_size or image_size} | (set() if "val" in found else {image_size})
+        for part, (files, labels) in found.items():
+            for size in sorted(to_train_on if part == "train" else {image_size}):
+                files = with_cache(replace(files, image_size=size), place)
+            found[part] = files, labels
     parts = {part: Images(files, labels) for part, (files, labels) in found.items()}
     if "train" in given:
         return Collection(train=parts["train"], val=parts.get("val"), test=parts.get("test"), class_names=class_names)

@@ -20,7 +20,7 @@ files alone, so it is the same for any worker and after a resume.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ class Files:
     channels: int
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
-    cache: "Cache | None" = None  # where they lie decoded
+    caches: Mapping[int, "Cache"] = field(default_factory=dict)  # where they lie decoded, by image_size
     bad: dict[int, str] = field(default_factory=dict, init=False)  # by position: those found so far, told already
 
     def __len__(self) -> int:
@@ -78,13 +78,18 @@ class Files:
         return decode(self.paths[index], image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
 
     @property
+    def cache(self) -> "Cache | None":
+        """Where they lie decoded at this size."""
+        return self.caches.get(self.image_size)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W) of all pictures, known without decoding."""
         return (len(self), self.channels, self.image_size, self.image_size)
 
     def take(self, indices: Tensor) -> "Files":
         paths = [self.paths[index] for index in indices.tolist()]
-        return replace(self, paths=paths, cache=self.cache and self.cache.take(indices))
+        return replace(self, paths=paths, caches={size: cache.take(indices) for size, cache in self.caches.items()})
 
     def cached(self, indices: Tensor) -> Tensor | None:
         """Pictures (B, C, H, W) as they lie in the cache, where they do and none of them is bad."""

@@ -36,7 +36,8 @@ class Step(Protocol):
     numbers: int  # uniform numbers a sample
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images (B, C, H, W), uint8 or float, and numbers (B, k) in [0, 1) to images of the same shape."""
+        """Images (B, C, H, W), uint8 or float, and numbers (B, k) in [0, 1) to images of the same shape; where larger
+        ones are stored than the network sees, one step brings them down."""
         ...
 
 

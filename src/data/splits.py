@@ -16,7 +16,7 @@ from core.errors import ConfigError, DataError
 from core.seeding import fold
 from data.datasets import Collection
 from data.images import Files, Images
-from data.normalisation import CHUNK, Normalisation, fit_normalisation
+from data.normalisation import CHUNK, VALUES, Normalisation, fit_normalisation
 from data.stratification import split, stratified
 
 STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that does not fit into memory
@@ -26,8 +26,8 @@ STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that doe
 class Splits:
     """What a run trains, validates and tests on."""
 
-    train: Images
-    val: Images | None
+    train: Images  # of stored_size, where there is one
+    val: Images | None  # of image_size
     test: Images | None
     class_names: list[str]
     normalisation: Normalisation  # from pixels to the network's input, fitted to the training part
@@ -49,6 +49,7 @@ def prepare(
     memory_budget: float,
     normalise: str = "per_channel",
     whitening_epsilon: float = 0.01,
+    stored_size: int | None = None,
 ) -> Splits:
     """Check, split, convert and measure a collection."""
     _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit)
@@ -69,13 +70,14 @@ def prepare(
             raise ConfigError(name, "must be >= 1, or null for all", value=limit)
     seen = (("train", train, limit_train), ("val", val, limit_eval), ("test", collection.test, limit_eval))
     parts = {part: _limited(images, limit, seed=seed) for part, images, limit in seen if images is not None}
-    resident = _fits(parts, size=channels * image_size**2, memory_budget=memory_budget, image_size=image_size)
+    sizes = dict.fromkeys(parts, image_size) | {"train": stored_size or image_size}
+    resident = _fits(parts, sizes=sizes, channels=channels, memory_budget=memory_budget)
     ready = {
-        part: convert(images, image_size=image_size, channels=channels, fit=fit, load=resident)
+        part: convert(images, image_size=sizes[part], channels=channels, fit=fit, load=resident)
         for part, images in parts.items()
     }
     normalisation = fit_normalisation(
-        measured(ready["train"], seed=seed),
+        measured(ready["train"], image_size=image_size, seed=seed),
         kind=normalise,
         epsilon=whitening_epsilon,
         shape=(channels, image_size, image_size),
@@ -109,12 +111,18 @@ def _check(*, val_fraction: float, image_size: int, channels: int, fit: str) -> 
         raise ConfigError("fit", "must be resize or pad", value=fit)
 
 
-def _fits(parts: dict[str, Images], *, size: int, memory_budget: float, image_size: int) -> bool:
-    """Whether all parts, at `size` bytes a picture, may lie in memory. What lies there already may not outgrow it."""
-    needed = sum(len(images) for images in parts.values()) * size / 2**30
-    grows = any(isinstance(images.pixels, Tensor) and images.pixels[0].numel() < size for images in parts.values())
+def _fits(parts: dict[str, Images], *, sizes: dict[str, int], channels: int, memory_budget: float) -> bool:
+    """Whether all parts, at their sizes, may lie in memory. What lies there already may not outgrow it."""
+    bytes_each = {part: channels * size**2 for part, size in sizes.items()}
+    needed = sum(len(images) * bytes_each[part] for part, images in parts.items()) / 2**30
+    grows = any(
+        isinstance(images.pixels, Tensor) and images.pixels[0].numel() < bytes_each[part]
+        for part, images in parts.items()
+    )
     if needed > memory_budget and grows:
-        explanation = f"the data at image_size {image_size} takes {needed:.2g} GiB; allow more, or shrink the pictures"
+        explanation = (
+            f"the data at {max(sizes.values())} pixels takes {needed:.2g} GiB; allow more, or shrink the pictures"
+        )
         raise ConfigError("memory_budget", explanation, value=memory_budget)
     return needed <= memory_budget
 
@@ -189,18 +197,30 @@ def resize(pixels: Tensor, *, image_size: int, fit: str) -> Tensor:
     return functional.pad(pixels, (left, image_size - width - left, top, image_size - height - top))
 
 
-def measured(train: Images, *, seed: int) -> Iterator[Tensor]:
-    """The pixels to measure: all of a part in memory, else those of a stratified subset, decoded piece by piece."""
+def measured(train: Images, *, image_size: int, seed: int) -> Iterator[Tensor]:
+    """The pictures to measure, as the network sees them in evaluation, at image_size: all of a part in memory, else
+    those of a stratified subset, decoded piece by piece."""
     if isinstance(train.pixels, Tensor):
-        yield train.pixels
+        pieces = iter([train.pixels])
+    else:
+        chosen = _stratified_part(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics"))
+        pieces = (train.read(piece) for piece in chosen.split(CHUNK))
+    for pixels in pieces:
+        yield from _at_size(pixels, image_size)
+
+
+def _at_size(pixels: Tensor, image_size: int) -> Iterator[Tensor]:
+    """The same pictures (N, C, H, W), uint8, at the network's size: in one piece, or in several if they are resized."""
+    if pixels.shape[2:] == (image_size, image_size):
+        yield pixels
         return
-    for piece in _stratified_part(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics")).split(CHUNK):
-        yield train.read(piece)
+    few = max(1, VALUES // pixels[0].numel())  # they are widened to floats
+    yield from (resize(piece, image_size=image_size, fit="resize") for piece in pixels.split(few))
 
 
-def sample(train: Images, *, count: int, seed: int) -> Tensor:
-    """The pixels of a stratified subset of so many pictures, or of all: uint8 (N, C, H, W)."""
-    return train.read(_stratified_part(train, count=count, seed=seed))
+def sample(train: Images, *, count: int, image_size: int, seed: int) -> Tensor:
+    """A stratified subset of so many pictures, or all, as the network sees them: uint8 (N, C, H, W)."""
+    return torch.cat(list(_at_size(train.read(_stratified_part(train, count=count, seed=seed)), image_size)))
 
 
 def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:

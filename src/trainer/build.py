@@ -30,7 +30,7 @@ from data.normalisation import covariance
 from data.pipeline import Augmentations
 from data.splits import Splits, measured, prepare, sample
 from trainer.begin import Notices, begin, go_on
-from trainer.checks import check_classes, check_monitors, with_classes
+from trainer.checks import check_classes, check_monitors, check_sizes, with_classes
 from trainer.durations import to_steps, total_steps, warmup_steps
 from trainer.early_stopping import EarlyStopping
 from trainer.ema import ExponentialMovingAverage
@@ -43,7 +43,7 @@ from trainer.schedules import FactorSchedule, Plateau, Schedule, TorchScheduler,
 from trainer.settings import Settings
 from trainer.targets import check_arguments, parameters_of, resolve
 from trainer.trainer import Trainer
-from trainer.trial import try_out, try_out_one
+from trainer.trial import try_out, try_out_one, try_out_steps
 from trainer.trust import refuse_untrusted, without_downloads
 from trainer.weights import fit_to, init_from
 
@@ -82,6 +82,7 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
         values = without_downloads(values)
         refuse_untrusted(values, trust=values["trust"])
     check_classes(values)
+    augment = build_steps(values["augment"], values["data"])
 
     splits = build_data(values["data"], seed=values["seed"])
     monitors = check_monitors(values, has_val=splits.val is not None)
@@ -92,7 +93,9 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     weights_report: list[str] = []
     if not config.from_run:
         if hasattr(model, "fit"):
-            pictures = sample(splits.train, count=FITTED, seed=fold(values["seed"], "fit"))
+            pictures = sample(
+                splits.train, count=FITTED, image_size=values["data"]["image_size"], seed=fold(values["seed"], "fit")
+            )
             fit_to(splits.normalisation(pictures), model)
         if values["init_from"]:
             weights_report = init_from(Path(values["init_from"]), model, shown=record["init_from"])
@@ -106,7 +109,11 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
     normalisation = splits.normalisation.to(device, channels_last=wants_channels_last)
     reading = {key: values["data"][key] for key in ("num_workers", "timeout_s")}
     shared = {"normalisation": normalisation, "device": device, **reading}
-    augmentations = build_augmentations(values["augment"], splits, seed=values["seed"])
+    if fitted := [step for step in augment.values() if hasattr(step, "fit")]:
+        colours = covariance(measured(splits.train, image_size=values["data"]["image_size"], seed=values["seed"]))
+        for step in fitted:
+            step.fit(*colours)
+    augmentations = Augmentations(augment, seed=values["seed"], num_classes=len(splits.class_names))
     train_loader = TrainLoader(
         splits.train,
         batch_size=values["data"]["batch_size"],
@@ -211,20 +218,17 @@ def build_data(node: Mapping[str, Any], *, seed: int) -> Splits:
         raise error.under("data") from None
 
 
-def build_augmentations(steps: Mapping[str, Any], splits: Splits, *, seed: int) -> Augmentations:
-    """The augmentation steps of a config, in order; a class that is no step of ours is taken for a transform."""
-    built: dict[str, Any] = {}
-    for name, node in steps.items():
+def build_steps(nodes: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The augmentation steps of a config, in order, tried out; a class that is no step of ours is taken for a
+    transform. No data is needed: what is wrong is told before any picture is decoded."""
+    check_sizes(data)
+    steps: dict[str, Any] = {}
+    for name, node in nodes.items():
         step = construct(node, f"augment.{name}")
-        if not hasattr(step, "numbers"):
-            step = ASampleAtATime(step, name=f"augment.{name}")
-            step.try_out(splits.train.pixels.shape[1:])
-        built[name] = step
-    if fitted := [step for step in built.values() if hasattr(step, "fit")]:
-        mean, colours = covariance(measured(splits.train, seed=seed))
-        for step in fitted:
-            step.fit(mean, colours)
-    return Augmentations(built, seed=seed, num_classes=len(splits.class_names))
+        own = hasattr(step, "numbers")
+        steps[name] = step if own else ASampleAtATime(step, name=f"augment.{name}", image_size=data["image_size"])
+    try_out_steps(steps, data)
+    return steps
 
 
 def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:

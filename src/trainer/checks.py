@@ -43,6 +43,15 @@ def check_classes(values: Mapping[str, Any]) -> None:
         )
 
 
+def check_sizes(data: Mapping[str, Any]) -> None:
+    """Stored pictures are no smaller than what the network sees, and whole."""
+    stored, size = data.get("stored_size"), data["image_size"]
+    if stored is not None and data["fit"] != "resize":
+        raise ConfigError("data.stored_size", "needs data.fit = resize", value=stored)
+    if stored is not None and stored < size:
+        raise ConfigError("data.stored_size", f"must be an integer >= data.image_size = {size}, or null", value=stored)
+
+
 def with_classes(config: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]:
     """The config with the number of classes that was counted in a folder."""
     count = len(class_names)

@@ -33,6 +33,30 @@ def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
             raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
+def try_out_steps(steps: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Two made-up pictures, as large as they are stored, through all steps of augmentation: what comes out must be as
+    large as the network sees them."""
+    size, channels = data["image_size"], data["channels"]
+    stored = data.get("stored_size") or size
+    images, labels = torch.zeros(2, channels, stored, stored, dtype=torch.uint8), torch.full((4, 2), 0.5)
+    for step in steps.values():
+        if hasattr(step, "fit"):  # to made-up colours: those of the data are not known yet
+            step.fit(torch.full((channels,), 0.5).double(), torch.eye(channels).double() / 12)
+        if getattr(step, "one_at_a_time", False):
+            step.try_out(images.shape[1:])
+        numbers = torch.full((2, step.numbers), 0.5)
+        mixes = getattr(step, "mixes", False)
+        images = step(torch.cat([images, images]), labels, numbers)[0] if mixes else step(images, numbers)
+    height, width = images.shape[2:]
+    if (height, width) != (size, size):
+        explanation = f"augmentation leaves pictures of {height} x {width}, where data.image_size = {size}"
+        raise ConfigError(
+            "data.stored_size",
+            f"{explanation}; a step such as augment=random_resized_crop brings them to it",
+            value=data.get("stored_size"),
+        )
+
+
 def try_out_one(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
     """A picture alone, where the loader will give such a batch: batch norm may have no variance to divide by."""
     data = values["data"]

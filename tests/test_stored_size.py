@@ -1,0 +1,225 @@
+"""Pictures stored larger than the network sees them: pieces of them, resized as torchvision resizes those of the
+original; the same run to the bit however they are read; evaluation as ever."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import built, composed, last_state, reopened, stop_after, trained
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torchvision.transforms.v2 import functional as reference
+
+from core.config import Config
+from core.errors import ConfigError, StopSignal
+from core.seeding import fold
+from data.augmentations import RandomResizedCrop, rectangles
+from data.images import Files, decode
+from data.loaders import Resident
+from data.normalisation import statistics
+from data.splits import resize
+from trainer.build import assemble
+from trainer.restore import load_run
+
+ORIGINAL, STORED, SEEN = 64, 32, 16  # pixels
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """24 pictures of two classes, lossless: fine stripes, 5 to 8 pixels from one to the next, along or across."""
+    folder = tmp_path_factory.mktemp("pictures")
+    place = np.arange(ORIGINAL)
+    for index in range(24):
+        wave = 127.5 + 120 * np.sin(2 * np.pi * place / (5 + index % 4) + index)
+        shade = np.tile(wave, (ORIGINAL, 1)).T if index % 2 else np.tile(wave, (ORIGINAL, 1))
+        colours = np.stack([shade, 255 - shade, shade / 2], axis=2).round().astype(np.uint8)
+        path = folder / ("across" if index % 2 else "along") / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(colours).save(path)
+    return folder
+
+
+def given(root: Path, cache: Path | None, *more: str) -> tuple[str, ...]:
+    """Overrides: a folder, and random pieces of its pictures."""
+    return (
+        *("data=image_folder", f"data.root={root}", f"data.image_size={SEEN}", f"data.stored_size={STORED}"),
+        *("data.test_fraction=0.25", "data.val_fraction=0.25", "data.batch_size=4", "data.num_workers=0"),
+        *(f"data.cache_dir={cache or 'null'}", "augment=[random_resized_crop]", *more),
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 16), (25, 40, 12), (16, 16, 16), (11, 15, 20)])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_pieces_are_torchvisions_with_antialiasing(height, width, size, as_float):
+    """Shrunk, as they are, and enlarged; each alone as in its batch, to the bit."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 3, height, width), generator=draw, dtype=torch.uint8)
+    numbers = torch.rand(50, 4, generator=draw)
+    images = images.float() if as_float else images
+    numbers[0], numbers[1] = 0, 1 - 2**-24
+    step = RandomResizedCrop(area=[0.08, 1.0], ratio=[3 / 4, 4 / 3], size=size)
+    result = step(images, numbers)
+    assert result.dtype == torch.float32 and result.shape == (50, 3, size, size)
+    boxes = torch.stack(rectangles(numbers, area=step.area, ratio=step.ratio, height=height, width=width), dim=1).long()
+    for index, box in enumerate(boxes.tolist()):
+        expected = reference.resized_crop(images[index].float(), *box, size=[size, size], antialias=True)
+        assert (result[index] - expected).abs().max() < 0.001  # of 255
+        assert torch.equal(step(images[index : index + 1], numbers[index : index + 1])[0], result[index])
+
+
+def test_pieces_of_the_right_size_are_copied():
+    images = torch.randint(256, (30, 1, 23, 23), dtype=torch.uint8)
+    numbers = torch.rand(30, 4)
+    step = RandomResizedCrop(area=[(12 / 23) ** 2] * 2, ratio=[1, 1], size=12)
+    boxes = torch.stack(rectangles(numbers, area=step.area, ratio=step.ratio, height=23, width=23), dim=1).long()
+    for ours, image, (top, left, tall, wide) in zip(step(images, numbers), images, boxes.tolist(), strict=True):
+        assert (tall, wide) == (12, 12)
+        assert torch.equal(ours, image[:, top : top + 12, left : left + 12].float())
+
+
+def shown(trainer, epoch: int) -> dict[Path, torch.Tensor]:
+    """What an epoch makes of each training picture."""
+    loader = trainer.train_loader
+    paths = loader.source.images.pixels.paths
+    return {paths[row]: image for batch in loader.pictures(epoch) for row, image in zip(batch.indices, batch.images)}
+
+
+def test_pieces_have_the_detail_of_the_original(root, tmp_path):
+    """Against torchvision's pieces of the original photographs: stripes too fine for the network's size are there."""
+    errors = {}
+    for stored in (ORIGINAL, STORED, SEEN):
+        more = (f"data.stored_size={stored}", "augment.resized_crop.area=[0.15,0.25]", "data.memory_budget=0")
+        pieces = shown(built(tmp_path / str(stored), *given(root, None, *more)), epoch=1)
+        draw = torch.Generator().manual_seed(fold(0, "augment", "resized_crop", 1))
+        boxes = rectangles(
+            torch.rand(len(pieces), 4, generator=draw),
+            area=(0.15, 0.25),
+            ratio=(3 / 4, 4 / 3),
+            height=stored,
+            width=stored,
+        )
+        boxes = torch.stack(boxes, dim=1) * (ORIGINAL / stored)
+        differences = []
+        for path, box in zip(sorted(pieces), boxes.long().tolist(), strict=True):
+            original = decode(path, image_size=None, channels=3).float()
+            expected = reference.resized_crop(original, *box, size=[SEEN, SEEN], antialias=True)
+            differences.append((pieces[path] - expected).abs().mean())
+        errors[stored] = float(torch.stack(differences).mean())
+    assert errors[ORIGINAL] < 0.001 and errors[STORED] < errors[SEEN] / 2 and errors[SEEN] > 20
+
+
+def test_a_training_is_the_same_to_the_bit(root, tmp_path):
+    """Decoded anew, resident, mapped, by workers, by partners of a mix, and gone on with in the middle of an epoch."""
+    cache = tmp_path / "cache"
+    more = ("augment=[flip,random_resized_crop,mixup]",)
+    states = [
+        last_state(trained(tmp_path / str(number), *given(root, place, *more, *reading)).folder.path)
+        for number, (place, reading) in enumerate(
+            [
+                (None, ()),
+                (cache, ()),  # made, and read into memory
+                (cache, ("data.memory_budget=0",)),  # mapped
+                (cache, ("data.memory_budget=0", "data.num_workers=2")),
+            ]
+        )
+    ]
+    killed = built(tmp_path / "killed", *given(root, cache, *more, "data.memory_budget=0"))
+    stop_after(killed, 5)
+    with pytest.raises(StopSignal):
+        killed.run()
+    resumed = reopened(tmp_path / "killed", "data.num_workers=1")
+    assert resumed is not None
+    resumed.run()
+    states.append(last_state(tmp_path / "killed"))
+    assert states == states[:1] * 5
+    assert len(list(cache.glob("*.npy"))) == 2  # one a size
+
+
+def test_only_what_is_trained_on_is_stored_larger(root, tmp_path):
+    """Validation and test are as without the key, measured statistics those of pictures that the network sees; a cache
+    holds no size that is not read."""
+    parts = tmp_path / "parts"
+    for fewer, part in enumerate(("train", "val", "test")):  # not the same pictures, or they would share a cache
+        shutil.copytree(root, parts / part)
+        for path in list((parts / part).rglob("*.png"))[:fewer]:
+            path.unlink()
+    plain = built(tmp_path / "plain", *given(root, None, "data.stored_size=null"))
+    for number, (place, kept) in enumerate([(root, [STORED, SEEN]), (parts, [STORED, SEEN, SEEN])]):
+        cache = tmp_path / f"cache{number}"
+        trainer = built(tmp_path / str(number), *given(place, cache, "data.memory_budget=0"))
+        assert sorted((np.load(path).shape[2] for path in cache.glob("*.npy")), reverse=True) == kept
+        train = trainer.train_loader.source.images
+        assert train.pixels.shape[2:] == (STORED, STORED)
+        mean, std = statistics([resize(train.load(), image_size=SEEN, fit="resize")])
+        assert torch.equal(trainer.normalisation.tensors["mean"], mean)
+        assert torch.equal(trainer.normalisation.tensors["std"], std)
+        for loader in (trainer.val_loader, trainer.test_loader):
+            files = loader.source.images.pixels
+            assert isinstance(files, Files) and files.cache is not None
+            expected = torch.stack([decode(path, image_size=SEEN, channels=3) for path in files.paths])
+            assert torch.equal(loader.source.images.load(), expected)
+    assert (plain.normalisation.tensors["mean"] - mean).abs().max() < 0.01
+
+
+def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
+    train, val, test = 14, 4, 6  # of 24: a quarter for the test, a quarter of the rest, by class
+    bytes_needed = 3 * (train * STORED**2 + (val + test) * SEEN**2)
+    for spare, resident in ((0, True), (-1, False)):
+        budget = f"data.memory_budget={(bytes_needed + spare) / 2**30!r}"
+        trainer = built(tmp_path / str(resident), *given(root, None, budget))
+        sources = [loader.source for loader in (trainer.train_loader, trainer.val_loader, trainer.test_loader)]
+        assert [isinstance(source, Resident) for source in sources] == [resident] * 3
+        if resident:
+            assert [len(source.pixels) for source in sources] == [train, val, test]
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    ((f"data.stored_size={SEEN - 1}",), "data.stored_size = 15: must be an integer >= data.image_size = 16, or null"),
+    (("data.fit=pad",), "data.stored_size = 32: needs data.fit = resize"),
+    (("augment=flip",), "data.stored_size = 32: augmentation leaves pictures of 32 x 32, where data.image_size = 16"),
+    (("augment.resized_crop.size=20",), "data.stored_size = 32: augmentation leaves pictures of 20 x 20"),
+    (("data.stored_size=null", "augment.resized_crop.size=20"), "data.stored_size = null: augmentation leaves"),
+    (("augment.resized_crop.size=0",), "augment.resized_crop.size = 0: must be an integer >= 1, or null"),
+])  # fmt: skip
+def test_what_cannot_work_is_told_before_a_picture_is_decoded(root, tmp_path, monkeypatch, more, told):
+    monkeypatch.setattr("data.images.decode", None)
+    monkeypatch.setattr("data.cache.decode", None)
+    with pytest.raises(ConfigError) as caught:
+        built(tmp_path / "run", *given(root, tmp_path / "cache", *more))
+    assert told in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_the_key_is_checked(root):
+    with pytest.raises(ConfigError, match="data.stored_size = large: must be an integer >= 1, or null"):
+        composed(*given(root, None, "data.stored_size=large"))
+
+
+def test_torchvisions_own_brings_pictures_down(root, tmp_path):
+    transform = "{_target_:torchvision.transforms.v2.RandomResizedCrop,size:16,antialias:true}"
+    trainer = built(tmp_path / "run", *given(root, None, "augment=[flip]", f"+augment.theirs={transform}"))
+    assert next(iter(trainer.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+    shrunk = built(tmp_path / "more", *given(root, None, "augment=[random_resized_crop,trivial_augment,cutmix]"))
+    assert next(iter(shrunk.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+
+
+def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path, monkeypatch):
+    """evaluate.py split=train is as of a run without the key; look.py puts pictures of one size side by side."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    look = importlib.import_module("look")
+    trainer, splits, _ = assemble(composed(*given(root, None, "data.memory_budget=0")))
+    pictures = look.augmented_pictures(trainer, splits)["pictures"]
+    assert pictures.shape == (2, 1 + look.EPOCHS, SEEN, SEEN, 3)
+
+    run = load_run(trained(tmp_path / "run", *given(root, None)).folder.path)
+    values = {"run": str(tmp_path / "run"), "split": "train", "checkpoint": "best", "device": "cpu", "root": None}
+    evaluate = importlib.import_module("evaluate").evaluate
+    evaluate(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    told = json.loads((tmp_path / "run" / "evaluation-train.json").read_text())
+    with torch.no_grad():
+        logits = run.model(torch.stack([run.transform(path) for path in splits.train.pixels.paths]))
+    assert told["samples"] == 14
+    assert told["cross_entropy"] == pytest.approx(float(cross_entropy(logits, splits.train.labels)), rel=1e-5)
