@@ -20,10 +20,13 @@ from core.errors import ConfigError, suggest
 from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, TRAIN, leaves
 from core.seeding import fold
 from sweeps.space import Dimension, grid, overrides, read_space
+from sweeps.store import experimental
 
 EVALUATED = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
 MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
-NOT_OF_A_TRIAL = ("sweep", "run_dir", "resume", "traceback")
+# Free to change on resume, but no two trials with different ones can be compared.
+COMPARED = ("optimizer.lr", "optimizer.adamw_lr", "trainer.max_epochs", "trainer.max_steps")
+NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ class Plan:
 
     def definition(self) -> dict[str, Any]:
         """Whatever makes two trials comparable; another machine or a relaunch must agree on it."""
-        config = {name: value for name, value in leaves(self.base.record) if not isinstance(value, dict)}
-        config = {name: value for name, value in config.items() if name not in FREE_ON_RESUME or name in SEARCHABLE}
+        free = {*FREE_ON_RESUME, *NOT_COMPARED} - {*COMPARED}
+        known = dict(leaves(self.base.record))
+        config = {name: value for name, value in known.items() if name not in free and not isinstance(value, dict)}
         space = {
             f"sweep.space.{each.key}": [each.kind, *each.options, dict(each.when), each.points] for each in self.space
         }
@@ -102,7 +106,8 @@ class Plan:
             "cmaes": partial(CmaEsSampler, n_startup_trials=max(1, startup), warn_independent_sampling=False),
             "nsga2": partial(NSGAIISampler, population_size=max(2, startup)),
         }
-        return makers[self.options["sampler"]](seed=seed)
+        with experimental():
+            return makers[self.options["sampler"]](seed=seed)
 
     def pruner(self) -> BasePruner:
         """Resources are counted in evaluations."""
@@ -124,9 +129,6 @@ class Plan:
         """Where a training of a trial stands."""
         suffix = f"-seed-{seed_index}" if self.options["seeds"] > 1 else ""
         return self.folder / f"trial-{number:04}{suffix}"
-
-
-SEARCHABLE = ("optimizer.lr", "optimizer.adamw_lr", "trainer.max_epochs", "trainer.max_steps")  # free on resume, but not here
 
 
 def read_plan(config: Config) -> Plan:
@@ -181,11 +183,20 @@ def read_plan(config: Config) -> Plan:
 
 
 def _try_out(plan: Plan) -> None:
-    """Compose a trial with each end of each dimension, so that a key or a value that cannot be is told at once."""
-    for dimension in plan.space:
-        called_for = {key: values[0] for key, values in dimension.when}
-        for option in dimension.options:
-            compose_trial(plan.arguments({**called_for, dimension.key: option}), plan.config_dirs)
+    """Compose trials until each option and bound was in one, so that a key or a value that cannot be is told at once."""
+    left = {dimension.key: list(dimension.options) for dimension in plan.space}
+    while any(left.values()):
+        point: dict[str, Any] = {}
+        wanted = next(dimension for dimension in reversed(plan.space) if left[dimension.key])
+        calls = {key: values[0] for key, values in wanted.when}
+        for dimension in plan.space:
+            if dimension.key in calls:
+                point[dimension.key] = calls[dimension.key]
+            elif dimension.is_called_for(point) or dimension is wanted:
+                point[dimension.key] = (left[dimension.key] or dimension.options)[0]
+            if point.get(dimension.key) in left[dimension.key]:
+                left[dimension.key].remove(point[dimension.key])
+        compose_trial(plan.arguments(point), plan.config_dirs)
 
 
 def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:

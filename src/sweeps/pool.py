@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from core.errors import StorageError
 from sweeps.worker import Job, Line, send_job

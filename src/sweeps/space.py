@@ -48,10 +48,15 @@ class Dimension:
         return f"1 - {self.key}" if self.kind == "one_minus_log" else self.key
 
     @property
+    def labels(self) -> list[Any]:
+        """The options of a choice as the study knows them: a list by its JSON."""
+        return [_label(option) for option in self.options]
+
+    @property
     def distribution(self) -> BaseDistribution:
-        """Optuna's; a list among the options is known by its JSON."""
+        """Optuna's."""
         if self.kind == "choice":
-            return CategoricalDistribution([_label(option) for option in self.options])
+            return CategoricalDistribution(self.labels)
         low, high = self.options
         if self.kind in ("int", "log_int"):
             return IntDistribution(low, high, log=self.kind == "log_int")
@@ -62,7 +67,7 @@ class Dimension:
     def value(self, drawn: Any) -> Any:
         """The config's value for what was drawn."""
         if self.kind == "choice":
-            return next(option for option in self.options if _label(option) == drawn)
+            return self.options[self.labels.index(drawn)]
         return 1 - drawn if self.kind == "one_minus_log" else drawn
 
     def is_called_for(self, values: Mapping[str, Any]) -> bool:
@@ -72,7 +77,7 @@ class Dimension:
     def grid(self) -> list[Any]:
         """The values drawn by a grid, evenly spaced on the dimension's own scale."""
         if self.kind == "choice":
-            return [_label(option) for option in self.options]
+            return self.labels
         distribution = self.distribution
         assert isinstance(distribution, IntDistribution | FloatDistribution)
         low, high = distribution.low, distribution.high
@@ -115,7 +120,9 @@ def _dimensions(tree: Mapping[str, Any], prefix: str) -> Iterator[Dimension]:
         key = f"{prefix}{name}"
         place = f"sweep.space.{key}"
         if not isinstance(node, dict):
-            raise ConfigError(place, f"must be a dimension, such as {{log_uniform: [0.001, 1]}}; {_kinds()}", value=node)
+            raise ConfigError(
+                place, f"must be a dimension, such as {{log_uniform: [0.001, 1]}}; {_kinds()}", value=node
+            )
         kinds = [kind for kind in KINDS if kind in node]
         children = {child: value for child, value in node.items() if child not in (*KINDS, "when", "points")}
         if len(kinds) > 1:

@@ -46,21 +46,30 @@ OWNER = "owner"  # a system attribute of a trial: the token of the sweep that ha
 PATIENCE = 60.0  # seconds that SQLite waits for another's transaction
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@contextmanager
+def experimental() -> Iterator[None]:
+    """What Optuna calls experimental, some of it for years, is used without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 class Store:
     """One study in a database. `owner` is this process's token: a lock in `folder` that ends with it."""
 
-    def __init__(self, url: str | None, *, folder: Path, name: str, directions: list[str]) -> None:
+    def __init__(self, url: str | None, *, folder: Path, name: str, objectives: list[tuple[str, str]]) -> None:
         self.url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
         self.name = name
         self.storage = self._patiently(lambda: _open(self.url))
         self.study = self._patiently(
             lambda: optuna.create_study(
-                storage=self.storage, study_name=name, directions=directions, load_if_exists=True
+                storage=self.storage, study_name=name, directions=[each for each, _ in objectives], load_if_exists=True
             )
         )
+        with experimental():
+            self.study.set_metric_names([metric for _, metric in objectives])
         self.id = self.study._study_id
         self.owners = folder / ".owners"
         self.owners.mkdir(exist_ok=True)
@@ -114,7 +123,9 @@ class Store:
                 if before.get(key) != now.get(key)
             ]
             explanation = f"was begun with another search, and its trials cannot be compared: {'; '.join(changed)}."
-            raise CheckpointError(f"sweep {self.name}", f"{explanation} Give it back, or begin anew in another sweep.dir")
+            raise CheckpointError(
+                f"sweep {self.name}", f"{explanation} Give it back, or begin anew in another sweep.dir"
+            )
 
     def _hold_study(self, session: Session) -> None:
         models.StudyModel.find_or_raise_by_id(self.id, session, for_update=True)
@@ -243,7 +254,9 @@ def _open(url: str) -> RDBStorage:
     """Optuna's storage at a URL, and SQLite told to take its transactions one by one."""
     is_sqlite = url.startswith("sqlite")
     # Without an isolation level Python's sqlite3 leaves it to us when a transaction begins.
-    connecting = {"connect_args": {"timeout": PATIENCE, "isolation_level": None}} if is_sqlite else {"pool_pre_ping": True}
+    connecting = (
+        {"connect_args": {"timeout": PATIENCE, "isolation_level": None}} if is_sqlite else {"pool_pre_ping": True}
+    )
     try:
         storage = RDBStorage(url, engine_kwargs=connecting)
     except ImportError:

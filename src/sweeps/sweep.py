@@ -9,7 +9,6 @@ Everything is in the store, so the same command goes on wherever it was killed, 
 
 import contextlib
 import math
-import os
 import selectors
 import signal
 import statistics
@@ -19,8 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from core.config import Config
 from core.errors import STOP_SIGNALS, PreceptorError, StopSignal, StorageError, is_hung_up_in_vain
@@ -52,22 +50,22 @@ def search(config: Config) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as exception:
         raise StorageError(str(plan.folder), f"cannot be made: {exception.strerror}") from None
-    directions = [direction for direction, _ in plan.objectives]
-    store = Store(plan.options["storage"], folder=plan.folder, name=plan.name, directions=directions)
+    store = Store(plan.options["storage"], folder=plan.folder, name=plan.name, objectives=plan.objectives)
     with contextlib.closing(store):
         store.settle_definition(plan.definition())
-        store.study.set_metric_names([metric for _, metric in plan.objectives])
         store.fill(plan.trials)
         pool = Pool(warm=plan.options["warm"], lock=store.lock, output=plan.folder / "errors.txt")
         with contextlib.closing(pool), Table(plan, store) as table:
             Sweep(plan, store, pool, table).run()
         from sweeps.report import write_report
 
-        write_report(plan, store)
+        write_report(plan, store, table.console)
         failed = [trial for trial in store.trials() if trial.state == TrialState.FAIL]
     if failed:
         first = failed[0].user_attrs
-        error = PreceptorError("sweep", f"{len(failed)} of {plan.trials} trials failed, the first with {first['error']}")
+        error = PreceptorError(
+            "sweep", f"{len(failed)} of {plan.trials} trials failed, the first with {first['error']}"
+        )
         error.kind, error.exit_code = "trial", first["exit_code"]
         raise error
 
@@ -88,7 +86,9 @@ class Sweep:
 
     def run(self) -> None:
         """Until no trial is left, or a signal asks to stop: StopSignal, when all have saved."""
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS if not is_hung_up_in_vain(number)}
+        before = {
+            number: signal.signal(number, self._note) for number in STOP_SIGNALS if not is_hung_up_in_vain(number)
+        }
         try:
             while self._go_on():
                 self._listen()
@@ -231,7 +231,9 @@ class Sweep:
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
         """Try it again, as often as is set and anew when it got further than before; then it has failed."""
         step = running.last.get("step", 0)
-        before = self.store.storage.get_trial(running.trial._trial_id).user_attrs.get("failures", {"step": -1, "count": 0})
+        before = self.store.storage.get_trial(running.trial._trial_id).user_attrs.get(
+            "failures", {"step": -1, "count": 0}
+        )
         count = before["count"] + 1 if step <= before["step"] else 1
         retries = self.plan.options["retries"]
         if count <= retries and not self.stopping:

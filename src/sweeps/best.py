@@ -1,0 +1,67 @@
+"""A trial as an experiment card, which `train.py` runs as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from optuna.trial import FrozenTrial
+
+from core.config import settle
+from core.durable import write_durably
+from core.entry import CONFIGS
+from core.schema import TRAIN, leaves
+from sweeps.plan import Plan, compose_trial
+from sweeps.space import point, written
+from sweeps.table import spread
+
+GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss")
+# What belongs to this machine or to a sweep, rather than to the recipe.
+LEFT_OUT = ("run_dir", "resume", "traceback", "trust", "trainer.threads", "trainer.log_graph", "trainer.log_images")
+
+
+def write_card(plan: Plan, trial: FrozenTrial, name: str) -> Path:
+    """SWEEP/experiment/NAME.yaml: the groups' options that were chosen, and what differs from them."""
+    config = compose_trial(plan.arguments(point(plan.space, trial.params)), plan.config_dirs)
+    chosen = {group: config.values["choices"][group] for group in GROUPS if group in config.values["choices"]}
+    GlobalHydra.instance().clear()
+    paths = (
+        [f"hydra.searchpath=[{','.join(f'file://{path}' for path in plan.config_dirs)}]"] if plan.config_dirs else []
+    )
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        plain = compose("train", [*paths, *(f"{group}={written(option)}" for group, option in chosen.items())])
+        before = dict(leaves(settle(plain, TRAIN, choices={}).record))
+    card: dict[str, Any] = {}
+    for key, value in leaves(config.record):
+        left_out = key.partition(".")[0] == "choices" or key in LEFT_OUT or (isinstance(value, dict) and value)
+        if left_out or (key in before and before[key] == value):
+            continue
+        node = card
+        *sections, last = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    path = plan.folder / "experiment" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    figures = ", ".join(f"{metric} {spread(trial, metric)}" for _, metric in plan.objectives)
+    lines = [
+        "# @package _global_",
+        f"# Trial {trial.number} of the sweep {plan.name}: {figures} (validation, {trial.user_attrs['seeds']} seed(s)).",
+        f"# {command(plan, name)}",
+        "",
+        "defaults:",
+        *(f"  - override /{group}: {option}" for group, option in chosen.items()),
+        "",
+        yaml.safe_dump(card, sort_keys=False) if card else "",
+    ]
+    write_durably(path, "\n".join(lines).encode())
+    return path
+
+
+def command(plan: Plan, name: str) -> str:
+    """What runs a card."""
+    paths = (
+        f" 'hydra.searchpath=[{','.join(f'file://{each}' for each in plan.config_dirs)}]'" if plan.config_dirs else ""
+    )
+    return f"scripts/train.py --config-dir={plan.folder} experiment={name}{paths}"
