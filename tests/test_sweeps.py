@@ -1,7 +1,7 @@
 """Sweeps: what is drawn, what the store keeps through kills, and whole searches by the command line.
 
-The sweeps are those of scripts/sweep.py, forked from this process, and so is the process that forks their trials: torch is
-there already, and a whole search takes a second or two. FAULTS.md K03 to K07 are named where they are tested.
+The sweeps are those of scripts/sweep.py, forked from this process, and so is the process that forks their trials: torch
+is there already, and a whole search takes a second or two. FAULTS.md K03 to K07 are named where they are tested.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import optuna
 import pytest
 import torch._inductor  # noqa: F401  which each trial would import anew
 import yaml
-from conftest import SYNTHETIC, last_state
+from conftest import SYNTHETIC, last_state, reopened
 from optuna.trial import TrialState
 from sqlalchemy import Engine, event, text
 
@@ -416,3 +416,105 @@ def test_requeue_knows_the_dead_and_the_silent(tmp_path):
         assert other.finish(optuna.Trial(other.study, claimed[0]), TrialState.COMPLETE, [2.0])
         assert [trial.value for trial in other.trials()] == [2.0, None]
         other.close()
+
+
+# What is sought
+
+
+def test_pruning_ends_the_poor_ones_and_they_can_go_on(tmp_path):
+    """ASHA with learning rates of which most are far too small; train.py goes on with one that was pruned."""
+    folder = tmp_path / "sweep"
+    space = "sweep.space={optimizer:{lr:{log_uniform:[1e-6,1.0]}}}"
+    arguments = (*QUICK, "~sweep.space", f"+{space}", "sweep.trials=9", "trainer.max_epochs=9")
+    code, out = swept(folder, *arguments, "sweep.pruner=asha", "sweep.grace=1")
+    assert code == 0, out
+    trials = trials_of(folder)
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert 3 <= len(pruned) < 9 and all(trial.state.is_finished() for trial in trials)
+    for trial in pruned:
+        summary = json.loads((folder / f"trial-{trial.number:04}" / "summary.json").read_text())
+        assert (summary["status"], summary["stop_reason"], summary["test"]) == ("stopped_early", "pruned", {})
+        assert trial.last_step == summary["step"] / 6 and trial.last_step in (1, 3)
+        told = [line["val/accuracy"] for line in read_lines(folder / f"trial-{trial.number:04}" / "metrics.jsonl")]
+        assert list(trial.intermediate_values.values()) == told
+    went_on = reopened(folder / f"trial-{pruned[0].number:04}")
+    assert went_on is not None
+    went_on.run()
+    summary = went_on.folder.read_summary()
+    assert summary["status"] == "finished" and summary["step"] == 54 and summary["test"]
+
+
+def test_constraints(tmp_path):
+    """Infeasible trials are marked, guide the sampler, and are never the best."""
+    folder = tmp_path / "sweep"
+    space = "+sweep.space={model:{hidden:{choice:[[4],[64]]}}}"
+    arguments = (*QUICK, "~sweep.space", space, "sweep.sampler=grid", "sweep.trials=null")
+    constraints = "sweep.constraints=[parameters < 1000,'seconds<=60','latency_ms < 1e3']".replace("<=", " <= ")
+    code, out = swept(folder, *arguments, constraints)
+    assert code == 0, out
+    small, large = trials_of(folder)
+    assert small.user_attrs["metrics"]["parameters"] == 64 * 4 + 4 + 4 * 4 + 4
+    assert all(violation <= 0 for violation in small.constraints.values())
+    assert large.constraints["parameters < 1000"] == pytest.approx((64 * 64 + 64 + 64 * 4 + 4) / 1000 - 1)
+    assert large.constraints["seconds <= 60"] < 0 and 0 < large.user_attrs["metrics"]["latency_ms"] < 1000
+    best = yaml.safe_load((folder / "experiment" / "best.yaml").read_text())
+    assert best["model"] == {"hidden": [4]}
+    page = (folder / "sweep.html").read_text()
+    assert "class='infeasible'" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_pareto_front(tmp_path):
+    folder = tmp_path / "sweep"
+    space = "+sweep.space={model:{hidden:{choice:[[],[8],[64]]}}}"
+    arguments = (*QUICK, "~sweep.space", space, "sweep.sampler=nsga2", "sweep.trials=4", "sweep.startup=2")
+    both = "sweep.objectives=[max train/accuracy,min parameters]"
+    code, out = swept(folder, *arguments, both)
+    assert code == 0, out
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/sweep.db")
+    front = {f"trial-{trial.number:04}" for trial in study.best_trials}  # Optuna's own
+    assert {path.stem for path in (folder / "experiment").iterdir()} == front | {"best"}
+    code, out = swept(tmp_path / "pruned", *arguments[:-1], both, "sweep.pruner=median")
+    assert code == 2 and "error[config] sweep.pruner = median: cannot prune for 2 objectives" in out
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_the_best_is_an_experiment_that_runs_as_it_is(tmp_path):
+    """Three seeds, a group, a list within it and a condition: train.py trains what the trial did, to the same weights."""
+    folder = tmp_path / "sweep"
+    space = """+sweep.space={model:{choice:[mlp],hidden:{choice:[[8,8]],when:{model:mlp}}},
+        optimizer:{choice:[adam],betas:{1:{one_minus_log:[0.9,0.999]}}},augment:{choice:[[crop_flip,mixup]]}}"""
+    quick = [item for item in QUICK if not item.startswith("model")]
+    arguments = (*quick, "~sweep.space", " ".join(space.split()), "sweep.trials=1", "sweep.seeds=3")
+    code, out = swept(folder, *arguments)
+    assert code == 0, out
+    trial = trials_of(folder)[0]
+    runs = [json.loads((folder / f"trial-0000-seed-{seed}" / "summary.json").read_text()) for seed in range(3)]
+    values = [run["best"]["metrics"]["val/accuracy"] for run in runs]
+    assert trial.value == pytest.approx(statistics.mean(values))
+    assert trial.user_attrs["spread"]["val/accuracy"] == pytest.approx(statistics.stdev(values))
+    arguments = ("trainer.threads=1", "trainer.log_graph=false", "trainer.log_images=false", "seed=1")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["train.py", f"--config-dir={folder}", "experiment=best", *arguments])
+        patched.setattr(sys, "argv", [*sys.argv, f"run_dir={tmp_path / 'best'}"])
+        runpy.run_path(SWEEP_SCRIPT.replace("sweep.py", "train.py"), run_name="__main__")
+    ours, theirs = last_state(tmp_path / "best"), last_state(folder / "trial-0000-seed-1")
+    assert ours[0] == theirs[0] and ours[2] == theirs[2]
+
+
+def test_divergence_is_a_result(tmp_path):
+    """A learning rate that leads to NaN is a bad point, told as such; it is neither tried again nor a failure."""
+    folder = tmp_path / "sweep"
+    space = "+sweep.space={optimizer:{lr:{choice:[1e30]}}}"
+    code, out = swept(folder, *QUICK, "~sweep.space", space, "sweep.trials=2", "loss=squared_error")
+    assert code == 0, out
+    assert [trial.user_attrs["outcome"] for trial in trials_of(folder)] == ["diverged"] * 2
+    assert "best    none" not in out and "tried again" not in out
+
+
+def test_cold_workers(tmp_path):
+    """sweep.warm=false: a process that imports torch for each trial, through the real command line."""
+    arguments = [*QUICK, LR, "sweep.trials=1", "sweep.warm=false", f"sweep.dir={tmp_path / 'sweep'}"]
+    done = subprocess.run([sys.executable, SWEEP_SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert trials_of(tmp_path / "sweep")[0].state == TrialState.COMPLETE
+    assert done.stdout.count("complete") == 1 and done.stderr == ""

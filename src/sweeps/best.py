@@ -47,7 +47,7 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> Path:
     figures = ", ".join(f"{metric} {spread(trial, metric)}" for _, metric in plan.objectives)
     lines = [
         "# @package _global_",
-        f"# Trial {trial.number} of the sweep {plan.name}: {figures} (validation, {trial.user_attrs['seeds']} seed(s)).",
+        f"# Trial {trial.number} of the sweep {plan.name}: {figures} (validation, seeds: {trial.user_attrs['seeds']}).",
         f"# {command(plan, name)}",
         "",
         "defaults:",

@@ -84,7 +84,7 @@ def parallel_coordinates(plan: Plan, trials: Sequence[FrozenTrial], metric: str,
         heights = [_share(dimension, trial) for dimension in plan.space]
         heights.append((value - low) / ((high - low) or 1))
         rank = results.index(sign * value) / max(1, len(results) - 1)
-        style = (
+        style: dict[str, Any] = (
             {"color": BEST, "linewidth": 2.2}
             if trial.number == best
             else {"color": GOOD, "alpha": 0.08 + 0.7 * rank**3}

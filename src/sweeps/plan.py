@@ -183,7 +183,7 @@ def read_plan(config: Config) -> Plan:
 
 
 def _try_out(plan: Plan) -> None:
-    """Compose trials until each option and bound was in one, so that a key or a value that cannot be is told at once."""
+    """Compose trials until each option and bound was in one: what cannot be is told before anything is begun."""
     left = {dimension.key: list(dimension.options) for dimension in plan.space}
     while any(left.values()):
         point: dict[str, Any] = {}

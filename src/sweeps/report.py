@@ -1,4 +1,4 @@
-"""What is left when a sweep has ended: sweep.html with its pictures in it, trials.csv, and the best as experiment cards."""
+"""What is left of a sweep: sweep.html with its pictures in it, trials.csv, and the best as experiment cards."""
 
 import base64
 import csv
@@ -26,7 +26,8 @@ from sweeps.table import brief, is_feasible, leaderboard, ranked, spread
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2833; max-width: 1040px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 0.3em } p { margin: 0.3em 0; max-width: 52em }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e5e8e8; white-space: nowrap }
 th { background: #f4f6f6 } tr.best { background: #fdedec; font-weight: 600 } tr.pruned, tr.diverged { color: #909497 }
 tr.infeasible { color: #ba4a00 } tr.failed { color: #922b21 } code { background: #f4f6f6; padding: 1px 4px }
@@ -133,7 +134,7 @@ def render(
         parts.append(_picture(figures.learning_curves(curves, by_number, metric, best), "learning curves"))
     shares = importance_of(store, plan)
     if shares:
-        told = f"Share of the variance of {metric} that each explains alone, by a random forest over complete trials (Hutter et al. 2014)."
+        told = f"Share of the variance of {metric} that each explains alone, by a random forest over complete trials."
         if counts.get("pruned"):
             told += " Pruned trials are not among them: what made those poor counts for less here than it should."
         parts += [
@@ -174,7 +175,7 @@ def leaderboard_html(
 
 
 def importance_of(store: Store, plan: Plan) -> dict[str, float]:
-    """fANOVA's shares by dimension; nothing where there are too few trials, or all have the same value."""
+    """fANOVA's shares by dimension (Hutter et al. 2014); none for a few trials, or where all have the same value."""
     complete = [trial for trial in store.trials() if trial.state == TrialState.COMPLETE]
     if len(complete) < 4 or len({trial.values[0] for trial in complete}) == 1:
         return {}

@@ -2,7 +2,7 @@
 
     optimizer:
       lr: {log_uniform: [0.001, 1]}               log lr is uniform
-      momentum: {one_minus_log: [0.5, 0.999]}     log (1 - momentum) is uniform: 0.9 to 0.99 weighs as much as 0.99 to 0.999
+      momentum: {one_minus_log: [0.5, 0.999]}     log (1 - momentum) is: 0.9 to 0.99 weighs as much as 0.99 to 0.999
       betas: {1: {one_minus_log: [0.9, 0.9999]}}  one number of a list, by its place
     augment: {choice: [none, affine]}             a group's options, or any values
     model:

@@ -7,15 +7,15 @@
 A trial is one row from its first moment to its last, so that N trials are N rows whatever is killed when. What was
 found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this file exists:
 
-- `ask` takes a waiting trial by `set_trial_state_values(RUNNING)`, which reads the row FOR UPDATE and refuses when it is
-  not WAITING any more: a compare-and-set with PostgreSQL and MySQL. SQLite has no FOR UPDATE, and Python's sqlite3
-  begins a transaction only at the first write: two processes can both read WAITING, and both take the trial. Here every
-  transaction on SQLite begins with BEGIN IMMEDIATE, so one is over before the next one reads.
-- `ask` makes a new trial when none waits, so N machines that enqueue "what is missing" enqueue it N times. `fill` counts
-  and inserts in one transaction that holds the study's row.
-- A heartbeat is written by `Study.optimize` alone, and the callback that requeues a stale trial marks the old row FAIL in
-  one transaction and adds a new one in another: killed in between, a trial is lost. Here the claim and its first sign of
-  life are one transaction, and `requeue` is one more that looks again, under the row's lock, before it takes a trial back.
+- `ask` takes a waiting trial by `set_trial_state_values(RUNNING)`, which reads the row FOR UPDATE and refuses when it
+  is not WAITING any more: a compare-and-set with PostgreSQL and MySQL. SQLite has no FOR UPDATE, and Python's sqlite3
+  begins a transaction only at the first write: two processes can both read WAITING, and both take the trial. Here
+  every transaction on SQLite begins with BEGIN IMMEDIATE, so one is over before the next one reads.
+- `ask` makes a new trial when none waits, and machines that each enqueue "what is missing" enqueue it several times.
+  `fill` counts and inserts in one transaction that holds the study's row.
+- A heartbeat is written by `Study.optimize` alone, and the callback that requeues a stale trial marks the old row FAIL
+  in one transaction and adds a new one in another: killed in between, a trial is lost. Here the claim and its first
+  sign of life are one transaction, and `requeue` looks again, under the row's lock, before it takes a trial back.
 """
 
 import datetime
@@ -34,7 +34,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
+from optuna.storages._rdb import models as optunas
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,6 +42,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import CheckpointError, ConfigError, StorageError
 
+models: Any = optunas  # its columns are typed as columns where they are values
 OWNER = "owner"  # a system attribute of a trial: the token of the sweep that has claimed it
 PATIENCE = 60.0  # seconds that SQLite waits for another's transaction
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -62,10 +63,11 @@ class Store:
     def __init__(self, url: str | None, *, folder: Path, name: str, objectives: list[tuple[str, str]]) -> None:
         self.url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
         self.name = name
+        directions: Any = [direction for direction, _ in objectives]
         self.storage = self._patiently(lambda: _open(self.url))
         self.study = self._patiently(
             lambda: optuna.create_study(
-                storage=self.storage, study_name=name, directions=[each for each, _ in objectives], load_if_exists=True
+                storage=self.storage, study_name=name, directions=directions, load_if_exists=True
             )
         )
         with experimental():
@@ -92,7 +94,7 @@ class Store:
             yield session
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Several machines that start at once make the tables at once: all but one of them are refused, and try again."""
+        """Machines that start together make the tables together: all but one of them are refused, and try again."""
         for attempt in range(5):
             try:
                 return action()
@@ -235,12 +237,12 @@ class Store:
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
         return trial.state == TrialState.RUNNING and self._owner_of(session, trial_id) == self.owner
 
-    def _owner_row(self, session: Session, trial_id: int) -> models.TrialSystemAttributeModel | None:
+    def _owner_row(self, session: Session, trial_id: int) -> Any:
         return session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id, key=OWNER).one_or_none()
 
     def _owner_of(self, session: Session, trial_id: int) -> str | None:
         row = self._owner_row(session, trial_id)
-        return row and json.loads(row.value_json)
+        return json.loads(row.value_json) if row else None
 
     def _set_owner(self, session: Session, trial_id: int, owner: str) -> None:
         row = self._owner_row(session, trial_id)

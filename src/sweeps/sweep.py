@@ -44,7 +44,7 @@ class Running:
 
 
 def search(config: Config) -> None:
-    """Run the trials that are left, then write the report; a sweep with failed trials ends with the first one's error."""
+    """Run the trials that are left, then write the report; with failed trials, end with the first one's error."""
     plan = read_plan(config)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class Sweep:
                     running.outcome = message
 
     def _judge(self, running: Running, message: Mapping[str, Any]) -> bool:
-        """Is the trial to be pruned? The first of its seeds decides; a run that goes on tells some evaluations again."""
+        """Is the trial to be pruned? Its first seed decides. A run that goes on tells some evaluations again."""
         if message["index"] > 0 or not self.plan.prunes:
             return False
         trial, number = running.trial, message["evaluation"]

@@ -4,9 +4,9 @@
       ^                                                                                       |
       +---------------------- a socket of its own: reports, verdicts, the result -------------+
 
-Importing torch takes seconds; a fork has it at once. A fork of a process with threads could wait for ever for a lock that
-one of them held, and CUDA does not survive it: so before each fork it is checked that there is one thread, and no CUDA.
-Nobody is left behind: a trial dies with this process, and this one with the sweep, by the system's hand.
+Importing torch takes seconds; a fork has it at once. A fork of a process with threads could wait for ever for a lock
+that one of them held, and CUDA does not survive it: so each fork is preceded by a look that there is neither. Nobody is left
+behind: a trial dies with this process, and this one with the sweep, by the system's hand.
 """
 
 import contextlib
@@ -96,7 +96,8 @@ def serve(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # pages that no trial's collector touches are shared for good
     while asked or children:
-        ready, _, _ = select.select([woken, *([control] if asked else [])], [], [])
+        heard: list[Any] = [woken, control] if asked else [woken]
+        ready, _, _ = select.select(heard, [], [])
         if woken in ready:
             os.read(woken, 4096)
             for pid in list(children):
@@ -158,7 +159,7 @@ def run(job: Job, line: Line) -> int:
 
 
 def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
-    """One training, begun or gone on with, in this process; each evaluation asks the sweep whether it is worth while."""
+    """One training, begun or gone on with, in this process; each evaluation asks the sweep whether to go on."""
     from trainer.build import build
 
     config = config_of(job, folder, index)
