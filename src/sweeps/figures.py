@@ -34,7 +34,8 @@ def learning_curves(
             axes.plot(*points[-1], "o", color=color, markersize=3)
     axes.set(xlabel="epoch", ylabel=name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if best in curves:
+        axes.legend(fontsize="small")
     return figure
 
 

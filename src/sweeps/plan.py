@@ -201,14 +201,18 @@ def _try_out(plan: Plan) -> None:
 
 def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
     """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
-    paths = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
     GlobalHydra.instance().clear()  # what has composed the sweep's own config has done its part
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("sweep", [*paths, *arguments], return_hydra_config=True)
+        composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
             del composed["sweep"], composed["hydra"]
         return settle(composed, TRAIN, choices=choices)
+
+
+def search_path(config_dirs: list[str]) -> list[str]:
+    """The override that makes Hydra look in the user's own folders too."""
+    return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
 
 
 def _objective(text: str) -> tuple[str, str]:

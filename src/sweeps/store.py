@@ -116,7 +116,7 @@ class Store:
             if not rows:
                 row = models.StudyUserAttributeModel(study_id=self.id, key="definition", value_json=json.dumps(text))
                 session.add(row)
-            before = json.loads(json.loads(rows[0].value_json)) if rows else definition
+            before = json.loads(json.loads(rows[0].value_json) if rows else text)
         now = json.loads(text)
         if before != now:
             changed = [

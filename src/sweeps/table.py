@@ -107,7 +107,7 @@ def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
 
 def spread(trial: FrozenTrial, name: str) -> str:
     """A metric's mean, ± its standard deviation where there are several seeds."""
-    mean, sd = trial.user_attrs["metrics"].get(name), trial.user_attrs["spread"].get(name)
+    mean, sd = (trial.user_attrs.get(part, {}).get(name) for part in ("metrics", "spread"))
     if mean is None:
         return ""
     shown = f"{mean:,.0f}" if name == "parameters" else f"{mean:.4f}"

@@ -5,7 +5,7 @@
       +---------------------- a socket of its own: reports, verdicts, the result -------------+
 
 Importing torch takes seconds; a fork has it at once. A fork of a process with threads could wait for ever for a lock
-that one of them held, and CUDA does not survive it: so each fork is preceded by a look that there is neither. Nobody is left
+that one of them held, and CUDA does not survive it: so before each fork it looks that there is neither. Nobody is left
 behind: a trial dies with this process, and this one with the sweep, by the system's hand.
 """
 
