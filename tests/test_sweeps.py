@@ -7,16 +7,19 @@ is there already, and a whole search takes a second or two. FAULTS.md K03 to K07
 import contextlib
 import json
 import os
+import pwd
 import random
 import runpy
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ QUICK = (
 class ForkedServer:
     """Stands for the Popen of a server: a fork of this process, as it has torch."""
 
-    def __init__(self, control: socket.socket, others: list[socket.socket]) -> None:
+    def __init__(self, control: socket.socket, lock: int) -> None:
         parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
@@ -53,8 +56,10 @@ class ForkedServer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            for other in others:
-                other.close()
+            for descriptor in map(int, os.listdir("/proc/self/fd")):  # as Popen does: none of the store's above all
+                if descriptor not in (0, 1, 2, control.fileno(), lock):
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
             with contextlib.suppress(BaseException):
                 worker.serve(control)
             os._exit(0)
@@ -79,7 +84,7 @@ def forked_server(self: pool.Pool) -> tuple[Any, socket.socket]:
     if self.warm and self.servers and self.servers[0][0].poll() is None:
         return self.servers[0]
     ours, theirs = socket.socketpair()
-    server: Any = ForkedServer(theirs, [ours, *(control for _, control in self.servers)])
+    server: Any = ForkedServer(theirs, self.lock)
     theirs.close()
     self.servers = [*(each for each in self.servers if not self.warm), (server, ours)]
     return server, ours
@@ -131,10 +136,13 @@ def swept(folder: Path, *arguments: str, **named: Any) -> tuple[int, str]:
     return code, folder.with_suffix(".out").read_text()
 
 
-def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def trials_of(folder: Path, url: str | None = None) -> list[optuna.trial.FrozenTrial]:
     """What the store holds, read by Optuna itself."""
-    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/sweep.db")
-    return study.get_trials(deepcopy=False)
+    storage = optuna.storages.RDBStorage(url or f"sqlite:///{folder}/sweep.db")
+    try:
+        return optuna.load_study(study_name=None, storage=storage).get_trials(deepcopy=False)
+    finally:
+        storage.engine.dispose()
 
 
 def offspring(process: int) -> list[int]:
@@ -315,9 +323,40 @@ def test_another_search_is_refused(tmp_path):
 # The store
 
 
-def open_store(folder: Path) -> Store:
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of our own, on a socket in a folder: its URL."""
+    found = [path for path in sorted(Path("/usr/lib/postgresql").glob("*/bin")) if (path / "initdb").exists()]
+    if not found:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg", reason="the driver is not installed (preceptor[postgresql])")
+    user = pwd.getpwnam("nobody").pw_name if os.getuid() == 0 else None  # initdb refuses root
+    folder = Path(tempfile.mkdtemp(prefix="preceptor-postgres-"))
+    if user:
+        shutil.chown(folder, user)
+
+    def call(program: str, *arguments: str) -> None:
+        subprocess.run([found[-1] / program, *arguments], check=True, stdout=subprocess.DEVNULL, user=user, cwd="/")
+
+    options = f"-k {folder} -h '' -c fsync=off"
+    try:
+        call("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "tester", "-N")
+        call("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
+        yield f"postgresql+psycopg://tester@/postgres?host={folder}"
+        call("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str | None:
+    """Where the store is: in its folder, or on a server."""
+    return request.getfixturevalue("postgres") if request.param == "postgresql" else None
+
+
+def open_store(folder: Path, url: str | None = None) -> Store:
     folder.mkdir(exist_ok=True)
-    return Store(None, folder=folder, name="study", objectives=[("maximize", "val/accuracy")])
+    return Store(url, folder=folder, name=str(folder), objectives=[("maximize", "val/accuracy")])
 
 
 def work_off(store: Store, *, seconds: float) -> int:
@@ -333,7 +372,7 @@ def work_off(store: Store, *, seconds: float) -> int:
     return done
 
 
-def test_eight_workers_share_one_store(tmp_path, full, promise):
+def test_eight_workers_share_one_store(tmp_path, url, full, promise):
     """K03: all open, define and fill the same study at once; each trial is done once."""
     count = 200 if full else 40
     children = []
@@ -342,7 +381,7 @@ def test_eight_workers_share_one_store(tmp_path, full, promise):
         if children[-1] == 0:
             code = 1
             with contextlib.suppress(BaseException):
-                store = open_store(tmp_path / "sweep")
+                store = open_store(tmp_path / "sweep", url)
                 store.settle_definition({"same": 1})
                 store.fill(count)
                 with (tmp_path / "done").open("a") as file:
@@ -352,12 +391,12 @@ def test_eight_workers_share_one_store(tmp_path, full, promise):
     assert [ended(child) for child in children] == [0] * 8
     done = [int(line) for line in (tmp_path / "done").read_text().split()]
     assert sum(done) == count
-    with contextlib.closing(open_store(tmp_path / "sweep")) as store:
+    with contextlib.closing(open_store(tmp_path / "sweep", url)) as store:
         trials = store.trials()
         assert [(each.number, each.value) for each in trials] == [(number, number) for number in range(count)]
         owners = Counter(trial.user_attrs["owner"] for trial in trials)
         assert sorted(owners.values()) == sorted(each for each in done if each)
-    promise(21, "Eight sweeps on one SQLite file: each trial once", f"{count} of {count}")
+    promise(21, f"Eight sweeps on one {'server' if url else 'SQLite file'}: each trial once", f"{count} of {count}")
 
 
 def test_killed_at_every_statement(tmp_path, full, promise):
@@ -400,13 +439,13 @@ def test_killed_at_every_statement(tmp_path, full, promise):
     promise(22, "A sweep killed at every statement to its store", f"{last // (1 if full else 23) + 1} statements")
 
 
-def test_requeue_knows_the_dead_and_the_silent(tmp_path):
-    with contextlib.closing(open_store(tmp_path / "a")) as one:
+def test_requeue_knows_the_dead_and_the_silent(tmp_path, url):
+    with contextlib.closing(open_store(tmp_path / "a", url)) as one:
         one.settle_definition({})
         one.fill(2)
         claimed = one.claim()
         assert claimed is not None
-        other = open_store(tmp_path / "a")
+        other = open_store(tmp_path / "a", url)
         assert other.requeue(stale_after=3600) == []  # its owner lives
         with one.transaction() as session:
             session.execute(text("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00.000000'"))
@@ -473,8 +512,9 @@ def test_pareto_front(tmp_path):
     both = "sweep.objectives=[max train/accuracy,min parameters]"
     code, out = swept(folder, *arguments, both)
     assert code == 0, out
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/sweep.db")
-    front = {f"trial-{trial.number:04}" for trial in study.best_trials}  # Optuna's own
+    copied = optuna.create_study(directions=["maximize", "minimize"])
+    copied.add_trials(trials_of(folder))
+    front = {f"trial-{trial.number:04}" for trial in copied.best_trials}  # Optuna's own
     assert {path.stem for path in (folder / "experiment").iterdir()} == front | {"best"}
     code, out = swept(tmp_path / "pruned", *arguments[:-1], both, "sweep.pruner=median")
     assert code == 2 and "error[config] sweep.pruner = median: cannot prune for 2 objectives" in out
@@ -521,3 +561,28 @@ def test_cold_workers(tmp_path):
     assert done.returncode == 0, done.stderr
     assert trials_of(tmp_path / "sweep")[0].state == TrialState.COMPLETE
     assert done.stdout.count("complete") == 1 and done.stderr == ""
+
+
+def test_two_sweeps_share_a_server(tmp_path, postgres, full, promise):
+    """Two machines, by two folders that know nothing of each other, on one PostgreSQL; both are killed at random."""
+    count, kills = (40, 10) if full else (6, 2)
+    arguments = (*QUICK, LR, f"sweep.trials={count}", "sweep.parallel=1", "sweep.name=shared", "sweep.retries=10")
+    arguments += (f"sweep.storage='{postgres}'", "sweep.stale_after=10")
+    chance = random.Random(0)
+    folders = [tmp_path / "one", tmp_path / "other"]
+    children = {folder: started(folder, *arguments) for folder in folders}
+    for number in range(kills):
+        time.sleep(chance.uniform(1, 3))
+        folder = folders[number % 2]
+        os.kill(children[folder], signal.SIGKILL)
+        ended(children[folder])
+        children[folder] = started(folder, *arguments)
+    for folder, child in children.items():
+        assert ended(child) == 0, folder.with_suffix(".out").read_text()
+    trials = trials_of(tmp_path, postgres)
+    assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(count)]
+    done = [folder.with_suffix(".out").read_text().count(" complete ") for folder in folders]
+    assert sum(done) == count and min(done) > 0
+    for folder in folders:  # each has the whole report
+        assert len((folder / "trials.csv").read_text().splitlines()) == count + 1
+    promise(23, "Two sweeps on one PostgreSQL, killed at random", f"{done[0]} + {done[1]} results, {kills} kills")

@@ -34,7 +34,7 @@ def learning_curves(
             axes.plot(*points[-1], "o", color=color, markersize=3)
     axes.set(xlabel="epoch", ylabel=name)
     axes.grid(alpha=0.3)
-    if best in curves:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     return figure
 

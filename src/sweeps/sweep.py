@@ -21,7 +21,15 @@ from typing import Any
 from optuna.trial import Trial, TrialState
 
 from core.config import Config
-from core.errors import STOP_SIGNALS, PreceptorError, StopSignal, StorageError, is_hung_up_in_vain
+from core.errors import (
+    STOP_SIGNALS,
+    ConfigError,
+    PreceptorError,
+    SecurityError,
+    StopSignal,
+    StorageError,
+    is_hung_up_in_vain,
+)
 from sweeps.plan import Plan, read_plan
 from sweeps.pool import Pool, Process, gpus
 from sweeps.space import draw
@@ -236,7 +244,8 @@ class Sweep:
         )
         count = before["count"] + 1 if step <= before["step"] else 1
         retries = self.plan.options["retries"]
-        if count <= retries and not self.stopping:
+        is_certain = exit_code in (ConfigError.exit_code, SecurityError.exit_code)  # to fail the same way again
+        if count <= retries and not is_certain and not self.stopping:
             running.trial.set_user_attr("failures", {"step": step, "count": count})
             self.store.release(running.trial._trial_id)
             self.table.say(f"trial {running.trial.number}: {error}; tried again ({count} of {retries})")
