@@ -136,11 +136,11 @@ def swept(folder: Path, *arguments: str, **named: Any) -> tuple[int, str]:
     return code, folder.with_suffix(".out").read_text()
 
 
-def trials_of(folder: Path, url: str | None = None) -> list[optuna.trial.FrozenTrial]:
+def trials_of(folder: Path, url: str | None = None, name: str | None = None) -> list[optuna.trial.FrozenTrial]:
     """What the store holds, read by Optuna itself."""
     storage = optuna.storages.RDBStorage(url or f"sqlite:///{folder}/sweep.db")
     try:
-        return optuna.load_study(study_name=None, storage=storage).get_trials(deepcopy=False)
+        return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
     finally:
         storage.engine.dispose()
 
@@ -579,7 +579,7 @@ def test_two_sweeps_share_a_server(tmp_path, postgres, full, promise):
         children[folder] = started(folder, *arguments)
     for folder, child in children.items():
         assert ended(child) == 0, folder.with_suffix(".out").read_text()
-    trials = trials_of(tmp_path, postgres)
+    trials = trials_of(tmp_path, postgres, "shared")
     assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(count)]
     done = [folder.with_suffix(".out").read_text().count(" complete ") for folder in folders]
     assert sum(done) == count and min(done) > 0

@@ -265,7 +265,8 @@ REQUIRED = (
     "data.timeout_s",
 )
 
-# What a resumed run may change: how long, how fast and where it runs, what it logs; never what it computes.
+# What a resumed run may change: how long and where it runs, what it logs, and what a user who watches it may turn: the
+# base rate, which scales the whole schedule from the next step on, weight decay and momentum. Never what it computes.
 FREE_ON_RESUME = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
     *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
@@ -273,6 +274,8 @@ FREE_ON_RESUME = (
     *(
         "optimizer.lr",
         "optimizer.adamw_lr",
+        "optimizer.weight_decay",
+        "optimizer.momentum",
         "data.num_workers",
         "data.timeout_s",
         "data.on_bad_image",
