@@ -6,6 +6,7 @@ is there already, and a whole search takes a second or two. FAULTS.md K03 to K07
 
 import contextlib
 import json
+import math
 import os
 import pwd
 import random
@@ -28,11 +29,18 @@ import pytest
 import torch._inductor  # noqa: F401  which each trial would import anew
 import yaml
 from conftest import SYNTHETIC, last_state, reopened
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import TrialState
+from scipy import stats
 from sqlalchemy import Engine, event, text
 
+from core import entry
+from core.entry import CONFIGS
 from core.json_lines import read_lines
+from core.schema import SWEEP
 from sweeps import pool, worker
+from sweeps.plan import Plan, compose_trial, read_plan
+from sweeps.space import draw, grid, overrides, read_space
 from sweeps.store import Store
 
 SWEEP_SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "sweep.py")
@@ -56,7 +64,9 @@ class ForkedServer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            for descriptor in map(int, os.listdir("/proc/self/fd")):  # as Popen does: none of the store's above all
+            for descriptor in [
+                int(path.name) for path in Path("/proc/self/fd").iterdir()
+            ]:  # as Popen does: none of the store's above all
                 if descriptor not in (0, 1, 2, control.fileno(), lock):
                     with contextlib.suppress(OSError):
                         os.close(descriptor)
@@ -318,6 +328,99 @@ def test_another_search_is_refused(tmp_path):
     code, out = swept(folder, *arguments, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.threads=2")
     assert code == 0, out
     assert len(trials_of(folder)) == 2
+
+
+# The space
+
+
+def test_what_is_drawn_is_uniform_on_its_own_scale():
+    """A thousand points: each dimension's share of its scale is uniform (Kolmogorov and Smirnov), lists hold together."""
+    space = read_space(
+        {
+            "optimizer": {
+                "lr": {"log_uniform": [0.001, 1.0]},
+                "momentum": {"one_minus_log": [0.5, 0.999]},
+                "betas": {1: {"one_minus_log": [0.9, 0.9999]}},
+            },
+            "model": {"choice": ["mlp", "lenet5"], "dropout": {"uniform": [0.1, 0.5], "when": {"model": "mlp"}}},
+            "augment": {"choice": ["none", ["crop_flip", "mixup"]]},
+            "data": {"batch_size": {"log_int": [16, 256]}},
+        }
+    )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [draw(space, study.ask()) for _ in range(1000)]
+
+    def shares(key: str, scale: Callable[[float], float], low: float, high: float) -> list[float]:
+        return [(scale(p[key]) - scale(low)) / (scale(high) - scale(low)) for p in points if key in p]
+
+    def log_rest(value: float) -> float:
+        return -math.log(1 - value)
+
+    for drawn in (
+        shares("optimizer.lr", math.log, 0.001, 1.0),
+        shares("optimizer.momentum", log_rest, 0.5, 0.999),
+        shares("optimizer.betas.1", log_rest, 0.9, 0.9999),
+        shares("model.dropout", lambda value: value, 0.1, 0.5),
+    ):
+        assert stats.kstest(drawn, "uniform").pvalue > 0.01
+    assert all(("model.dropout" in p) == (p["model"] == "mlp") for p in points)
+    batch_sizes = [p["data.batch_size"] for p in points]
+    assert all(type(size) is int and 16 <= size <= 256 for size in batch_sizes)
+    assert statistics.median(batch_sizes) == pytest.approx(64, rel=0.15)  # the middle of its logarithm
+    arguments = overrides(points[0], {"optimizer.betas": [0.9, 0.999]})
+    parsed = {each.key_or_group: each.value() for each in OverridesParser.create().parse_overrides(arguments)}
+    assert parsed["optimizer.lr"] == points[0]["optimizer.lr"] and parsed["augment"] == points[0]["augment"]
+    assert parsed["optimizer.betas"] == [0.9, points[0]["optimizer.betas.1"]]
+
+
+def test_a_grid_has_every_combination_once():
+    space = read_space(
+        {
+            "optimizer": {"lr": {"log_uniform": [0.01, 1.0], "points": 3}, "momentum": {"choice": [0.0, 0.9]}},
+            "model": {"choice": ["mlp", "lenet5"], "dropout": {"choice": [0.0, 0.5], "when": {"model": "mlp"}}},
+        }
+    )
+    found = grid(space)
+    assert len(found) == len({repr(each) for each in found}) == 3 * 2 * (2 + 1)  # no dropout in LeNet-5
+    assert sorted({round(each["optimizer.lr"], 9) for each in found}) == [0.01, 0.1, 1.0]
+
+
+WRONG_SPACES = {
+    "{optimizer:{lr:{log_uniform:[0,1]}}}": "sweep.space.optimizer.lr.log_uniform = [0, 1]: must be > 0",
+    "{optimizer:{momentum:{one_minus_log:[0.5,1.0]}}}": "sweep.space.optimizer.momentum.one_minus_log = [0.5, 1.0]",
+    "{optimizer:{lr:{normal:[0,1]}}}": "sweep.space.optimizer.lr.normal = [0, 1]: must be a dimension",
+    "{optimizer:{lr:{uniform:[1,0]}}}": "sweep.space.optimizer.lr.uniform = [1, 0]: must be [low, high]",
+    "{augment:{choice:[]}}": "sweep.space.augment.choice = []: must be a list of different values",
+    "{data:{batch_size:{choice:[8],when:{model:x}}}}": "sweep.space.data.batch_size.when = model: names no dimension",
+    "{model:{choice:[mlp,lenet9]}}": "error[config] model = lenet9: no such option; did you mean lenet5?",
+    "{optimizer:{lrr:{uniform:[0,1]}}}": "error[config] optimizer.lrr: unknown key; did you mean optimizer.lr?",
+    "{optimizer:{lr:{uniform:[-1,1]}}}": "error[config] optimizer.lr = -1: must be a number > 0",
+}
+
+
+@pytest.mark.parametrize("space", WRONG_SPACES)
+def test_a_space_that_cannot_be_is_told_at_once(tmp_path, space):
+    code, out = swept(tmp_path / "sweep", *QUICK, "~sweep.space", f"+sweep.space={space}")
+    assert code == 2 and out.count("\n") == 1 and WRONG_SPACES[space] in out
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("[!_]*.yaml")))
+def test_every_sweep_that_comes_with_the_code_can_be_drawn_from(name, monkeypatch):
+    """Every option and bound of its space composes, as at the start of a sweep, and so do points by its sampler."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(sys, "argv", ["sweep.py", f"sweep={name}"])
+    entry.run(lambda config: plans.append(read_plan(config)), config_name="sweep", rules=SWEEP)
+    plan = plans[0]
+    study = optuna.create_study(directions=[direction for direction, _ in plan.objectives])
+    for number in range(min(3, plan.trials)):
+        study.sampler = plan.sampler(number)
+        if plan.points:
+            study.enqueue_trial(plan.points[number])
+        trial = study.ask()
+        values = draw(plan.space, trial)
+        compose_trial(plan.arguments(values), plan.config_dirs)
+        study.tell(trial, [0.5 + number / 100] * len(plan.objectives))
 
 
 # The store

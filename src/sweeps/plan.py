@@ -10,14 +10,16 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from core.config import Config, settle
-from core.entry import CONFIGS
+from core.entry import CONFIGS, as_error
 from core.errors import ConfigError, suggest
-from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, TRAIN, leaves
+from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, SWEEP, TRAIN, leaves
 from core.seeding import fold
 from sweeps.space import Dimension, grid, overrides, read_space
 from sweeps.store import experimental
@@ -203,7 +205,10 @@ def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
     """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
     GlobalHydra.instance().clear()  # what has composed the sweep's own config has done its part
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
+        try:
+            composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as exception:
+            raise as_error(exception, SWEEP) from None
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
             del composed["sweep"], composed["hydra"]
