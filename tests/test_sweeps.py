@@ -334,7 +334,7 @@ def test_another_search_is_refused(tmp_path):
 
 
 def test_what_is_drawn_is_uniform_on_its_own_scale():
-    """A thousand points: each dimension's share of its scale is uniform (Kolmogorov and Smirnov), lists hold together."""
+    """A thousand points: each share of a scale is uniform (Kolmogorov and Smirnov), and lists hold together."""
     space = read_space(
         {
             "optimizer": {
