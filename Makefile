@@ -37,7 +37,8 @@ bench: setup
 # The promises of docs/reliability.md, each with its figure.
 torture: setup
 	@$(BIN)/python -m pytest --full tests/test_durability.py tests/test_kills.py tests/test_matrix.py tests/test_finite.py \
-		tests/test_fuzz.py tests/test_security.py tests/test_workers.py tests/test_bad_data.py tests/test_cost.py $(ARGS)
+		tests/test_fuzz.py tests/test_security.py tests/test_workers.py tests/test_bad_data.py tests/test_cost.py \
+		tests/test_sweeps.py $(ARGS)
 
 check: setup
 	@$(BIN)/ruff format --check .
@@ -51,7 +52,7 @@ format: setup
 
 # Pins anew, for every platform; names no index.
 lock: setup
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra bench --no-header --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate --no-emit-index-url \
 		--upgrade --output-file requirements.lock pyproject.toml
 
 clean:

@@ -466,7 +466,6 @@ REFUSED = {
     "seed=1": ("seed", "0 -> 1"),
     "model.hidden=[8]": ("model.hidden", "[16] -> [8]"),
     "model=lenet": ("model", "models.mlp.MLP -> lenet"),
-    "optimizer.momentum=0.5": ("optimizer.momentum", "0.9 -> 0.5"),
     "data.batch_size=4": ("data.batch_size", "8 -> 4"),
     "trainer.precision=bf16": ("trainer.precision", "fp32 -> bf16"),
     "trainer.accumulate=2": ("trainer.accumulate", "1 -> 2"),
@@ -515,6 +514,46 @@ def test_what_may_change(tmp_path):
         (12, 0.01),
         (18, 0.01),
     ]
+
+
+def test_turning_a_run_that_is_under_way(tmp_path):
+    """A new base rate scales the schedule from the next step on, weight decay and momentum hold; TensorBoard and the
+    run's history tell of it. What comes out is what torch's SGD makes of the same gradients with the same numbers."""
+    folder = tmp_path / "run"
+    stopped(built(folder, "schedule=constant", "schedule.warmup_epochs=1", "trainer.max_epochs=2"), 4)
+    trainer = reopened(folder, "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.momentum=0.5")
+    assert trainer is not None
+    weight = next(trainer.model.parameters())
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        assert weight.grad is not None
+        seen.append((optimizer.param_groups[0]["lr"], weight.grad.clone()))
+
+    before, velocity = weight.detach().clone(), trainer.optimizer.state[weight]["momentum_buffer"].clone()
+    trainer.optimizer.register_step_pre_hook(look)
+    trainer.run()
+    assert [rate for rate, _ in seen] == pytest.approx([0.01 * share for share in (5 / 7, 6 / 7, *[1] * 6)])
+    for rate, gradient in seen:
+        velocity = 0.5 * velocity + gradient + 0.1 * before
+        before = before - rate * velocity
+    torch.testing.assert_close(weight.detach(), before)
+    assert read_lines(folder / "events.jsonl")[1]["changes"] == {
+        "optimizer.lr": [0.05, 0.01],
+        "optimizer.weight_decay": [0.0001, 0.1],
+        "optimizer.momentum": [0.9, 0.5],
+    }
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    text = events.Tensors("changes/text_summary")[0]
+    assert text.step == 4 and b"optimizer.lr: 0.05 -> 0.01" in text.tensor_proto.string_val[0]
+    rates = {event.step: event.value for event in events.Scalars("rate/all")}
+    assert rates[4] == pytest.approx(0.05 * 4 / 7) and rates[5] == pytest.approx(0.01 * 5 / 7)
+
+
+def test_momentum_belongs_to_the_schedule_that_moves_it(tmp_path):
+    stopped(built(tmp_path / "run", "schedule=one_cycle"), 4)
+    with pytest.raises(ConfigError, match=r"optimizer.momentum: is what schedule.momentum moves"):
+        reopened(tmp_path / "run", "optimizer.momentum=0.5")
 
 
 def test_flags_and_other_places(tmp_path):

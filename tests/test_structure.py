@@ -17,9 +17,10 @@ ALLOWED = {
     "data": {"core", "data"},
     "trainer": {"core", "trainer"},
     "analysis": {"core", "analysis"},
+    "sweeps": {"core", "sweeps", "trainer"},
 }
 MAY_IMPORT_DATA = {"trainer/build.py", "trainer/begin.py", "trainer/restore.py"}
-MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py"}
+MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py", "sweeps/plan.py", "sweeps/best.py"}
 
 
 def imported(path: Path) -> set[str]:

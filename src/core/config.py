@@ -158,6 +158,8 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
             f"a resumed run may not change {diff}. Free to change: {', '.join(FREE_ON_RESUME)}; "
             "for anything else start anew, with init_from= for its weights",
         )
+    if "optimizer.momentum" in changes and values["schedule"].get("momentum") is not None:
+        raise ConfigError("optimizer.momentum", "is what schedule.momentum moves, from its own lowest to its highest")
     for name, (_, value) in changes.items():
         parent, _, key = name.rpartition(".")
         for config in (values, record):

@@ -132,6 +132,8 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
             # Without its traceback, which holds on to all that the job had: the next one needs the memory.
             failures.append(type(error)(error.subject, error.explanation, value=error.value))
             failures[-1].reported = True  # type: ignore[attr-defined]
+            if "BasicLauncher" not in hydra_config.launcher["_target_"]:
+                raise failures[-1] from None  # from another process Hydra brings it here, when all jobs are done
         gc.collect()
         return None
 

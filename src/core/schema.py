@@ -91,6 +91,11 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "must be text"
 
 
+def like(pattern: re.Pattern[str], allowed: str) -> Rule:
+    """Text of a pattern."""
+    return lambda value: None if isinstance(value, str) and pattern.match(value) else f"must be {allowed}"
+
+
 def flag(value: Any) -> str | None:
     """True or false."""
     return None if isinstance(value, bool) else "must be true or false"
@@ -208,6 +213,31 @@ TRAIN: dict[str, Rule] = {
     "trainer.checkpoint.monitor": optional(METRIC),
     "trainer.checkpoint.mode": MODE,
 }
+OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
+CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
+SWEEP: dict[str, Rule] = {
+    **TRAIN,
+    "sweep": section,
+    "sweep.dir": optional(text),
+    "sweep.name": optional(text),
+    "sweep.storage": optional(text),
+    "sweep.trials": optional(whole(1)),
+    "sweep.parallel": whole(1, 1000),
+    "sweep.seeds": whole(1, 1000),
+    "sweep.minutes": optional(number(0, without="low")),
+    "sweep.objectives": list_of(like(OBJECTIVE, "max METRIC or min METRIC")),
+    "sweep.constraints": list_of(like(CONSTRAINT, "METRIC < NUMBER, or with >, <= or >=")),
+    "sweep.sampler": one_of("random", "grid", "tpe", "cmaes", "nsga2"),
+    "sweep.startup": whole(0),
+    "sweep.pruner": one_of("none", "median", "asha", "hyperband"),
+    "sweep.grace": whole(1),
+    "sweep.reduction": whole(2, 100),
+    "sweep.retries": whole(0, 100),
+    "sweep.on_error": one_of("continue", "stop"),
+    "sweep.warm": flag,
+    "sweep.stale_after": whole(10),
+    "sweep.space": section,
+}
 RUN = {"run": text, "trust": list_of(text), "traceback": flag, "device": one_of("auto", "cpu", "cuda")}
 EVALUATE: dict[str, Rule] = {
     **RUN,
@@ -238,7 +268,8 @@ REQUIRED = (
     "data.timeout_s",
 )
 
-# What a resumed run may change: how long, how fast and where it runs, what it logs; never what it computes.
+# What a resumed run may change: how long and where it runs, what it logs, and what a user who watches it may turn: the
+# base rate, which scales the whole schedule from the next step on, weight decay and momentum. Never what it computes.
 FREE_ON_RESUME = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
     *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
@@ -246,6 +277,8 @@ FREE_ON_RESUME = (
     *(
         "optimizer.lr",
         "optimizer.adamw_lr",
+        "optimizer.weight_decay",
+        "optimizer.momentum",
         "data.num_workers",
         "data.timeout_s",
         "data.on_bad_image",

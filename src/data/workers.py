@@ -11,7 +11,6 @@ a handler for SIGCHLD that would raise an error in the middle of an optimizer's 
 
 import atexit
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from core.errors import STOP_SIGNALS, DataError, PreceptorError, is_out_of_memory
+from core.processes import die_with
 
 Parts = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), labels (B,) or (B, K), rows (B,)
 Bad = dict[int, str]  # pictures that could not be used, by position
@@ -34,7 +34,6 @@ Fetch = Callable[[Tensor], tuple[Parts, Bad]]
 
 AHEAD = 2  # batches that a worker makes before the first of them is taken
 REPLACEMENTS = 3  # in one reading; who dies more often does so for a reason
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 FORK = multiprocessing.get_context("fork")
 log = logging.getLogger("preceptor.data")
 
@@ -128,7 +127,7 @@ class Worker:
 
 def _work(fetch: Fetch, batches: Sequence[Tensor], slots: Sequence[FileIO], pipe: Connection, parent: int) -> None:
     """What a worker does."""
-    _die_with(parent)
+    die_with(parent)
     torch.set_num_threads(1)
     for turn, rows in enumerate(batches):
         if turn >= AHEAD:
@@ -166,14 +165,6 @@ def _file_in_memory() -> FileIO:
     if sys.platform == "linux":
         return FileIO(os.memfd_create("batch"), "r+b")
     return tempfile.TemporaryFile(buffering=0)
-
-
-def _die_with(parent: int) -> None:
-    """Have the system kill this worker when its parent is gone, even if that was killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before that
-        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -135,6 +135,9 @@ def go_on(trainer: Trainer, config: Config, stack: ExitStack) -> bool:
     facts = {"checkpoint": path.name, "changes": config.changes, "provenance": dict(trainer.provenance)}
     folder.append_event("resume", step=trainer.step, **facts)
     display.say(f"resumed {folder.path} at step {trainer.step:,} of {trainer.settings.total_steps:,} from {path.name}")
-    for name, (before, now) in config.changes.items():
-        display.say(f"  {name}: {before} -> {now}")
+    told = [f"{name}: {before} -> {now}" for name, (before, now) in config.changes.items()]
+    for text in told:
+        display.say(f"  {text}")
+    if told:
+        trainer.tracker.changes(told, trainer.step)
     return True

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def finish(trainer: "Trainer") -> dict[str, Any]:
-    """Test the best weights and write summary.json; a run stopped by a signal is not tested but saved."""
+    """Test the best weights and write summary.json; a run stopped by a signal, or pruned, is not tested but saved."""
     trainer.saver.wait()
     test: dict[str, float] | None = {}
-    if trainer.best and not trainer.interrupts.received:
+    if trainer.best and trainer.stop_reason != "pruned" and not trainer.interrupts.received:
         best, _, damaged = trainer.folder.checkpoints.load("best")
         for text in damaged.values():
             trainer.warn(text)
@@ -23,7 +23,7 @@ def finish(trainer: "Trainer") -> dict[str, Any]:
             )
         trainer.settled = False  # these weights are not those of the last step
         trainer.evaluated_model.load_state_dict(best.weights)
-    if trainer.test_loader is not None:
+    if trainer.test_loader is not None and trainer.stop_reason != "pruned":  # whoever goes on with it will test
         test = trainer.measure(trainer.test_loader)
     if trainer.interrupts.received is not None or test is None:  # the resumed run will test
         summary = summarise(trainer, "interrupted")

@@ -9,7 +9,6 @@ folder sees a run that can be resumed.
 import datetime
 import fcntl
 import json
-import logging
 import math
 import os
 import platform
@@ -30,9 +29,9 @@ import yaml
 
 from core.durable import remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
+from core.json_lines import read_lines
 from trainer.checkpoint import CheckpointFolder, Snapshot
 
-LOGGER = logging.getLogger("preceptor.run_folder")
 LOGS = ("metrics.jsonl", "events.jsonl")
 NEWBORN = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
@@ -179,22 +178,6 @@ def _valid(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _valid(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A torn last line, as a crash leaves it, is left out; any other is told."""
-    lines: list[dict[str, Any]] = []
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
-        elif number < len(texts):
-            LOGGER.warning("%s: line %d cannot be read and is left out", path, number)
-    return lines
 
 
 def _take_lock(folder: Path) -> int:

@@ -266,6 +266,7 @@ class TorchScheduler:
     def __init__(self, scheduler: LRScheduler, *, interval: str, steps_per_epoch: int) -> None:
         self.scheduler = scheduler
         self.every = steps_per_epoch if interval == "epoch" else 1
+        self.momenta = [momentum_of(group) for group in scheduler.optimizer.param_groups]  # where it moves them from
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
         # The scheduler has counted step // every intervals already, or is one behind at the start of a new one.
@@ -282,8 +283,8 @@ class TorchScheduler:
         own = {key: value for key, value in self.scheduler.state_dict().items() if isinstance(value, plain)}
         own.pop("base_lrs", None)  # the config's, which a resume may change
         groups = [
-            {"lr": group["lr"], "initial_lr": group["initial_lr"], "momentum": momentum_of(group)}
-            for group in self.scheduler.optimizer.param_groups
+            {"lr": group["lr"], "initial_lr": group["initial_lr"], "momentum": momentum_of(group), "from": momentum}
+            for group, momentum in zip(self.scheduler.optimizer.param_groups, self.momenta, strict=True)
         ]
         return {"scheduler": own, "groups": groups}
 
@@ -292,7 +293,7 @@ class TorchScheduler:
         for group, saved in zip(self.scheduler.optimizer.param_groups, state["groups"], strict=True):
             # In this order: where the base rate is the same, the ratio is exactly 1 and no bit is lost.
             group["lr"] = saved["lr"] * (group["initial_lr"] / saved["initial_lr"])
-            if saved["momentum"] is not None:
+            if saved["momentum"] != saved.get("from"):  # or it is the config's, which a resume may change
                 set_momentum(group, saved["momentum"])
 
 

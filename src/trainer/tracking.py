@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -84,6 +84,11 @@ class TensorBoard:
         experiment, start, _ = hparams(hyperparameters(record), dict.fromkeys(FINAL_METRICS, 0.0))
         for summary in (_main_columns_first(experiment), start):
             self.events.add_summary(summary)
+
+    @watching
+    def changes(self, told: Sequence[str], step: int) -> None:
+        """What a resume has changed in the config, as text at its step; `rate/*` and `momentum/*` follow it there."""
+        self.writer.add_text("changes", "\n\n".join(told), step)
 
     @watching
     def finish(self, record: Mapping[str, Any], final: Mapping[str, float], step: int) -> None:

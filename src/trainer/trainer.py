@@ -9,7 +9,7 @@ evaluation that there was no time for is put off: the run that goes on begins wi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import reduce
@@ -72,6 +72,9 @@ class Trainer:
         self.evaluated = 0  # the step of the last evaluation
         self.settled = True  # is the state one that a checkpoint may hold? Not within a step, nor while deciding
         self.stop_reason: str | None = None
+        # What a sweep says to each evaluation: is this run not worth going on with? It can be resumed all the same.
+        self.judge: Callable[[Mapping[str, Any]], bool] = lambda line: False
+        self.pruned = False
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
         self.sums = RunningSums()
         self.clock = Clock()
@@ -238,6 +241,8 @@ class Trainer:
             return "early_stopping"
         if self.step >= self.settings.total_steps:
             return self.settings.budget
+        if self.pruned:
+            return "pruned"
         minutes = self.settings.max_minutes
         return "max_minutes" if minutes is not None and self.clock.seconds >= minutes * 60 else None
 
@@ -303,6 +308,7 @@ class Trainer:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 self.warn(f"{name} is {value} at step {self.step}; it counts as no improvement")
+        self.pruned = self.judge(line)
         self.clock.start()
         return improved
 
