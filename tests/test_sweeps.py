@@ -39,7 +39,8 @@ from core.entry import CONFIGS
 from core.json_lines import read_lines
 from core.schema import SWEEP
 from sweeps import pool, worker
-from sweeps.plan import Plan, compose_trial, read_plan
+from sweeps.compose import compose_trial
+from sweeps.plan import Plan, read_plan
 from sweeps.space import draw, grid, overrides, read_space
 from sweeps.store import Store
 
@@ -71,7 +72,7 @@ class ForkedServer:
                     with contextlib.suppress(OSError):
                         os.close(descriptor)
             with contextlib.suppress(BaseException):
-                worker.serve(control)
+                worker.serve(control, warm=True)
             os._exit(0)
         self.code: int | None = None
 
