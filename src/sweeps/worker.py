@@ -87,7 +87,7 @@ def serve(control: socket.socket, *, warm: bool) -> None:
     import trainer.build  # noqa: F401  with all that a training imports
 
     if warm:
-        import torch._inductor  # noqa: F401  which the first step of an optimizer would import, each time anew
+        import torch._inductor  # which the first step of an optimizer would import, each time anew
 
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake)
