@@ -658,6 +658,7 @@ def test_divergence_is_a_result(tmp_path):
     assert "best    none" not in out and "tried again" not in out
 
 
+@pytest.mark.slow  # it imports torch anew
 def test_cold_workers(tmp_path):
     """sweep.warm=false: a process that imports torch for each trial, through the real command line."""
     arguments = [*QUICK, LR, "sweep.trials=1", "sweep.warm=false", f"sweep.dir={tmp_path / 'sweep'}"]
