@@ -178,7 +178,7 @@ def test_environment_stays_out_of_errors(script, monkeypatch):
 def test_c14_resume_refuses_another_architecture(script, tmp_path):
     assert script("train", *FAST, "run_dir=run")[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code, _, err = script("train", "resume=run", "model.hidden=[16]", "optimizer.momentum=0.5")
+    code, _, err = script("train", "resume=run", "model.hidden=[16]", "data.batch_size=5")
     assert code == 6
     assert err.startswith("error[checkpoint] resume=run") and err.count("\n") == 1
     assert "model.hidden: [8] -> [16]" in err and "optimizer.momentum: 0.9 -> 0.5" in err and "init_from=" in err

@@ -20,7 +20,8 @@ ALLOWED = {
     "sweeps": {"core", "sweeps", "trainer"},
 }
 MAY_IMPORT_DATA = {"trainer/build.py", "trainer/begin.py", "trainer/restore.py"}
-MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py", "sweeps/plan.py", "sweeps/best.py"}
+MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py"}
+MAY_IMPORT_HYDRA |= {f"sweeps/{name}.py" for name in ("compose", "plan", "best")}
 
 
 def imported(path: Path) -> set[str]:

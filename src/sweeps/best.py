@@ -12,8 +12,9 @@ from core.config import Config, settle
 from core.durable import write_durably
 from core.entry import CONFIGS
 from core.schema import TRAIN, leaves
-from sweeps.plan import Plan, compose_trial, search_path
-from sweeps.space import point, written
+from sweeps.compose import compose_trial, search_path, written
+from sweeps.plan import Plan
+from sweeps.space import point
 from sweeps.table import spread
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss")

@@ -22,10 +22,12 @@ def learning_curves(
     """A metric over the epochs of each trial, from the lines of its metrics.jsonl; a dot where it was pruned."""
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = figure.subplots()
+    tops: list[float] = []
     for number, lines in sorted(curves.items(), key=lambda item: item[0] == best):  # the best on top
         points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
-        if not points:
+        if not points or trials[number].user_attrs.get("outcome") == "diverged":  # it would set the scale
             continue
+        tops.append(min(value for _, value in points))
         is_pruned = trials[number].state == TrialState.PRUNED
         color = BEST if number == best else PRUNED if is_pruned else GOOD
         width = 2.2 if number == best else 0.9
@@ -33,6 +35,8 @@ def learning_curves(
         if is_pruned:
             axes.plot(*points[-1], "o", color=color, markersize=3)
     axes.set(xlabel="epoch", ylabel=name)
+    if name.endswith("loss") and tops:  # up to the worst trial's best: a first epoch may tell of 1e16
+        axes.set(yscale="log", ylim=(None, 1.5 * max(tops)))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")

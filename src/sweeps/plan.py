@@ -7,20 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import open_dict
-from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
 
-from core.config import Config, settle
-from core.entry import CONFIGS, as_error
+from core.config import Config
 from core.errors import ConfigError, suggest
-from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, SWEEP, TRAIN, leaves
+from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, leaves
 from core.seeding import fold
+from sweeps.compose import compose_trial
 from sweeps.space import Dimension, grid, overrides, read_space
 from sweeps.store import experimental
 
@@ -199,25 +194,6 @@ def _try_out(plan: Plan) -> None:
             if point.get(dimension.key) in left[dimension.key]:
                 left[dimension.key].remove(point[dimension.key])
         compose_trial(plan.arguments(point), plan.config_dirs)
-
-
-def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
-    """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
-    GlobalHydra.instance().clear()  # what has composed the sweep's own config has done its part
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as exception:
-            raise as_error(exception, SWEEP) from None
-        choices = composed.hydra.runtime.choices
-        with open_dict(composed):
-            del composed["sweep"], composed["hydra"]
-        return settle(composed, TRAIN, choices=choices)
-
-
-def search_path(config_dirs: list[str]) -> list[str]:
-    """The override that makes Hydra look in the user's own folders too."""
-    return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
 
 
 def _objective(text: str) -> tuple[str, str]:

@@ -69,7 +69,7 @@ class Pool:
         ours, theirs = socket.socketpair()
         with self.output.open("ab") as output:
             server = subprocess.Popen(
-                [sys.executable, "-m", "sweeps.worker", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "sweeps.worker", str(theirs.fileno()), str(os.getpid()), str(int(self.warm))],
                 pass_fds=(theirs.fileno(), self.lock),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # each run has its train.log

@@ -18,7 +18,6 @@ decay of an average is the inverse of the number of steps that it remembers.
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,10 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
-from core.errors import ConfigError, spell, suggest
+from core.errors import ConfigError, suggest
+from sweeps.compose import written
 
 KINDS = ("choice", "uniform", "log_uniform", "one_minus_log", "int", "log_int")
-BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes
 
 
 @dataclass(frozen=True)
@@ -208,15 +207,3 @@ def overrides(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
         else:
             joined[key] = value
     return [f"{key}={written(value)}" for key, value in joined.items()]
-
-
-def written(value: Any) -> str:
-    """A value as Hydra's grammar reads it back."""
-    if isinstance(value, list):
-        return f"[{','.join(map(written, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
-    if isinstance(value, str) and not BARE.fullmatch(value):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return repr(value) if isinstance(value, float) else spell(value)

@@ -29,8 +29,7 @@ from core.config import Config, resumed
 from core.errors import NumericalError, PreceptorError, StopSignal, as_ours
 from core.processes import die_with
 from core.schema import TRAIN, leaves
-from sweeps.plan import compose_trial
-from sweeps.space import written
+from sweeps.compose import compose_trial, written
 
 Job = Mapping[str, Any]
 LENGTH = struct.Struct("!I")
@@ -81,12 +80,14 @@ def receive_job(control: socket.socket) -> tuple[dict[str, Any], socket.socket] 
 # The server
 
 
-def serve(control: socket.socket) -> None:
+def serve(control: socket.socket, *, warm: bool) -> None:
     """Fork a process for each job, and tell how it ended, until the sweep is gone and its trials with it."""
     import torch
-    import torch._inductor
 
     import trainer.build  # noqa: F401  with all that a training imports
+
+    if warm:
+        import torch._inductor  # which the first step of an optimizer would import, each time anew
 
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake)
@@ -221,10 +222,10 @@ def latency_ms(folder: Path, config: Config) -> float:
 
 
 def main() -> None:
-    """python -m sweeps.worker DESCRIPTOR PARENT"""
-    descriptor, parent = map(int, sys.argv[1:])
+    """python -m sweeps.worker DESCRIPTOR PARENT WARM"""
+    descriptor, parent, warm = map(int, sys.argv[1:])
     die_with(parent)
-    serve(socket.socket(fileno=descriptor))
+    serve(socket.socket(fileno=descriptor), warm=bool(warm))
 
 
 if __name__ == "__main__":
