@@ -194,8 +194,9 @@ def test_what_cannot_work_is_told_before_a_picture_is_decoded(root, tmp_path, mo
 
 
 def test_the_key_is_checked(root):
-    with pytest.raises(ConfigError, match="data.stored_size = large: must be an integer >= 1, or null"):
-        composed(*given(root, None, "data.stored_size=large"))
+    for value in ("large", "0", "1e12"):
+        with pytest.raises(ConfigError, match="data.stored_size = .*: must be an integer >= 1 and <= 16384, or null"):
+            composed(*given(root, None, f"data.stored_size={value}"))
 
 
 def test_torchvisions_own_brings_pictures_down(root, tmp_path):

@@ -237,7 +237,7 @@ def _resized(images: Tensor, top: Tensor, tall: Tensor, *, size: int) -> Tensor:
     batch, channels, height, width = images.shape
     pixels, weights = resampling(top, tall, full=height, size=size)
     plane = torch.arange(batch * channels, device=images.device).view(batch, channels, 1, 1) * height
-    rows = (plane + pixels[:, None]).flatten(0, 2)  # (B C size, taps): sums of whole rows, twice as fast as grid_sample
+    rows = (plane + pixels[:, None]).flatten(0, 2)  # (B C size, taps): sums of whole rows, as fast as grid_sample
     shares = weights[:, None].expand(-1, channels, -1, -1).flatten(0, 2)
     table = images.reshape(-1, width)  # (B C H, W)
     mixed = functional.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")

@@ -8,7 +8,8 @@ Any picture becomes uint8 (C, H, W) by one rule:
     16-bit grey                         value / 257, rounded: 65535 becomes 255, nothing is clipped
     with an EXIF orientation            turned upright
     an animation                        its first frame
-    any size                            the centre square, resized to image_size (bilinear, antialiased)
+    any size                            the centre square, resized to image_size (bilinear, antialiased),
+                                        those to train on to data.stored_size, where there is one
 
 That is "shorter side to image_size, then centre crop", to the pixel; but only the square is ever resized, so that a
 picture of 30000 x 2 stays small in memory.
