@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from greenlet import greenlet
-
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PRECEPTOR_DATA", "datasets"))
 Seen = Callable[[int], None]
@@ -27,6 +25,8 @@ class Contender:
     """One that moves in its turns only; within `with`, which ends it."""
 
     def __init__(self, train: Callable[[Seen], object]) -> None:
+        from greenlet import greenlet
+
         self._running = greenlet(lambda: train(self._seen))
 
     def __enter__(self) -> "Contender":

@@ -172,15 +172,6 @@ def test_a_signal_to_the_whole_group_saves_the_run(folder):
     shutil.rmtree(folder / "outputs/signalled")
 
 
-def test_bench_measures_each_augmentation(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRECEPTOR_DATA", str(tmp_path / "nowhere"))
-    out = script("bench", "loader", "--rounds", "1", "--seconds", "0.05", "--threads", "1", cwd=tmp_path)
-    report = json.loads((tmp_path / "outputs" / "bench.json").read_text())
-    assert len(report["loader"]) == 8 and "CIFAR-10, crop_flip" in out
-    assert all(result["ours"][0] > 0 for result in report["loader"].values())
-    assert report["loader"]["CIFAR-10, crop_flip"]["plain, 2 workers"][0] > 0
-
-
 def test_runs_table(folder):
     out = script("runs", "output=runs.csv", cwd=folder)
     rows = read_table(folder / "runs.csv")

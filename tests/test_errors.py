@@ -181,7 +181,7 @@ def test_c14_resume_refuses_another_architecture(script, tmp_path):
     code, _, err = script("train", "resume=run", "model.hidden=[16]", "data.batch_size=5")
     assert code == 6
     assert err.startswith("error[checkpoint] resume=run") and err.count("\n") == 1
-    assert "model.hidden: [8] -> [16]" in err and "optimizer.momentum: 0.9 -> 0.5" in err and "init_from=" in err
+    assert "model.hidden: [8] -> [16]" in err and "data.batch_size: 16 -> 5" in err and "init_from=" in err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     code, _, err = script("train", "resume=run", "trainer.max_epoch=2")
     assert code == 2 and "did you mean trainer.max_epochs?" in err

@@ -105,6 +105,7 @@ def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
             if name.removeprefix("override /") != "data" and isinstance(value, str):
                 chosen[name.removeprefix("override /")] = value
         given = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
+        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # made-up pictures have one size
     else:
         chosen[group] = option
         given = [f"{name}={value}" for name, value in chosen.items()]

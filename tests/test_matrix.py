@@ -235,6 +235,7 @@ EXCLUDED = {
     "data.fit": WHICH,
     "data.batch_size": "the same loop at every size; full and half batches occur, and accumulated ones",
     "data.num_workers": "changes at resumes of rows with files or a transform of torchvision's",
+    "data.stored_size": "decides which pixels the augmentation gets, as a file's own size does",
     "data.timeout_s": "ends a run or does nothing",
     "data.whitening_epsilon": "a constant of the normalisation, which is varied",
     "trainer.max_minutes": "the wall clock's: its end is not reproducible",

@@ -22,7 +22,10 @@ from sweeps.store import experimental
 EVALUATED = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
 MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
 # Free to change on resume, but no two trials with different ones can be compared.
-COMPARED = ("optimizer.lr", "optimizer.adamw_lr", "trainer.max_epochs", "trainer.max_steps")
+COMPARED = (
+    *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
+    *("trainer.max_epochs", "trainer.max_steps"),
+)
 NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 
 
