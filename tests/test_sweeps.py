@@ -320,7 +320,7 @@ def test_another_search_is_refused(tmp_path):
         'sweep.sampler: "random" -> "tpe"',
     ):
         assert change in " ".join(out.split())
-    code, out = swept(folder, *arguments, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.threads=2")
+    code, out = swept(folder, *arguments, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.log_every=7 steps")
     assert code == 0, out
     assert len(trials_of(folder)) == 2
 
