@@ -374,7 +374,7 @@ def plot(lines: Mapping[str, Line], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(lines))], list(lines))
     axes.invert_yaxis()
-    axes.set_xlabel("training samples a second, as a share of the limit (one batch that lies ready)")
+    axes.set_xlabel("samples a second, as a share of the limit")
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
