@@ -55,7 +55,7 @@ def runs(config: Config) -> None:
 def draw_curves(found: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
     """The metric over the steps of every run that has it, named by its model where that tells them apart."""
     from analysis.figures import learning_curves, save
-    from trainer.run_folder import read_lines
+    from core.json_lines import read_lines
 
     models = [row["model"] for row in found]
     key = "model" if len(set(models)) == len(models) else "run"

@@ -198,9 +198,8 @@ class Streamed:
             timeout_s=self.timeout_s,
             pin_memory=self.device.type == "cuda",
         )
-        with closing(
-            results
-        ):  # ends the workers; an error that is raised keeps what is here until garbage is collected
+        # Closing ends the workers: an error that is raised keeps what is here until garbage is collected.
+        with closing(results):
             for parts, bad in results:
                 self.images.tell(bad)
                 yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in parts)))

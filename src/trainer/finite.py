@@ -62,8 +62,8 @@ class FiniteGuard:
         On the device the answer is always yes: there the update itself obeys the flag.
         """
         if self.on_device:
-            watched = loss if self.scaler.is_enabled() else norm + loss
-            wrong = ~torch.isfinite(watched)
+            not_finite = ~torch.isfinite(norm + loss)
+            wrong = ~torch.isfinite(loss) if self.scaler.is_enabled() else not_finite
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]  # fused updates obey it
             for copy, tensor in zip(self.before, self.put_back, strict=True):
@@ -71,7 +71,7 @@ class FiniteGuard:
             if self.skips:
                 self.take_back(len(indices), wrong)
             self.recent.append((step, wrong, indices))
-            self._count(~torch.isfinite(norm + loss))
+            self._count(not_finite)
             return True
         if math.isfinite(loss.item()) and (self.scaler.is_enabled() or math.isfinite(norm.item())):
             if self.scaler.is_enabled():
