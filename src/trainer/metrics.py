@@ -42,7 +42,8 @@ class RunningSums:
         logits, targets = (torch.cat(parts) for parts in list(zip(*self._noted, strict=True))[1:])
         labels = targets if targets.ndim == 1 else targets.argmax(1)  # of a mixed sample, the larger part's
         counts = [len(targets) for _, _, targets in self._noted]
-        right = torch.stack([part.sum() for part in (logits.argmax(1) == labels).split(counts)]).tolist()
+        ends = torch.tensor(counts).cumsum(0).to(labels.device) - 1
+        right = (logits.argmax(1) == labels).cumsum(0)[ends].diff(prepend=labels.new_zeros(1)).tolist()
         losses = torch.stack([loss for loss, _, _ in self._noted]).tolist()
         loss_sum, correct, samples = self._window
         for loss, answers, count in zip(losses, right, counts, strict=True):
