@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import runpy
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -18,10 +21,11 @@ import trainer.build
 from core.config import Config, resumed, settle
 from core.entry import CONFIGS
 from core.errors import STOP_SIGNALS
+from core.json_lines import read_lines
 from core.schema import TRAIN
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder, Snapshot, pack
-from trainer.run_folder import provenance, read_lines
+from trainer.run_folder import provenance
 from trainer.trainer import Trainer
 
 # 44 training samples are 6 steps an epoch, the last one of half a batch; 12 steps, 11 for validation, 16 for the test.
@@ -96,6 +100,49 @@ def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
 def reopened(folder: Path, *overrides: str) -> Trainer | None:
     """What `resume=FOLDER` and these overrides build: None for a finished run."""
     return build(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
+
+
+# Command lines, in processes of their own that are forked from this one: torch is there already
+
+
+def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.MonkeyPatch], None]) -> int:
+    """A script in a process and session of its own, its pid; what it says goes behind what `output` holds."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for each in (1, 2):
+        os.dup2(descriptor, each)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    code = 1
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patch(patched)
+            patched.setattr(sys, "argv", [script.name, *arguments])
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            runpy.run_path(str(script), run_name="__main__")
+            code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int, *, within: float = 120) -> int:
+    """The exit code of a process, or minus the signal that ended it."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"not ended after {within} s")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from conftest import built, composed, packed
 
 from core.durable import write_durably
 from core.errors import CheckpointError, SecurityError, StorageError
+from core.json_lines import read_lines
 from trainer.build import build
 from trainer.checkpoint import (
     FORMAT,
@@ -28,7 +29,7 @@ from trainer.checkpoint import (
     load_weights_file,
     unpack,
 )
-from trainer.run_folder import RunFolder, default_path, read_lines
+from trainer.run_folder import RunFolder, default_path
 from trainer.safetensors_file import read_header
 
 DTYPES = (

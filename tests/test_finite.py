@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from core.entry import CONFIGS
 from core.errors import NumericalError, StopSignal
+from core.json_lines import read_lines
 from trainer.finite import MOST_IN_A_ROW
-from trainer.run_folder import read_lines
 from trainer.state import snapshot
 from trainer.trainer import Trainer
 

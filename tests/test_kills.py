@@ -10,10 +10,8 @@ import itertools
 import mmap
 import os
 import random
-import runpy
 import signal
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch._inductor  # noqa: F401  which each process would import anew, for seconds
-from conftest import last_state
+from conftest import ended, forked, last_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -31,11 +29,12 @@ from tensorboard.summary.writer import event_file_writer
 import core.entry
 import trainer.trainer
 from core.errors import CheckpointError
+from core.json_lines import read_lines
 from trainer.checkpoint import BackgroundSaver, CheckpointFolder
 from trainer.finite import FiniteGuard
-from trainer.run_folder import RunFolder, read_lines
+from trainer.run_folder import RunFolder
 
-TRAIN_SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "train.py")
+TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 EVERY = 5  # steps between saves, at most
 RUN = (
     *("data=synthetic", "data.train_samples=200", "data.test_samples=64", "data.val_fraction=0.2", "data.image_size=8"),
@@ -91,45 +90,15 @@ class Watch:
 def start(watch: Watch, folder: Path, *arguments: str, number: int = 0, slowness: float = 0.0) -> int:
     """scripts/train.py in a process of its own; its pid. What it says goes to FOLDER.out."""
     watch.clear()
-    output = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    child = os.fork()
-    if child:
-        os.close(output)
-        return child
-    os.setsid()
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    code = 1
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            watch.install(patched, slowness=slowness)
-            # TensorBoard orders event files by the second in their names; these processes live for less.
-            patched.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1_800_000_000.0 + number))
-            patched.setattr(sys, "argv", ["train.py", *arguments])
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, signal.SIG_DFL)
-            runpy.run_path(TRAIN_SCRIPT, run_name="__main__")
-            code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    output = folder.with_suffix(".out")
+    output.unlink(missing_ok=True)
 
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        watch.install(patched, slowness=slowness)
+        # TensorBoard orders event files by the second in their names; these processes live for less.
+        patched.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1_800_000_000.0 + number))
 
-def ended(child: int, *, within: float = 120) -> int:
-    """The exit code of a process, or minus the signal that ended it."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"not ended after {within} s")
+    return forked(TRAIN_SCRIPT, *arguments, output=output, patch=patch)
 
 
 def wait_for(child: int, watch: Watch, phase: str, *, steps: int, draw: random.Random) -> bool:
@@ -408,4 +377,4 @@ def test_that_check_finds_an_exception_that_is_swallowed(tmp_path, monkeypatch):
 
 
 def test_the_harness_starts_what_users_start():
-    assert core.entry.CONFIGS.parent == Path(TRAIN_SCRIPT).parents[1]
+    assert core.entry.CONFIGS.parent == TRAIN_SCRIPT.parents[1]

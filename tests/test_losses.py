@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import ConfigError, NumericalError
+from core.json_lines import read_lines
 from trainer.build import build
 from trainer.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
 from trainer.metrics import RunningSums
 from trainer.restore import load_run
-from trainer.run_folder import read_lines
 
 LOSSES = {
     "cross_entropy": CrossEntropy,

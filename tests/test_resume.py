@@ -27,12 +27,12 @@ from tensorboard.summary.writer import event_file_writer
 
 from core.config import resumed
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError
+from core.json_lines import read_lines
 from core.schema import TRAIN
 from models import mlp
 from trainer import checkpoint
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder, Snapshot
-from trainer.run_folder import read_lines
 from trainer.trainer import Trainer
 
 

@@ -28,7 +28,7 @@ import optuna
 import pytest
 import torch._inductor  # noqa: F401  which each trial would import anew
 import yaml
-from conftest import SYNTHETIC, last_state, reopened
+from conftest import SYNTHETIC, ended, forked, last_state, reopened
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import TrialState
 from scipy import stats
@@ -44,7 +44,7 @@ from sweeps.plan import Plan, read_plan
 from sweeps.space import draw, grid, overrides, read_space
 from sweeps.store import Store
 
-SWEEP_SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "sweep.py")
+SWEEP_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 QUICK = (
     *(*SYNTHETIC, "model=mlp", "model.hidden=[16]", "trainer.max_epochs=3"),
     *("trainer.device=cpu", "trainer.threads=1", "trainer.early_stopping.patience=null", "sweep.pruner=none"),
@@ -103,42 +103,12 @@ def forked_server(self: pool.Pool) -> tuple[Any, socket.socket]:
 
 def started(folder: Path, *arguments: str, patch: Callable[[pytest.MonkeyPatch], None] = lambda _: None) -> int:
     """scripts/sweep.py in a process of its own, its pid; what it says goes to FOLDER.out."""
-    child = os.fork()
-    if child:
-        return child
-    os.setsid()
-    output = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    code = 1
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(pool.Pool, "_server", forked_server)
-            patch(patched)
-            patched.setattr(sys, "argv", ["sweep.py", f"sweep.dir={folder}", *arguments])
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            runpy.run_path(SWEEP_SCRIPT, run_name="__main__")
-            code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
+    def with_forks(patched: pytest.MonkeyPatch) -> None:
+        patched.setattr(pool.Pool, "_server", forked_server)
+        patch(patched)
 
-def ended(child: int, *, within: float = 100) -> int:
-    """The exit code of a process, or minus the signal that ended it."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError(f"not ended after {within} s")
+    return forked(SWEEP_SCRIPT, f"sweep.dir={folder}", *arguments, output=folder.with_suffix(".out"), patch=with_forks)
 
 
 def swept(folder: Path, *arguments: str, within: float = 100, **named: Any) -> tuple[int, str]:
@@ -653,7 +623,7 @@ def test_the_best_is_an_experiment_that_runs_as_it_is(tmp_path):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["train.py", f"--config-dir={folder}", "experiment=best", *arguments])
         patched.setattr(sys, "argv", [*sys.argv, f"run_dir={tmp_path / 'best'}"])
-        runpy.run_path(SWEEP_SCRIPT.replace("sweep.py", "train.py"), run_name="__main__")
+        runpy.run_path(str(SWEEP_SCRIPT.with_name("train.py")), run_name="__main__")
     ours, theirs = last_state(tmp_path / "best"), last_state(folder / "trial-0000-seed-1")
     assert ours[0] == theirs[0] and ours[2] == theirs[2]
 

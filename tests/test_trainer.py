@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import ConfigError, DataError, NumericalError, StopSignal, StorageError
+from core.json_lines import read_lines
 from trainer import clock
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder
 from trainer.early_stopping import EarlyStopping
-from trainer.run_folder import read_lines
 from trainer.trainer import Trainer
 
 

@@ -9,9 +9,9 @@ from conftest import trained
 from torch import nn
 from torch.nn import functional
 
+from core.json_lines import read_lines
 from trainer.evaluation import predict
 from trainer.restore import load_run
-from trainer.run_folder import read_lines
 from trainer.tta import with_tta
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from core.errors import STOP_SIGNALS, DataError, PreceptorError, is_out_of_memory
-from core.processes import die_with
+from core.processes import death, die_with
 
 Parts = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), labels (B,) or (B, K), rows (B,)
 Bad = dict[int, str]  # pictures that could not be used, by position
@@ -42,9 +42,8 @@ class WorkerDied(Exception):
     """A worker ended before its batch was there."""
 
     def __init__(self, pid: int | None, exit_code: int | None) -> None:
-        names = {-number: f"killed by {number.name}" for number in signal.Signals}
         self.worker = f"loader worker (pid {pid})"
-        self.how = names.get(exit_code or 0, f"gone, with exit code {exit_code}")
+        self.how = death(exit_code)
         super().__init__(f"{self.worker} was {self.how}")
 
 

@@ -30,6 +30,7 @@ from core.errors import (
     StorageError,
     is_hung_up_in_vain,
 )
+from core.processes import death
 from sweeps.plan import Plan, read_plan
 from sweeps.pool import Pool, Process, gpus
 from sweeps.space import draw
@@ -209,9 +210,7 @@ class Sweep:
         elif "stopped" in outcome or running.process.asked_to_stop:
             self.store.release(running.trial._trial_id)
         else:
-            names = {-number: number.name for number in signal.Signals}
-            how = f"killed by {names[exit_code]}" if exit_code in names else "gone"
-            self._fail(running, f"error[trial] its process: was {how}", 1, seconds)
+            self._fail(running, f"error[trial] its process: was {death(exit_code)}", 1, seconds)
 
     def _keep(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
         """Mean and standard deviation over the seeds, and how far each constraint is from being met."""
