@@ -16,7 +16,8 @@
     growth      microseconds a sample in training, as data, batches and networks grow
     memory      peak memory of a process that trains
     start       seconds from the command to the end of a first step, and of `import torch, torchvision`
-    cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop
+    cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop: pictures on the
+                device, and photographs that workers read
 
 All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
 CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where they are missing, made-up pictures of that
@@ -31,13 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
+from bench_figures import Line, plot, table_of
 from contenders import DATA, PEERS, ROOT, Contender, Seen, assembled, bare, data_loader, ours, plain, whole_trainer
 
 BATCH = 128
@@ -52,7 +53,6 @@ CASES = {
 AUGMENTATIONS = ("none", "flip", "crop_flip", "affine", "color_shift", "erasing", "mixup", "cutmix")
 LARGE = ("resnet18", "resnet50", "vgg16")
 Turn = Callable[[float], float]  # seconds -> what it reached
-Line = dict[str, Any]  # unit, the contender that ratios are `of`, and what each reached in each round
 
 
 def in_turns(turns: Mapping[str, Turn], *, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -296,20 +296,28 @@ def bench_start(options: argparse.Namespace) -> dict[str, Line]:
 def bench_cuda(options: argparse.Namespace) -> dict[str, Line]:
     import torch
 
-    if not torch.cuda.is_available():
-        return {}
-    made_up = ("data=synthetic", "data.image_size=224", "data.channels=3", "data.num_classes=100")
-    sizes = ("data.train_samples=4000", "data.batch_size=256", "trainer.device=cuda", "trainer.precision=bf16")
+    given = ("trainer.device=cuda", "trainer.precision=bf16", "trainer.compile=true")
+    return bench_large(options, LARGE, size=224, batch=128, given=given) if torch.cuda.is_available() else {}
+
+
+def bench_large(
+    options: argparse.Namespace, networks: Sequence[str], *, size: int, batch: int, given: tuple[str, ...]
+) -> dict[str, Line]:
+    """Each network on pictures that lie on the device, and on photographs that workers read while it computes."""
+    sizes = (f"data.image_size={size}", f"data.batch_size={batch}", "data.channels=3", "data.num_classes=10")
+    sources = {"resident": ("data=synthetic", "data.train_samples=4000", *sizes)}
+    if (root := DATA / "imagenette-mini").exists():
+        sources["streamed"] = ("data=image_folder", f"data.root={root}", "data.memory_budget=0", *sizes)
     lines: dict[str, Line] = {}
-    for network in LARGE:
-        given = (*made_up, *sizes, f"model={network}", "trainer.compile=true")
-        with whole_trainer(*given) as trainer:
+    for network, (kind, data) in itertools.product(networks, sources.items()):
+        config = (*data, f"model={network}", *given)
+        with whole_trainer(*config) as trainer:
             trainings = {
-                "limit": bare(assembled(*given), one_batch=True),
+                "limit": bare(assembled(*config), one_batch=True),
                 "ours": ours(trainer),
-                "bare loop, compiled": bare(assembled(*given), one_batch=False),
+                "bare loop": bare(assembled(*config), one_batch=False),
             }
-            lines[f"{network}, bf16"] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
+            lines[f"{network}, {kind}"] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
     return lines
 
 
@@ -325,57 +333,6 @@ PARTS = {
     "start": bench_start,
     "cuda": bench_cuda,
 }
-
-
-def shown(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
-
-
-def table_of(part: str, lines: Mapping[str, Line]) -> Any:
-    """Medians, and the median ratio of the line's own to each."""
-    from rich.table import Table
-
-    table = Table("contender", title=part, title_justify="left")
-    for title in ("median", "unit", "ratio"):
-        table.add_column(title, justify="right")
-    for name, line in lines.items():
-        table.add_section()
-        table.add_row(f"[bold]{name}[/]")
-        of = line["of"]
-        for contender, values in line.items():
-            if contender in ("unit", "of"):
-                continue
-            ratio = median(one / other for one, other in zip(line[of], values, strict=True))
-            told = "" if contender == of else f"{of} = {ratio:.2f} of it"
-            table.add_row(f"  {contender}", shown(median(values)), line["unit"], told)
-    return table
-
-
-def plot(lines: Mapping[str, Line], path: Path) -> None:
-    """The steps of each network: medians, their spread over rounds, as shares of the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 1.1 * len(lines)), layout="constrained")
-    contenders = [name for name in next(iter(lines.values())) if name not in ("unit", "of", "limit")]
-    height = 0.8 / len(contenders)
-    for number, contender in enumerate(contenders):
-        shares = [[one / limit for one, limit in zip(line[contender], line["limit"])] for line in lines.values()]
-        places = [place + number * height for place in range(len(lines))]
-        middles = [median(found) for found in shares]
-        spread = [[m - quantiles(found, n=4)[0] for m, found in zip(middles, shares)]]
-        spread += [[quantiles(found, n=4)[2] - m for m, found in zip(middles, shares)]]
-        axes.barh(places, middles, height, label=contender, xerr=spread, error_kw={"elinewidth": 0.8})
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(lines))], list(lines))
-    axes.invert_yaxis()
-    axes.set_xlabel("samples a second, as a share of the limit")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

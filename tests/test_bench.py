@@ -1,5 +1,6 @@
 """`scripts/bench.py` measures what it says it does, on made-up data, for a moment."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("greenlet")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -52,3 +54,17 @@ def test_a_bench_of_a_moment(tmp_path):
     assert own["own"] == [ours - bare for ours, bare in zip(own["ours"], own["bare"], strict=True)]
     assert "us a step" in done.stdout and "of it" in done.stdout
     assert (tmp_path / "found/bench.png").stat().st_size > 10_000
+
+
+def test_what_a_gpu_would_be_asked(tmp_path, monkeypatch):
+    """The part `cuda`, on a CPU with a small network and made-up photographs."""
+    for number in range(120):
+        file = tmp_path / "imagenette-mini" / f"class {number % 10}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(file)
+    monkeypatch.setattr(bench, "DATA", tmp_path)
+    options = argparse.Namespace(rounds=2, seconds=0.001)
+    given = ("trainer.device=cpu", "data.num_workers=1")
+    found = bench.bench_large(options, ["mlp"], size=8, batch=4, given=given)
+    assert set(found) == {"mlp, resident", "mlp, streamed"}
+    assert all(len(line[name]) == 2 for line in found.values() for name in ("limit", "ours", "bare loop"))
