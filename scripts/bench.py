@@ -7,27 +7,29 @@
 
     step        samples a second in training steps. `limit` repeats one batch that lies ready, with the same network,
                 layout and optimizer; `ours` is the trainer itself, with its logs; `plain` is a loop over torchvision's
-                transforms and a DataLoader; Lightning and fastai (the extra `bench`) get the same DataLoader
+                transforms and a DataLoader; Lightning and fastai (the extra `bench`) get the same DataLoader. These
+                three have torch's defaults: SGD not fused, pictures not channels_last
     own         microseconds a step that are the trainer's own: less a bare loop over the same batches
     loader      samples a second from uint8 to augmented, normalised batches, no network; against a DataLoader
     folder      an epoch of a folder of photographs: decoded each time, and read from its cache
     evaluation  samples a second in evaluation, against the forward pass of one batch that lies ready
     logs        what logging at every step and saving at every fifth cost, against neither
     growth      microseconds a sample in training, as data, batches and networks grow
-    memory      peak memory of a process that trains
+    memory      peak memory of a process that trains; the others hold as many pictures, as an array
     start       seconds from the command to the end of a first step, and of `import torch, torchvision`
     cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop: pictures on the
-                device, and photographs that workers read
+                device, and photographs that workers read from their cache; then `experiment=cifar10_gpu`
 
 All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
-CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where they are missing, made-up pictures of that
-size stand in.
+CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where the first two are missing, made-up
+pictures of that size stand in, and what needs the folder is left out.
 """
 
 import argparse
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,7 @@ def in_turns(turns: Mapping[str, Turn], *, rounds: int, seconds: float) -> dict[
     found: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(-1, rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in random.Random(number).sample(names, len(names)):  # whoever comes before leaves the caches
             reached = turns[name](seconds)
             if number >= 0:
                 found[name].append(reached)
@@ -88,10 +90,11 @@ def bench_step(options: argparse.Namespace) -> dict[str, Line]:
                 other = assembled(*overrides, "trainer.channels_last=false")
                 batches = data_loader(other, augment=augment, workers=workers)
                 trainings[f"plain, {workers} workers"] = plain(other.model, batches)
-            for peer, make in PEERS.items():
+            for (peer, make), workers in itertools.product(PEERS.items(), (0, 2)):
                 other = assembled(*overrides, "trainer.channels_last=false")
                 with suppress(ImportError):
-                    trainings[peer] = make(other.model, data_loader(other, augment=augment, workers=0))
+                    batches = data_loader(other, augment=augment, workers=workers)
+                    trainings[f"{peer}, {workers} workers"] = make(other.model, batches)
             lines[name] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
     return lines
 
@@ -250,8 +253,14 @@ def seen(samples):
     seen_so_far += samples
     if seen_so_far > 30 * 128: raise Enough
 def peer(name):
-    other = c.assembled(*given, "trainer.channels_last=false")
-    return getattr(c, name)(other.model, c.data_loader(other, augment=False, workers=0))
+    import numpy
+    from trainer.build import build_model
+    values = c.composed(*given).values
+    data = values["data"]
+    count = 60000 if given[0] == "data=mnist" else 50000
+    pictures = numpy.random.randint(0, 256, (count, *[data["image_size"]] * 2, data["channels"]), numpy.uint8)
+    batches = c.loader_of(pictures, [0] * count, batch_size=data["batch_size"], augment=False, workers=0)
+    return getattr(c, name)(build_model(values, init_seed=0), batches)
 try:
     if {name!r} == "ours":
         with c.whole_trainer(*given) as trainer: c.ours(trainer)(seen)
@@ -266,7 +275,7 @@ def bench_memory(options: argparse.Namespace) -> dict[str, Line]:
     lines: dict[str, Line] = {}
     for name in ("LeNet 20C5-50C5-FC256, MNIST", "ResNet-20, CIFAR-10"):
         line: Line = {"unit": "MiB", "of": "ours"}
-        for contender in ("ours", "plain", "lightning"):
+        for contender in ("ours", "plain", "lightning", "fastai"):
             code = MEMORY.format(scripts=str(ROOT / "scripts"), given=CASES[name], name=contender)
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
             if done.returncode == 0:
@@ -296,29 +305,56 @@ def bench_start(options: argparse.Namespace) -> dict[str, Line]:
 def bench_cuda(options: argparse.Namespace) -> dict[str, Line]:
     import torch
 
-    given = ("trainer.device=cuda", "trainer.precision=bf16", "trainer.compile=true")
-    return bench_large(options, LARGE, size=224, batch=128, given=given) if torch.cuda.is_available() else {}
+    if not torch.cuda.is_available():
+        return {}
+    given = ("trainer.device=cuda", "trainer.precision=bf16", "trainer.compile=true", "optimizer.lr=0.001")
+    lines = bench_large(options, LARGE, size=224, batch=128, given=given)
+    return lines | (bench_recipe("cifar10_gpu") if (DATA / "cifar-10-batches-py").exists() else {})
 
 
 def bench_large(
     options: argparse.Namespace, networks: Sequence[str], *, size: int, batch: int, given: tuple[str, ...]
 ) -> dict[str, Line]:
     """Each network on pictures that lie on the device, and on photographs that workers read while it computes."""
-    sizes = (f"data.image_size={size}", f"data.batch_size={batch}", "data.channels=3", "data.num_classes=10")
-    sources = {"resident": ("data=synthetic", "data.train_samples=4000", *sizes)}
-    if (root := DATA / "imagenette-mini").exists():
-        sources["streamed"] = ("data=image_folder", f"data.root={root}", "data.memory_budget=0", *sizes)
+    import torch
+
+    # With drop_last they are compiled for one size.
+    sizes = [f"data.image_size={size}", f"data.batch_size={batch}", "data.drop_last=true"]
+    sizes += ["data.channels=3", "data.num_classes=10"]
+    sources = {"resident": ["data=synthetic", "data.train_samples=4000", *sizes]}
     lines: dict[str, Line] = {}
-    for network, (kind, data) in itertools.product(networks, sources.items()):
-        config = (*data, f"model={network}", *given)
-        with whole_trainer(*config) as trainer:
-            trainings = {
-                "limit": bare(assembled(*config), one_batch=True),
-                "ours": ours(trainer),
-                "bare loop": bare(assembled(*config), one_batch=False),
-            }
-            lines[f"{network}, {kind}"] = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
+    with tempfile.TemporaryDirectory() as cache:
+        if (root := DATA / "imagenette-mini").exists():
+            place = [f"data.root={root}", f"data.cache_dir={cache}", "data.memory_budget=0"]
+            sources["streamed"] = ["data=image_folder", *place, *sizes]
+        for network, (kind, data) in itertools.product(networks, sources.items()):
+            config = (*data, f"model={network}", *given)
+            torch.compiler.reset()  # or what one network has taught it would hold for the next
+            with whole_trainer(*config) as trainer:
+                trainings = {
+                    "limit": bare(assembled(*config), one_batch=True),
+                    "ours": ours(trainer),
+                    "bare loop": bare(assembled(*config), one_batch=False),
+                }
+                line = race(trainings, of="ours", rounds=options.rounds, seconds=options.seconds)
+            lines[f"{network}, {kind}"] = line
     return lines
+
+
+def bench_recipe(experiment: str, *overrides: str) -> dict[str, Line]:
+    """A card from the command to its tested network: seconds of the run, of the whole command, and test accuracy."""
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        script = str(ROOT / "scripts/train.py")
+        command = [sys.executable, script, f"experiment={experiment}", f"run_dir={run}", *overrides]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        whole = time.perf_counter() - start
+        summary = json.loads((run / "summary.json").read_text())
+    return {
+        f"{experiment}, time": {"unit": "s", "of": "run", "run": [summary["seconds"]], "command": [whole]},
+        f"{experiment}, test": {"unit": "%", "of": "accuracy", "accuracy": [100 * summary["test"]["accuracy"]]},
+    }
 
 
 PARTS = {

@@ -7,12 +7,16 @@ does to all. (Threads of their own would each have OpenMP threads of their own, 
 
 import io
 import itertools
+import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +26,55 @@ Seen = Callable[[int], None]
 
 
 class Contender:
-    """One that moves in its turns only; within `with`, which ends it."""
+    """One that moves in its turns only; within `with`, which ends it.
+
+    So do its workers: between its turns they are stopped, or they would go on at the cost of the others, and begin the
+    next turn with batches made for nothing.
+    """
 
     def __init__(self, train: Callable[[Seen], object]) -> None:
         from greenlet import greenlet
 
         self._running = greenlet(lambda: train(self._seen))
+        self._workers: set[BaseProcess] = set()
 
     def __enter__(self) -> "Contender":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGCONT)
         self._running.throw()
 
     def turn(self, seconds: float) -> float:
         """Go on for so long, to the end of a step; returns samples a second."""
+        others = set(multiprocessing.active_children()) - self._workers
+        self._signal(signal.SIGCONT)
         self._seconds, self._samples, self._began = seconds, 0, time.perf_counter()
-        return self._running.switch()
+        reached = self._running.switch()
+        self._workers = set(multiprocessing.active_children()) - others
+        self._signal(signal.SIGSTOP)
+        return reached
+
+    def _signal(self, number: signal.Signals) -> None:
+        for worker in self._workers:
+            if worker.pid is not None and worker.is_alive():
+                os.kill(worker.pid, number)
 
     def _seen(self, samples: int) -> None:
         self._samples += samples
-        took = time.perf_counter() - self._began
-        if took >= self._seconds:
+        if time.perf_counter() - self._began >= self._seconds:
+            wait_for_device()
+            took = time.perf_counter() - self._began
             assert self._running.parent is not None
             self._running.parent.switch(self._samples / took)
+
+
+def wait_for_device() -> None:
+    """Until it has done what it was asked to: the next contender is not to pay for it."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 # Ours
@@ -99,9 +128,13 @@ def ours(trainer: Any) -> Callable[[Seen], object]:
     conclude = trainer.conclude
 
     def train(seen: Seen) -> None:
+        before = 0
+
         def watched() -> None:
+            nonlocal before
             conclude()
-            seen(trainer.train_loader.batch_size)
+            samples, before = trainer.clock.samples - before, trainer.clock.samples
+            seen(samples)
 
         trainer.conclude = watched
         trainer.fit()
@@ -133,12 +166,17 @@ def bare(trainer: Any, *, one_batch: bool) -> Callable[[Seen], object]:
 
 def data_loader(trainer: Any, *, augment: bool, workers: int) -> Any:
     """The training part of a trainer of ours that holds it in memory."""
+    source = trainer.train_loader.source
+    pictures = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    batch_size = trainer.train_loader.batch_size
+    return loader_of(pictures, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers)
+
+
+def loader_of(pictures: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
+    """A DataLoader of uint8 pictures (N, H, W, C)."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    source = trainer.train_loader.source
-    pictures = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (N, H, W, C)
-    labels = source.labels.tolist()
     size, channels = pictures.shape[1], pictures.shape[3]
     crop = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose(
@@ -159,7 +197,7 @@ def data_loader(trainer: Any, *, augment: bool, workers: int) -> Any:
 
     return DataLoader(
         Pictures(),
-        batch_size=trainer.train_loader.batch_size,
+        batch_size=batch_size,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
@@ -231,7 +269,7 @@ def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
 def fastai(model: Any, batches: Any) -> Callable[[Seen], object]:
     """fastai's Learner, without a progress bar."""
     import torch
-    from fastai.callback.core import Callback
+    from fastai.callback.core import Callback, CancelValidException
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import SGD
@@ -243,11 +281,13 @@ def fastai(model: Any, batches: Any) -> Callable[[Seen], object]:
         def after_batch(self) -> None:
             self.seen(len(self.y))
 
+        def before_validate(self) -> None:
+            raise CancelValidException
+
     def train(seen: Seen) -> None:
         loss = torch.nn.functional.cross_entropy
-        learner = Learner(
-            DataLoaders(batches, batches, device="cpu"), model, loss_func=loss, opt_func=SGD, moms=(0.9,) * 3
-        )
+        update = partial(SGD, mom=0.9, wd=1e-4, decouple_wd=False)
+        learner = Learner(DataLoaders(batches, batches, device="cpu"), model, loss_func=loss, opt_func=update)
         learner.fit(10**6, lr=0.01, cbs=[Watch(seen)])
 
     return train

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ pytest.importorskip("greenlet")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import bench  # noqa: E402
+import contenders  # noqa: E402
 
 
 def test_contenders_take_turns_and_are_timed_by_their_steps():
@@ -68,3 +70,50 @@ def test_what_a_gpu_would_be_asked(tmp_path, monkeypatch):
     found = bench.bench_large(options, ["mlp"], size=8, batch=4, given=given)
     assert set(found) == {"mlp, resident", "mlp, streamed"}
     assert all(len(line[name]) == 2 for line in found.values() for name in ("limit", "ours", "bare loop"))
+    assert not (tmp_path / "imagenette-mini" / ".preceptor").exists()
+
+
+def test_our_samples_are_counted_one_by_one():
+    """44 of them, in batches of 8: the last of an epoch has 4."""
+    data = ("data=synthetic", "data.train_samples=55", "data.val_fraction=0.2", "data.image_size=8", "model=mlp")
+    seen: list[int] = []
+    with contenders.whole_trainer(*data, "data.batch_size=8", "trainer.device=cpu", "trainer.max_epochs=1") as trainer:
+        contenders.ours(trainer)(seen.append)
+    assert seen == [8, 8, 8, 8, 8, 4]
+
+
+def test_workers_stand_still_between_turns():
+    """They would work at the cost of the others."""
+    counted = multiprocessing.get_context("fork").RawValue("q", 0)
+
+    def count() -> None:
+        while True:
+            counted.value += 1
+
+    def train(seen: contenders.Seen) -> None:
+        worker = multiprocessing.get_context("fork").Process(target=count, daemon=True)
+        worker.start()
+        try:
+            while True:
+                time.sleep(0.001)
+                seen(1)
+        finally:
+            worker.kill()
+
+    with contenders.Contender(train) as contender:
+        contender.turn(0.05)
+        time.sleep(0.02)
+        before = counted.value
+        time.sleep(0.05)
+        assert 0 < before == counted.value
+        contender.turn(0.05)
+        assert counted.value > before
+
+
+def test_a_recipe_is_timed(monkeypatch):
+    """Any card will do."""
+    given = ("model=mlp", "data=digits", "data.limit_train=100", "trainer.max_epochs=1", "trainer.threads=1")
+    found = bench.bench_recipe("mnist_mlp", *given, "data.image_size=8", "trainer.device=cpu")
+    (run,), (command,) = (found["mnist_mlp, time"][name] for name in ("run", "command"))
+    assert 0 < run < command
+    assert 0 <= found["mnist_mlp, test"]["accuracy"][0] <= 100

@@ -87,6 +87,7 @@ def test_the_device_changes_no_drawn_number(tmp_path, augment):
 @pytest.mark.parametrize("augment", AUGMENTATIONS[:3])
 def test_augmentation_does_not_wait_for_the_device(tmp_path, augment):
     trainer = built(tmp_path / "run", *CUDA, f"augment={augment}", "data.channels=3")
+    trainer.train_loader.batches_at_once = 1  # or the first one makes all
     steps = iter(trainer.train_loader.steps(0))
     next(steps)  # tables are brought to the device, and so is the epoch's order
     torch.cuda.set_sync_debug_mode("error")

@@ -31,6 +31,7 @@ import yaml
 from conftest import SYNTHETIC, ended, forked, last_state, reopened
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import TrialState
+from PIL import Image
 from scipy import stats
 from sqlalchemy import Engine, event, text
 
@@ -306,9 +307,88 @@ def test_another_search_is_refused(tmp_path):
         'sweep.sampler: "random" -> "tpe"',
     ):
         assert change in " ".join(out.split())
+    code, out = swept(folder, *arguments, LR, "sweep.objectives=[max val/accuracy,min parameters]")
+    assert code == 6 and "sweep.objectives:" in out
     code, out = swept(folder, *arguments, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.log_every=7 steps")
     assert code == 0, out
     assert len(trials_of(folder)) == 2
+    code, out = swept(folder, *arguments, LR)
+    assert code == 2 and "error[config] sweep.trials = 1: may grow only: the sweep has 2 already" in out
+
+
+def test_another_sweeps_folders_are_not_taken_for_its_own(tmp_path):
+    folder = tmp_path / "sweep"
+    assert swept(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=one")[0] == 0
+    code, out = swept(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=other", "model.hidden=[8]")
+    told = f"error[checkpoint] {folder}/trial-0000: holds another run (model.hidden: [16] -> [8])"
+    assert code == 6 and out.count(told) == 2 and "tried again" not in out  # once at once, and once at the end
+
+
+def test_a_signal_while_a_trial_is_begun_reaches_it(tmp_path):
+    """It comes between the claim and the start: the trial would train to its end, and nobody could stop it."""
+
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        real = Store.claim
+
+        def claim(store: Store) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(store)
+
+        patched.setattr(Store, "claim", claim)
+
+    long = (*QUICK, LR, "sweep.trials=1", "trainer.max_epochs=100000")
+    code, out = swept(tmp_path / "sweep", *long, patch=patch)
+    assert code == 143, out
+    assert [trial.state for trial in trials_of(tmp_path / "sweep")] == [TrialState.WAITING]
+
+
+def test_what_fails_after_the_time_is_over_waits_for_the_next_launch(tmp_path):
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        def train(*_: Any) -> None:
+            time.sleep(3)
+            raise MemoryError
+
+        patched.setattr(worker, "train", train)
+
+    code, out = swept(tmp_path / "sweep", *QUICK, LR, "sweep.trials=2", "sweep.minutes=0.02", patch=patch)
+    assert code == 0 and "to be tried again by the next sweep (1 of 2)" in out.replace("\n", " "), out
+    assert [trial.state for trial in trials_of(tmp_path / "sweep")] == [TrialState.WAITING] * 2
+
+
+def test_a_metric_that_was_not_finite_is_left_out(tmp_path):
+    """summary.json has null for it: it is no part of a mean, and breaks every constraint."""
+
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        real = worker.train
+
+        def train(*arguments: Any) -> Any:
+            result = real(*arguments)
+            if arguments[2] == 1:  # the second seed
+                result["metrics"]["val/loss"] = None
+            return result
+
+        patched.setattr(worker, "train", train)
+
+    given = ("sweep.trials=1", "sweep.seeds=2", "sweep.constraints=['val/loss > 0','val/accuracy >= 0']")
+    code, out = swept(tmp_path / "sweep", *QUICK, LR, *given, patch=patch)
+    assert code == 0 and "best    none: no trial meets every constraint" in out, out
+    (trial,) = trials_of(tmp_path / "sweep")
+    assert trial.state == TrialState.COMPLETE and "val/loss" not in trial.user_attrs["metrics"]
+    assert trial.constraints["val/loss > 0"] > 0 >= trial.constraints["val/accuracy >= 0"]
+
+
+def test_pictures_in_a_folder(tmp_path):
+    """A key that is mandatory, as the place of one's own pictures is, stands on the card of the best."""
+    for number in range(60):
+        file = tmp_path / "pictures" / f"class {number % 3}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 4 * number).save(file)
+    data = ("data=image_folder", f"data.root='{tmp_path}/pictures'", "data.image_size=8", "data.channels=1")
+    rest = [item for item in QUICK if not item.startswith("data")]
+    code, out = swept(tmp_path / "sweep", *data, *rest, LR, "sweep.trials=1", "data.batch_size=8")
+    assert code == 0, out
+    best = yaml.safe_load((tmp_path / "sweep" / "experiment" / "best.yaml").read_text())
+    assert best["data"]["root"] == f"{tmp_path}/pictures"
 
 
 # The space
@@ -531,17 +611,22 @@ def test_requeue_knows_the_dead_and_the_silent(tmp_path, url):
         assert claimed is not None
         other = open_store(tmp_path / "a", url)
         assert other.requeue(stale_after=3600) == []  # its owner lives
+        assert one.is_mine(claimed[0])
         with one.transaction() as session:
             session.execute(text("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00.000000'"))
         assert other.requeue(stale_after=3600) == [0]  # but has been silent for years
         assert other.claim() == claimed
+        assert other.is_mine(claimed[0]) and not one.is_mine(claimed[0])
         assert one.beat([claimed[0]]) == {claimed[0]}  # and hears that the trial is not its own any more
         trial = optuna.Trial(one.study, claimed[0])
         assert not one.finish(trial, TrialState.COMPLETE, [1.0])
         one.release(claimed[0])
         assert other.finish(optuna.Trial(other.study, claimed[0]), TrialState.COMPLETE, [2.0])
         assert [trial.value for trial in other.trials()] == [2.0, None]
-        other.close()
+        assert other.claim() is not None
+        other.close()  # it ends, by an error perhaps, and its trial is nobody's
+        assert one.requeue(stale_after=3600) == [1]
+    assert not list((tmp_path / "a" / ".owners").iterdir())
 
 
 # What is sought
@@ -570,8 +655,28 @@ def test_pruning_ends_the_poor_ones_and_they_can_go_on(tmp_path):
     assert summary["status"] == "finished" and summary["step"] == 54 and summary["test"]
 
 
+def test_grace(monkeypatch):
+    """No pruner ends a trial before so many evaluations, and each may at that one."""
+    for pruner in ("median", "asha", "hyperband"):
+        given = ["sweep.py", "sweep=random", f"sweep.pruner={pruner}", "sweep.grace=3", "sweep.startup=1"]
+        monkeypatch.setattr(sys, "argv", given)
+        plans: list[Plan] = []
+        entry.run(lambda config, plans=plans: plans.append(read_plan(config)), config_name="sweep", rules=SWEEP)
+        study = optuna.create_study(direction="maximize", pruner=plans[0].pruner())
+        ended_at = []
+        for quality in (0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.1):
+            trial = study.ask()
+            for evaluation in range(1, 31):
+                trial.report(quality, evaluation)
+                if trial.should_prune():
+                    ended_at.append(evaluation)
+                    break
+            study.tell(trial, quality, state=TrialState.COMPLETE)
+        assert min(ended_at) == 3, pruner
+
+
 def test_constraints(tmp_path):
-    """Infeasible trials are marked, guide the sampler, and are never the best."""
+    """Infeasible trials are marked, and are never the best."""
     folder = tmp_path / "sweep"
     space = "+sweep.space={model:{hidden:{choice:[[4],[64]]}}}"
     arguments = (*QUICK, "~sweep.space", space, "sweep.sampler=grid", "sweep.trials=null")

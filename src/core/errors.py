@@ -59,6 +59,10 @@ class StorageError(PreceptorError):
     kind, exit_code = "storage", 5
 
 
+class InUse(StorageError):
+    """A folder that another process works in."""
+
+
 class CheckpointError(PreceptorError):
     """A checkpoint that is damaged or does not fit, or a resume that would change what may not change."""
 

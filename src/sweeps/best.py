@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
 from core.config import Config, settle
@@ -59,6 +60,8 @@ def _differing(plan: Plan, config: Config, arguments: list[str]) -> list[tuple[s
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("train", [*search_path(plan.config_dirs), *arguments])
+        for key in OmegaConf.missing_keys(composed):  # what the user had to give differs from nothing
+            OmegaConf.update(composed, key, None)
         before = dict(leaves(settle(composed, TRAIN, choices={}).record))
     return [
         (key, value)

@@ -14,6 +14,12 @@ from core.entry import CONFIGS, as_error
 from core.errors import spell
 from core.schema import SWEEP, TRAIN
 
+# Free to change on resume, but no two trials with different ones can be compared.
+COMPARED = (
+    *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
+    *("trainer.max_epochs", "trainer.max_steps"),
+)
+NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes
 
 

@@ -15,18 +15,12 @@ from core.config import Config
 from core.errors import ConfigError, suggest
 from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, leaves
 from core.seeding import fold
-from sweeps.compose import compose_trial
+from sweeps.compose import COMPARED, NOT_COMPARED, compose_trial
 from sweeps.space import Dimension, grid, overrides, read_space
 from sweeps.store import experimental
 
 EVALUATED = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
 MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
-# Free to change on resume, but no two trials with different ones can be compared.
-COMPARED = (
-    *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
-    *("trainer.max_epochs", "trainer.max_steps"),
-)
-NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class Plan:
         """Resources are counted in evaluations."""
         grace, reduction = self.options["grace"], self.options["reduction"]
         if self.options["pruner"] == "median":
-            return MedianPruner(n_startup_trials=self.options["startup"], n_warmup_steps=grace - 1)
+            return MedianPruner(n_startup_trials=self.options["startup"], n_warmup_steps=grace)
         if self.options["pruner"] == "asha":
             return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=reduction)
         if self.options["pruner"] == "hyperband":
@@ -166,7 +160,7 @@ def read_plan(config: Config) -> Plan:
     if config.values["trainer"]["threads"] is None:
         share = max(1, len(os.sched_getaffinity(0)) // options["parallel"])
         given.insert(0, f"trainer.threads={share}")
-    name = config.values["choices"].get("sweep", "sweep")
+    name = options["name"] or config.values["choices"].get("sweep", "sweep")
     plan = Plan(
         options=options,
         folder=Path(options["dir"] or f"outputs/sweep-{name}"),

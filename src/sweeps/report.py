@@ -137,6 +137,8 @@ def render(
         told = f"Share of the variance of {metric} that each explains alone, by a random forest over complete trials."
         if counts.get("pruned"):
             told += " Pruned trials are not among them: what made those poor counts for less here than it should."
+        if any(each.when for each in plan.space):
+            told += " Dimensions that are drawn only under a condition are left out."
         parts += [
             "<h2>Importance</h2>",
             f"<p>{html.escape(told)}</p>",

@@ -64,27 +64,31 @@ class Store:
         self.url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
         self.name = name
         directions: Any = [direction for direction, _ in objectives]
-        self.storage = self._patiently(lambda: _open(self.url))
-        self.study = self._patiently(
-            lambda: optuna.create_study(
-                storage=self.storage, study_name=name, directions=directions, load_if_exists=True
+        with self.errors_told():
+            self.storage = self._patiently(lambda: _open(self.url))
+            self.study = self._patiently(
+                lambda: optuna.create_study(
+                    storage=self.storage, study_name=name, directions=directions, load_if_exists=True
+                )
             )
-        )
-        with experimental():
-            self.study.set_metric_names([metric for _, metric in objectives])
+        self.metrics = [metric for _, metric in objectives]
         self.id = self.study._study_id
         self.owners = folder / ".owners"
         self.owners.mkdir(exist_ok=True)
         self.owner = secrets.token_hex(8)
-        # Handed on to every process that this sweep starts: it is free when the last of them is gone.
-        self.lock = os.open(self.owners / self.owner, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        # Handed on to every process that this sweep starts: it is free when the last of them is gone. Locked before it
+        # has its name, or another sweep could take it for a dead one's.
+        nameless = self.owners / f".{self.owner}"
+        self.lock = os.open(nameless, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
+        nameless.rename(self.owners / self.owner)
 
     def close(self) -> None:
-        """Give up the token."""
+        """Give up the token. Where trials still run it stays: by it the next sweep knows that they are nobody's."""
+        with suppress(OSError, SQLAlchemyError):
+            if not self._running_of({self.owner}):
+                (self.owners / self.owner).unlink()
         self.storage.engine.dispose()
-        with suppress(OSError):
-            (self.owners / self.owner).unlink()
         os.close(self.lock)
 
     @contextmanager
@@ -93,15 +97,23 @@ class Store:
         with Session(self.storage.engine) as session, session.begin():
             yield session
 
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Within it a database that fails is told as a storage that fails; what was noted so far is in it."""
+        try:
+            yield
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
+            told = exception.__cause__ or exception
+            raise StorageError(_without_password(self.url), f"cannot be used: {_brief(told)}") from exception
+
     def _patiently(self, action: Callable[[], Any]) -> Any:
         """Machines that start together make the tables together: all but one of them are refused, and try again."""
         for attempt in range(5):
             try:
                 return action()
-            except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
-                told = exception.__cause__ or exception
+            except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
                 if attempt == 4:
-                    raise StorageError(_without_password(self.url), f"cannot be used: {_brief(told)}") from exception
+                    raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError
 
@@ -128,6 +140,8 @@ class Store:
             raise CheckpointError(
                 f"sweep {self.name}", f"{explanation} Give it back, or begin anew in another sweep.dir"
             )
+        with experimental():
+            self.study.set_metric_names(self.metrics)
 
     def _hold_study(self, session: Session) -> None:
         models.StudyModel.find_or_raise_by_id(self.id, session, for_update=True)
@@ -135,10 +149,12 @@ class Store:
     # Trials
 
     def fill(self, count: int) -> None:
-        """As many trials as there are to be, however often and by however many this is called."""
+        """As many trials as there are to be, however often and by however many this is called; never fewer."""
         with self.transaction() as session:
             self._hold_study(session)
             there = session.query(models.TrialModel).filter_by(study_id=self.id).count()
+            if there > count:
+                raise ConfigError("sweep.trials", f"may grow only: the sweep has {there} already", value=count)
             for number in range(there, count):
                 session.add(models.TrialModel(study_id=self.id, number=number, state=TrialState.WAITING))
 
@@ -185,16 +201,25 @@ class Store:
                 if is_stale or self._owner_of(session, trial.trial_id) in dead:
                     trial.state = TrialState.WAITING
                     taken.append(trial.number)
-        for owner in dead:  # not before their trials are free
+        for owner in dead - self._running_of(dead):  # not before their trials are free
             with suppress(OSError):
                 (self.owners / owner).unlink()
         return taken
+
+    def _running_of(self, owners: set[str]) -> set[str]:
+        """Those of them that trials which run were claimed by."""
+        if not owners:
+            return set()
+        with self.transaction() as session:
+            running = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.RUNNING).all()
+            found = {self._owner_of(session, trial.trial_id) for trial in running}
+        return {owner for owner in owners if owner in found}
 
     def _dead_owners(self) -> set[str]:
         """The sweeps of this folder whose processes are all gone."""
         dead = set()
         for path in self.owners.iterdir():
-            if path.name == self.owner:
+            if path.name == self.owner or path.name.startswith("."):
                 continue
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -209,9 +234,8 @@ class Store:
 
     def finish(self, trial: Trial, state: TrialState, values: list[float] | None, **attributes: Any) -> bool:
         """Note a trial's result and what else is known of it; False when the trial is another's by now."""
-        with self.transaction() as session:
-            if not self._is_mine(session, trial._trial_id):
-                return False
+        if not self.is_mine(trial._trial_id):
+            return False
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
         try:
@@ -219,6 +243,11 @@ class Store:
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # in the meantime
         return True
+
+    def is_mine(self, trial_id: int) -> bool:
+        """Does the trial run, claimed by this sweep? Another has it if this one was held up for long."""
+        with self.transaction() as session:
+            return self._is_mine(session, trial_id)
 
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
@@ -262,7 +291,7 @@ def _open(url: str) -> RDBStorage:
     try:
         storage = RDBStorage(url, engine_kwargs=connecting)
     except ImportError:
-        hint = "for PostgreSQL: pip install 'preceptor[postgresql]', and a URL postgresql+psycopg://..."
+        hint = "pip install 'preceptor[postgresql]' for postgresql+psycopg://..., 'preceptor[mysql]' for mysql+pymysql://..."
         raise ConfigError("sweep.storage", f"the driver of this database is not installed; {hint}") from None
     except sqlalchemy.exc.ArgumentError as exception:
         raise ConfigError("sweep.storage", _brief(exception), value=_without_password(url)) from None

@@ -23,6 +23,7 @@ from optuna.trial import Trial, TrialState
 from core.config import Config
 from core.errors import (
     STOP_SIGNALS,
+    CheckpointError,
     ConfigError,
     PreceptorError,
     SecurityError,
@@ -64,7 +65,7 @@ def search(config: Config) -> None:
         store.settle_definition(plan.definition())
         store.fill(plan.trials)
         pool = Pool(warm=plan.options["warm"], lock=store.lock, output=plan.folder / "errors.txt")
-        with contextlib.closing(pool), Table(plan, store) as table:
+        with contextlib.closing(pool), Table(plan, store) as table, store.errors_told():
             Sweep(plan, store, pool, table).run()
         from sweeps.report import write_report
 
@@ -143,6 +144,9 @@ class Sweep:
         trial_id, number = claimed
         slot = next(slot for slot in range(len(self.running) + 1) if slot not in self.running)
         study = self.store.study
+        study._thread_local.cached_all_trials = (
+            None  # as `ask` does, which is not used: the sampler must see the newest
+        )
         study.sampler = self.plan.sampler(number)
         if self.plan.points:
             study._storage.set_trial_system_attr(trial_id, "fixed_params", self.plan.points[number])
@@ -160,6 +164,8 @@ class Sweep:
         }
         self.running[slot] = Running(trial, point, self.pool.start(job), time.monotonic())
         self.selector.register(self.running[slot].process.line.connection, selectors.EVENT_READ, slot)
+        if self.stopping:  # a signal came meanwhile
+            self.running[slot].process.stop()
         return True
 
     # What trials say
@@ -190,6 +196,9 @@ class Sweep:
         """Is the trial to be pruned? Its first seed decides. A run that goes on tells some evaluations again."""
         if message["index"] > 0 or not self.plan.prunes:
             return False
+        if not self.store.is_mine(running.trial._trial_id):
+            running.process.stop()
+            return False
         trial, number = running.trial, message["evaluation"]
         value = message["report"].get(self.plan.objectives[0][1])
         if number not in self.store.storage.get_trial(trial._trial_id).intermediate_values:
@@ -198,10 +207,15 @@ class Sweep:
 
     def _conclude(self, running: Running, exit_code: int | None) -> None:
         """Note how a trial's process ended."""
+        if not self.store.is_mine(running.trial._trial_id):
+            return
         outcome = running.outcome or {}
         seconds = round(time.monotonic() - running.begun, 3)
         if "result" in outcome:
             self._keep(running, outcome["result"], seconds)
+        elif outcome.get("in_use"):
+            # By a sweep that was held up: it may go on, or end. Silence makes the trial wait again.
+            self.table.say(f"trial {running.trial.number}: {outcome['error']}; looked at again later")
         elif "error" in outcome and outcome["diverged"]:
             # A point that diverges is a bad point, not a failed trial: the same bits would diverge again.
             self._finish(running, TrialState.PRUNED, None, outcome="diverged", error=outcome["error"], wall=seconds)
@@ -214,14 +228,15 @@ class Sweep:
 
     def _keep(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
         """Mean and standard deviation over the seeds, and how far each constraint is from being met."""
-        names = results[0]["metrics"]
-        columns = {name: [result["metrics"][name] for result in results if name in result["metrics"]] for name in names}
+        columns = {name: [result["metrics"].get(name) for result in results] for name in results[0]["metrics"]}
+        columns = {name: values for name, values in columns.items() if None not in values}  # None: it was not finite
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         spread = {name: statistics.stdev(values) for name, values in columns.items() if len(values) > 1}
         is_pruned = results[-1]["pruned"]
         values = [mean.get(metric) for _, metric in self.plan.objectives]
         for constraint in self.plan.constraints:
-            violation = constraint.violation(mean.get(constraint.metric, math.inf))
+            measured = constraint.metric in mean
+            violation = constraint.violation(mean[constraint.metric]) if measured else math.inf
             running.trial.set_constraint(str(constraint), min(violation, 1e300))
         attributes = {"metrics": mean, "spread": spread, "wall": seconds, "seeds": len(results)}
         if is_pruned:
@@ -243,14 +258,16 @@ class Sweep:
         )
         count = before["count"] + 1 if step <= before["step"] else 1
         retries = self.plan.options["retries"]
-        is_certain = exit_code in (ConfigError.exit_code, SecurityError.exit_code)  # to fail the same way again
-        if count <= retries and not is_certain and not self.stopping:
-            running.trial.set_user_attr("failures", {"step": step, "count": count})
-            self.store.release(running.trial._trial_id)
-            self.table.say(f"trial {running.trial.number}: {error}; tried again ({count} of {retries})")
-            return
+        # To fail the same way again.
+        is_certain = exit_code in (ConfigError.exit_code, CheckpointError.exit_code, SecurityError.exit_code)
         if self.signal is not None:  # what fails while everything is being stopped is tried by the relaunch
             self.store.release(running.trial._trial_id)
+            return
+        if count <= retries and not is_certain:
+            running.trial.set_user_attr("failures", {"step": step, "count": count})
+            self.store.release(running.trial._trial_id)
+            when = "to be tried again by the next sweep" if self.stopping else "tried again"
+            self.table.say(f"trial {running.trial.number}: {error}; {when} ({count} of {retries})")
             return
         self.table.say(f"trial {running.trial.number}: {error}")
         self._finish(running, TrialState.FAIL, None, outcome="failed", error=error, exit_code=exit_code, wall=seconds)

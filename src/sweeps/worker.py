@@ -25,11 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, resumed
-from core.errors import NumericalError, PreceptorError, StopSignal, as_ours
+from core.config import Config, read_run_config, resumed
+from core.errors import CheckpointError, InUse, NumericalError, PreceptorError, StopSignal, as_ours, spell
 from core.processes import die_with
-from core.schema import TRAIN, leaves
-from sweeps.compose import compose_trial, written
+from core.schema import FREE_ON_RESUME, TRAIN, leaves
+from sweeps.compose import COMPARED, NOT_COMPARED, compose_trial, written
 
 Job = Mapping[str, Any]
 LENGTH = struct.Struct("!I")
@@ -151,7 +151,8 @@ def run(job: Job, line: Line) -> int:
         if not isinstance(error, PreceptorError):
             error = PreceptorError("internal", f"{type(exception).__name__}: {exception}")
         diverged = isinstance(error, NumericalError) and "out of memory" not in error.explanation
-        line.send(error=str(error), exit_code=error.exit_code, diverged=diverged)
+        in_use = isinstance(error, InUse)
+        line.send(error=str(error), exit_code=error.exit_code, diverged=diverged, in_use=in_use)
         return error.exit_code
     finally:
         sys.stdout.flush()
@@ -189,7 +190,8 @@ def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
 
 
 def config_of(job: Job, folder: Path, index: int) -> Config:
-    """The config of a trial's training: its own folder's where it was begun before."""
+    """The config of a trial's training: its own folder's where it was begun before, in which case only what a resumed
+    run may change can have changed. CheckpointError where the folder holds another run."""
     composed = compose_trial(
         [*job["arguments"], f"seed={job['seed'] + index}", f"run_dir={written(str(folder))}"], job["config_dirs"]
     )
@@ -198,7 +200,19 @@ def config_of(job: Job, folder: Path, index: int) -> Config:
     trust = sorted({target.partition(".")[0] for target in targets} | set(composed.values["trust"]))
     if not (folder / "config.yaml").exists():
         return replace(composed, values=composed.values | {"trust": trust})
-    return resumed(folder, [f"resume={written(str(folder))}", f"trust={written(trust)}"], TRAIN)
+    before = dict(leaves(read_run_config(folder)))
+    changes = {}
+    for name, value in leaves(composed.record):
+        is_counted = name.endswith("num_classes") and value is None
+        if isinstance(value, dict) or is_counted or name in NOT_COMPARED or before.get(name) == value:
+            continue
+        if name not in FREE_ON_RESUME or name in COMPARED:
+            explanation = f"holds another run ({name}: {spell(before.get(name))} -> {spell(value)})"
+            raise CheckpointError(str(folder), f"{explanation}; move it away, or choose another sweep.dir")
+        if name != "trainer.threads":  # with another number its last bits would differ
+            changes[name] = value
+    own = {"resume": str(folder), "trust": trust, **changes}
+    return resumed(folder, [f"{name}={written(value)}" for name, value in own.items()], TRAIN)
 
 
 def latency_ms(folder: Path, config: Config) -> float:

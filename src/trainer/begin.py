@@ -76,8 +76,10 @@ def chosen(trainer: Trainer) -> list[str]:
     """What a config may leave to us, as it was decided."""
     fused = "fused" if trainer.optimizer.defaults.get("fused") else "not fused"
     layout = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in trainer.model.parameters())
+    waits = trainer.device.type == "cuda" and not trainer.guard.on_device
     return [
         f"threads {torch.get_num_threads()}",
+        *(["the host looks at each step's loss (no fused update)"] if waits else []),
         "channels_last" if layout else "channels first",
         f"{type(trainer.optimizer).__name__} {fused}",
         trainer.train_loader.reading,

@@ -23,5 +23,5 @@ class ExponentialMovingAverage:
         """After the update that made `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - decay)
-        for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        if buffers := list(self.average.buffers()):
+            torch._foreach_copy_(buffers, list(model.buffers()))

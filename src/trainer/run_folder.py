@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from core.durable import remove_leftovers, sync_folder, write_durably
-from core.errors import CheckpointError, StorageError
+from core.errors import CheckpointError, InUse, StorageError
 from core.json_lines import read_lines
 from trainer.checkpoint import CheckpointFolder, Snapshot
 
@@ -201,7 +201,7 @@ def _lock_or_refuse(lock: int, folder: Path) -> None:
             if holder := os.pread(lock, 200, 0).decode(errors="replace"):
                 break
             time.sleep(0.005)
-        raise StorageError(str(folder), f"in use by {holder or 'another process'}") from None
+        raise InUse(str(folder), f"in use by {holder or 'another process'}") from None
 
 
 def provenance() -> dict[str, Any]:
