@@ -655,6 +655,31 @@ def test_pruning_ends_the_poor_ones_and_they_can_go_on(tmp_path):
     assert summary["status"] == "finished" and summary["step"] == 54 and summary["test"]
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_samplers_learn_from_trials_and_constraints(tmp_path, sampler):
+    """From claim to result: accuracy is the learning rate itself, so they go up; TPE stays where it is allowed to."""
+
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        def train(job: Any, *_: Any) -> Any:
+            lr = next(float(item.partition("=")[2]) for item in job["arguments"] if item.startswith("optimizer.lr="))
+            metrics = {"val/accuracy": lr, "parameters": 1000 * lr, "seconds": 1.0}
+            return {"metrics": metrics, "test": {}, "pruned": False, "step": 1}
+
+        patched.setattr(worker, "train", train)
+
+    space = ("~sweep.space", "+sweep.space={optimizer:{lr:{uniform:[0.01,1.0]},momentum:{uniform:[0,0.9]}}}")
+    given = (*QUICK, *space, f"sweep.sampler={sampler}", "sweep.startup=8", "sweep.trials=30")
+
+    def late_rates(name: str, *more: str) -> list[float]:
+        code, out = swept(tmp_path / name, *given, *more, patch=patch)
+        assert code == 0, out
+        return [trial.params["optimizer.lr"] for trial in trials_of(tmp_path / name)][-10:]
+
+    assert statistics.median(late_rates("free")) > 0.7  # drawn at random: 0.5
+    if sampler == "tpe":
+        assert statistics.median(late_rates("bound", "sweep.constraints=['parameters < 300']")) < 0.4
+
+
 def test_grace(monkeypatch):
     """No pruner ends a trial before so many evaluations, and each may at that one."""
     for pruner in ("median", "asha", "hyperband"):
