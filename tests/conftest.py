@@ -107,11 +107,15 @@ def reopened(folder: Path, *overrides: str) -> Trainer | None:
 
 def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.MonkeyPatch], None]) -> int:
     """A script in a process and session of its own, its pid; what it says goes behind what `output` holds."""
+    # A signal that comes before the script's own handling is there waits until then.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(descriptor)
         return child
     os.setsid()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for each in (1, 2):
         os.dup2(descriptor, each)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -122,6 +126,7 @@ def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.
             patched.setattr(sys, "argv", [script.name, *arguments])
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             runpy.run_path(str(script), run_name="__main__")
             code = 0
     except SystemExit as stop:
