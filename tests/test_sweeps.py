@@ -454,7 +454,7 @@ WRONG_SPACES = {
     "{optimizer:{lr:{uniform:[1,0]}}}": "sweep.space.optimizer.lr.uniform = [1, 0]: must be [low, high]",
     "{augment:{choice:[]}}": "sweep.space.augment.choice = []: must be a list of different values",
     "{data:{batch_size:{choice:[8],when:{model:x}}}}": "sweep.space.data.batch_size.when = model: names no dimension",
-    "{model:{choice:[mlp,lenet9]}}": "error[config] model = lenet9: no such option; did you mean lenet",
+    "{model:{choice:[mlp,lenet9]}}": "error[config] model = lenet9: no such option; did you mean lenet? One of",
     "{optimizer:{lrr:{uniform:[0,1]}}}": "error[config] optimizer.lrr: unknown key; did you mean optimizer.lr?",
     "{optimizer:{lr:{uniform:[-1,1]}}}": "error[config] optimizer.lr = -1: must be a number > 0",
 }

@@ -144,9 +144,8 @@ class Sweep:
         trial_id, number = claimed
         slot = next(slot for slot in range(len(self.running) + 1) if slot not in self.running)
         study = self.store.study
-        study._thread_local.cached_all_trials = (
-            None  # as `ask` does, which is not used: the sampler must see the newest
-        )
+        # As `ask` does, which is not used here: the sampler must see the newest trials.
+        study._thread_local.cached_all_trials = None
         study.sampler = self.plan.sampler(number)
         if self.plan.points:
             study._storage.set_trial_system_attr(trial_id, "fixed_params", self.plan.points[number])
