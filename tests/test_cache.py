@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from conftest import last_state, trained
 from PIL import Image
 
-from core.errors import DataError
+from core.errors import DataError, StorageError
 from data import cache
 from data.cache import with_cache
 from data.datasets import image_folder
@@ -43,8 +44,12 @@ def files_of(root: Path, *, size: int = 7, on_bad_image: str = "error") -> Image
     return collection.train
 
 
+CACHE = ["contents", "json", "npy"]
+
+
 def kept(root: Path) -> list[str]:
-    return sorted(path.suffix for path in (root / ".preceptor").iterdir())
+    names = [path.name.replace(".contents.json", ".contents") for path in (root / ".preceptor").iterdir()]
+    return sorted(name.rsplit(".", 1)[1] for name in names)
 
 
 def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
@@ -52,7 +57,7 @@ def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
     assert isinstance(plain.pixels, Files)
     place = root / ".preceptor"
     first = Images(with_cache(plain.pixels, place), plain.labels)
-    assert kept(root) == [".json", ".npy"]
+    assert kept(root) == CACHE
     monkeypatch.setattr("data.images.decode", None)
     monkeypatch.setattr("data.cache.decode", None)
     again = Images(with_cache(plain.pixels, place), plain.labels)
@@ -66,27 +71,64 @@ def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
         assert torch.equal(part.take(torch.tensor([2])).fetch(torch.tensor([0]))[0], expected[[7]])
 
 
-def test_what_has_changed_is_decoded_anew(root):
-    def load() -> torch.Tensor:
+def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
+    decoded, real = [], cache.decode
+
+    def decode(path: Path, **named: Any) -> Any:
+        decoded.append(path.name)
+        return real(path, **named)
+
+    def load(root: Path, place: Path | None = None) -> torch.Tensor:
+        decoded.clear()
         files = files_of(root).pixels
         assert isinstance(files, Files)
-        return with_cache(files, root / ".preceptor").cached(torch.arange(36))
+        return with_cache(files, place or root / ".preceptor").cached(torch.arange(36))
 
-    before = load()
-    path = root / "class 0" / "00.png"
-    Image.new("RGB", (9, 9), "red").save(path)
-    os.utime(path, ns=(1, 1))
-    after = load()
-    assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
-    assert kept(root).count(".npy") == 2
-    os.utime(path, ns=(2, 2))  # the same length, another time
-    load()
-    assert kept(root).count(".npy") == 3
-    moved = root.rename(root.with_name("moved"))  # the cache moves along
-    files = files_of(moved).pixels
+    monkeypatch.setattr(cache, "decode", decode)
+    before, path = load(root), root / "class 0" / "00.png"
+    facts, content = path.stat(), path.read_bytes()
+    path.write_bytes(content)  # touched, and as it was
+    assert torch.equal(load(root), before) and not decoded
+    other = Image.open(path).transpose(Image.Transpose.ROTATE_180)
+    other.save(path, compress_level=0)
+    as_long = path.read_bytes()
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, compress_level=0)
+    assert path.stat().st_size == len(as_long)
+    load(root)
+    path.write_bytes(as_long)  # of the same length, at the same time
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    after = load(root)
+    assert len(decoded) == 36 and not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
+    caches = kept(root).count("npy")
+
+    monkeypatch.setattr(cache, "_content", None)  # known by now: nothing is read
+    assert torch.equal(load(root), after) and not decoded
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "decode", decode)
+    for index in (root / ".preceptor").glob("*.contents.json"):
+        index.write_text('["damaged"')
+    assert torch.equal(load(root), after) and not decoded
+    copy = shutil.copytree(root, root.with_name("copy"))  # the cache comes along
+    assert torch.equal(load(copy), after) and not decoded
+    assert kept(copy).count("npy") == kept(root).count("npy") == caches
+    assert kept(copy).count("contents") == 2  # one of another folder, as it was
+    (copy / "class 0" / "00.png").rename(copy / "class 0" / "99.png")
+    assert not torch.equal(load(copy), after) and len(decoded) == 36
+
+
+def test_a_cache_that_others_have_made_is_read_where_nothing_can_be_written(root, monkeypatch):
+    files = files_of(root).pixels
     assert isinstance(files, Files)
-    with_cache(files, moved / ".preceptor")
-    assert kept(moved).count(".npy") == 3
+    with_cache(files, root / ".preceptor")
+    for path in (root / ".preceptor").glob("*.contents.json"):
+        path.unlink()
+
+    def refuse(path: Path, *_: object) -> None:
+        raise StorageError(str(path), "read-only")
+
+    monkeypatch.setattr(cache, "write_durably", refuse)
+    assert with_cache(files, root / ".preceptor").cache is not None
+    assert kept(root) == ["json", "npy"]
 
 
 def test_bad_pictures_are_as_without_a_cache(root, caplog):
@@ -124,7 +166,7 @@ def test_a_training_is_the_same_to_the_bit(root, tmp_path):
         )
     ]
     assert states == states[:1] * 5
-    assert kept(root) == [".json", ".npy"] and len(list((tmp_path / "elsewhere").iterdir())) == 2
+    assert kept(root) == CACHE and len(list((tmp_path / "elsewhere").iterdir())) == 3
 
 
 @pytest.mark.parametrize("trouble", ["no room", "a file in its place", "a full disk"])
@@ -174,9 +216,9 @@ def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
             with_cache(files, place)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert kept(root) == [".tmp"]
+        assert kept(root) == ["tmp"]
     assert torch.equal(with_cache(files, place).cached(torch.arange(36)), expected)
-    assert kept(root) == [".json", ".npy"]
+    assert kept(root) == CACHE
 
 
 def test_one_that_is_being_made_is_not_removed(root, monkeypatch):

@@ -96,7 +96,7 @@ def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
         trainer.guard.remember()
         reseed(fold(0, "dropout", 7), trainer.device)
         norm = trainer.clip_gradients()
-        trainer.guard.allows(loss, norm, [indices], step=trainer.next_step)
+        trainer.guard.allows(loss, norm, [indices], step=trainer.step + 1)
         trainer.conclude()
 
     trainer.step = 1

@@ -97,6 +97,50 @@ def test_augmentation_does_not_wait_for_the_device(tmp_path, augment):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("more", [(), ("augment=[crop_flip,affine]",), ("data.memory_budget=0",)])
+def test_batches_made_ahead_are_whole_whenever_they_are_used(tmp_path, more):
+    """The network is late, the next batch is not: neither reads what is not there yet, nor what was freed."""
+    given = ("data.channels=3", "data.image_size=32", "data.train_samples=600", *more)
+    device, host = (built(tmp_path / name, *given, f"trainer.device={name}") for name in ("cuda", "cpu"))
+    device.train_loader.batches_at_once = 1
+    for ours, theirs in (
+        (device.train_loader.steps(1), host.train_loader.steps(1)),
+        (device.val_loader, host.val_loader),
+    ):
+        late = []
+        for batch in ours:
+            [part] = batch if isinstance(batch, list) else [batch]
+            torch.cuda._sleep(5_000_000)  # cycles: some milliseconds, in which the next batches could be made
+            late.append((part.images * 1, part.labels * 1))
+            del batch, part
+        for (images, labels), batch in zip(late, theirs, strict=True):
+            [part] = batch if isinstance(batch, list) else [batch]
+            torch.testing.assert_close(labels.cpu(), part.labels)
+            torch.testing.assert_close(images.cpu(), part.images, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tf32", "in_products", "in_convolutions"), [("auto", False, True), ("true", True, True), ("false", False, False)]
+)
+def test_tf32_is_where_it_is_asked_for(tmp_path, tf32, in_products, in_convolutions):
+    built(tmp_path / "run", *CUDA, f"trainer.tf32={tf32}")
+    generator = torch.Generator().manual_seed(0)
+    matrix, maps, weight = (
+        torch.randn(shape, generator=generator) for shape in ((512, 512), (4, 64, 32, 32), (64, 64, 3, 3))
+    )
+    pairs = [
+        (matrix.cuda() @ matrix.cuda(), matrix.double() @ matrix.double(), in_products),
+        (
+            functional.conv2d(maps.cuda(), weight.cuda()),
+            functional.conv2d(maps.double(), weight.double()),
+            in_convolutions,
+        ),
+    ]
+    for found, exact, is_rounded in pairs:
+        error = (found.cpu().double() - exact).abs().max() / exact.abs().max()
+        assert (error > 1e-5) == is_rounded, float(error)
+
+
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_resume_is_exact(tmp_path, precision, optimizer):

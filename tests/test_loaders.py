@@ -1,6 +1,8 @@
 """What the loop gets: every sample once an epoch, the same numbers whatever the workers and wherever it starts."""
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision.transforms import v2
 from core.errors import ConfigError, DataError
 from core.seeding import fold
 from data.adapter import ASampleAtATime
+from data.ahead import made_ahead
 from data.augmentations import RandomAffine, RandomCrop
 from data.images import Files, Images
 from data.loaders import Batch, EvalLoader, TrainLoader
@@ -119,6 +122,52 @@ def test_labels_and_pixels_belong_to_the_indices():
         expected = (data.pixels[batch.indices].double() / 255 - 0.4) / 0.2
         assert batch.images.dtype == torch.float32
         assert (batch.images - expected).abs().max() < 1e-5
+
+
+def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypatch):
+    """The order of what two streams are told, by streams that only write it down; test_cuda.py has real ones."""
+    told: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "data"
+
+        def wait_stream(self, other: "Stream") -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Part:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def record_stream(self, stream: Stream) -> None:
+            told.append(f"{self.number} is kept for {stream.name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        told.append(f"on {stream.name}")
+        yield
+        told.append(f"off {stream.name}")
+
+    def batches() -> Iterator[tuple[Part]]:
+        for number in (1, 2):
+            told.append(f"{number} is made")
+            yield (Part(number),)
+        raise DataError("3.png", "is gone")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
+    ready = made_ahead(batches(), device=torch.device("cuda"))
+    assert told == []
+    for number in (1, 2):  # the third fails when its turn comes, and not before the step of the second
+        assert next(ready)[0].number == number
+        told.append(f"step {number}")
+    with pytest.raises(DataError, match=r"3\.png"):
+        next(ready)
+    first = ["data waits for network", "on data", "1 is made", "off data"]
+    second = ["network waits for data", "1 is kept for network", "on data", "2 is made", "off data", "step 1"]
+    assert told == [*first, *second, "network waits for data", "2 is kept for network", "on data", "step 2"]
+    assert list(made_ahead(iter([(torch.ones(1),)]), device=CPU)) == [(torch.ones(1),)]
 
 
 def test_channels_last():
@@ -251,6 +300,40 @@ def test_batches_made_at_once_are_those_made_one_by_one(mixing, accumulate):
             for step, other in zip(rest, whole[start:], strict=True):
                 for batch, twin in zip(step, other, strict=True):
                     assert batch.images.storage_offset() == twin.images.storage_offset()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pictures_normalised_once_are_those_normalised_in_their_batch(channels, channels_last):
+    """To the bit, and to the stride: a convolution chooses its way by that."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1100, channels, 6, 5), generator=generator, dtype=torch.uint8)
+    data = Images(pixels, torch.arange(1100) % 3)
+    values = {"mean": torch.rand(channels), "std": torch.rand(channels) + 0.1}
+    normalisation = Normalisation(values).to(CPU, channels_last=channels_last)
+    bytes_needed = 4 * pixels.numel()
+    given = {"augmentations": augmentations(), "normalisation": normalisation, "accumulate": 2, "batch_size": 7}
+    once = train_loader(data, **given, memory_budget=bytes_needed / 2**30)
+    each = train_loader(data, **given, memory_budget=(bytes_needed - 1) / 2**30)
+    assert (once.normalised_once, each.normalised_once) == (True, False)
+    normalisation.load({name: value / 2 for name, value in values.items()})  # as a run that goes on brings it
+    for loader in (once, each):
+        loader.batches_at_once = 3
+    assert once.prepared[0] is once.prepared[0]
+    assert once.prepared[0] is not once.source
+    assert each.prepared[0] is each.source
+    steps, others = list(once.steps(2, start=5)), list(each.steps(2, start=5))
+    assert same(steps, others)
+    for step, other in zip(steps, others, strict=True):
+        for batch, twin in zip(step, other, strict=True):
+            assert batch.images.stride() == twin.images.stride()
+            assert batch.images.storage_offset() == twin.images.storage_offset()
+    before = once.prepared[0].pixels.clone()
+    steps[0][0].images.zero_()  # as a network may that works in place
+    assert torch.equal(once.prepared[0].pixels, before)
+    assert same([list(once.pictures(0))], [list(each.pictures(0))])  # uint8 still
+    augmented = train_loader(data, **given | {"augmentations": augmentations(**STEPS)})
+    assert not augmented.normalised_once
 
 
 def test_a_large_batch_is_made_alone():

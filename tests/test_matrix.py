@@ -241,6 +241,7 @@ EXCLUDED = {
     "trainer.max_minutes": "the wall clock's: its end is not reproducible",
     "trainer.threads": "another number gives other last bits",
     "trainer.device": "cuda has a row of its own below, and tests/test_cuda.py",
+    "trainer.tf32": "of cuda alone: tests/test_cuda.py",
     "trainer.compile": "compiles for minutes; the compiled network holds no state, what is saved is the plain one",
     "trainer.log_graph": SHOWN,
     "trainer.log_images": SHOWN,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": [], "evaluate": ["run=x"], "predict": ["run=x", "input=x"], "runs": [], "sweep": []}
@@ -34,6 +35,25 @@ def test_answers_without_torch(script, flag):
             break
     assert min(tries) < LIMIT, f"{tries} s"
     assert {"train": "max_epochs", "runs": "folder", "sweep": "sweep"}.get(script, "checkpoint") in out
+
+
+def test_help_lists_all_that_can_be_chosen_and_the_keys_as_they_are_chosen(tmp_path):
+    for name in ("mine", "_part"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / f"{name}.yaml").write_text("_target_: torch.nn.Identity\nnumber: 7\n")
+    given = ("--help", "-m", "--config-dir", str(tmp_path), "model=mine", "optimizer.lr=0.3", "data=image_folder")
+    _, out, _ = start("scripts/train.py", *given)
+    choices, keys = out.partition("Choices")[2].split("Keys")
+    listed = dict(line.split(": ") for line in choices.splitlines() if ": " in line)
+    for group in (ROOT / "configs").glob("[!_]*/"):
+        options = {path.stem for path in group.glob("[!_]*.yaml")} | ({"mine"} if group.name == "model" else set())
+        if group.name != "hydra":
+            assert listed[group.name].split(", ") == sorted(options)
+    keys = yaml.safe_load(keys.partition("\n")[2])
+    assert (keys["model"]["number"], keys["optimizer"]["lr"], keys["data"]["root"]) == (7, 0.3, "???")
+    command = f"{sys.executable} scripts/train.py --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "Trains an image classifier and leaves a run folder.\n" and done.stderr == ""
 
 
 def test_training_imports_nothing_that_it_does_not_need(tmp_path):

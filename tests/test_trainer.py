@@ -23,6 +23,7 @@ from trainer import clock
 from trainer.build import build
 from trainer.checkpoint import CheckpointFolder
 from trainer.early_stopping import EarlyStopping
+from trainer.machine import configure_torch
 from trainer.trainer import Trainer
 
 
@@ -497,3 +498,22 @@ def test_a_folder_with_its_data_on_the_way(tmp_path):
     with pytest.raises(DataError, match="is gone"):
         trainer.run()
     assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("tf32", "expected"), [("auto", (True, "highest")), (True, (True, "high")), (False, (False, "highest"))]
+)
+def test_tf32_is_told_to_torch_where_there_is_cuda(tf32, expected):
+    def told() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = told()
+    settings = {"threads": None, "deterministic": False, "tf32": tf32}
+    try:
+        configure_torch(settings, torch.device("cpu"))
+        assert told() == before
+        configure_torch(settings, torch.device("cuda"))
+        assert told() == expected
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])

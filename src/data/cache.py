@@ -1,10 +1,12 @@
 """Pictures decoded and resized once, kept on the disk, and from then on only read.
 
-    <digest>.npy    uint8 (N, C, H, W), mapped into memory: what is read often stays in the system's cache
-    <digest>.json   which of them could not be decoded, and why
+    <digest>.npy            uint8 (N, C, H, W), mapped into memory: what is read often stays in the system's cache
+    <digest>.json           which of them could not be decoded, and why
+    <folder>.contents.json  the hash of each file's content, by its name, length, times and inode when it was read
 
-The digest is of the rule that makes pixels of pictures, the size, and each file's name, length and time of change: a
-folder that has changed has another cache. It appears by one rename, when it is whole and on the disk.
+The digest is of the rule that makes pixels of pictures, the size, and each file's name and content: a folder that has
+changed has another cache, one that was moved or copied has the same. Contents are read once; afterwards only those of
+files that the system says were touched, as git does it. A cache appears by one rename, whole and on the disk.
 """
 
 import fcntl
@@ -15,10 +17,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,7 +70,8 @@ def with_cache(files: Files, folder: Path) -> Files:
     """
     if not files.paths:
         return files
-    path = folder / f"{fingerprint(files)}.npy"
+    contents = Contents(files.paths, folder)
+    path = folder / f"{fingerprint(files, contents)}.npy"
     if not path.exists():
         needed = int(np.prod(files.shape))
         try:
@@ -82,24 +86,83 @@ def with_cache(files: Files, folder: Path) -> Files:
                 f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)"
             )
             return files
+    with suppress(OSError, StorageError):  # one made by others, who do not let us write there
+        contents.keep()
     pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     bad = json.loads(path.with_suffix(".json").read_text())
     made = Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files)))
     return replace(files, caches={**files.caches, files.image_size: made})
 
 
-def fingerprint(files: Files) -> str:
-    """What the decoded pixels depend on, as far as it is known without reading the pictures."""
-    common = os.path.commonpath([path.parent for path in files.paths])
+def fingerprint(files: Files, contents: "Contents") -> str:
+    """What the decoded pixels depend on."""
     digest = hashlib.blake2b(repr((RULE, files.shape, files.max_pixels)).encode(), digest_size=12)
-    for path in files.paths:
-        facts = path.stat()
-        digest.update(repr((os.path.relpath(path, common), facts.st_size, facts.st_mtime_ns)).encode())
+    for name, content in zip(contents.names, contents.hashes, strict=True):
+        digest.update(repr((name, content)).encode())
     return digest.hexdigest()
 
 
+class Contents:
+    """The content of files by its hash: read where the system says that a file is not the one that was read before.
+
+    `names` and `hashes` are in the order of the paths; the names are relative to the folder that all are in.
+    """
+
+    def __init__(self, paths: Sequence[Path], folder: Path) -> None:
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+        name = hashlib.blake2b(os.fsencode(common.resolve()), digest_size=12).hexdigest()
+        self.place = folder / f"{name}.contents.json"
+        known: dict[str, str | None] = {}
+        with suppress(OSError, ValueError):
+            known = dict(json.loads(self.place.read_text()))
+        self.names = [os.path.relpath(path, common) for path in paths]
+        keys = [repr((name, *_facts(path))) for name, path in zip(self.names, paths, strict=True)]
+        self.hashes = [known.get(key) for key in keys]
+        new = [row for row, content in enumerate(self.hashes) if content is None]
+
+        def read_piece(start: int) -> None:
+            for row in new[start : start + PIECE]:
+                self.hashes[row] = _content(paths[row])
+
+        _by_threads(read_piece, len(new), text=f"reading {len(new):,} pictures, to know them again")
+        self.known = {key: content for key, content in zip(keys, self.hashes, strict=True) if content is not None}
+        self.is_new = self.known != known
+
+    def keep(self) -> None:
+        """Write down what is known now, in a folder that exists; StorageError where that cannot be."""
+        if self.is_new:
+            write_durably(self.place, json.dumps(self.known).encode())
+
+
+def _facts(path: Path) -> tuple[int, ...]:
+    """What changes when a file's content does: at least the last of the times, which nobody can set."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _content(path: Path) -> str | None:
+    """The hash of a file's content; None where it cannot be read, of which whoever decodes it tells."""
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return None
+
+
+def _by_threads(task: Callable[[int], None], count: int, *, text: str) -> None:
+    """The task for each PIECE of so many pictures, by as many threads as there are cores; with a bar on a terminal."""
+    pool = ThreadPoolExecutor()
+    try:
+        pieces = [pool.submit(task, start) for start in range(0, count, PIECE)]
+        terminal = Console(stderr=True)
+        for piece in track(
+            pieces, text, console=terminal, transient=True, disable=not terminal.is_terminal, total=len(pieces)
+        ):
+            piece.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _make(files: Files, path: Path) -> None:
-    """Decode all pictures, by as many threads as there are cores: Pillow's decoders let others run meanwhile."""
+    """Decode all pictures: Pillow's decoders let other threads run meanwhile."""
     bad: dict[int, str] = {}
 
     def decode_piece(start: int) -> None:
@@ -124,17 +187,7 @@ def _make(files: Files, path: Path) -> None:
         # A full disk is an error here; behind the map it would end the process.
         os.posix_fallocate(file.fileno(), 0, start + int(np.prod(files.shape)))
         pixels = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=files.shape)
-        pool = ThreadPoolExecutor()
-        try:
-            pieces = [pool.submit(decode_piece, start) for start in range(0, len(files), PIECE)]
-            terminal = Console(stderr=True)
-            text = f"decoding {len(files):,} pictures, once"
-            for piece in track(
-                pieces, text, console=terminal, transient=True, disable=not terminal.is_terminal, total=len(pieces)
-            ):
-                piece.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        _by_threads(decode_piece, len(files), text=f"decoding {len(files):,} pictures, once")
         pixels.flush()
         os.fsync(file.fileno())
         write_durably(path.with_suffix(".json"), json.dumps(bad).encode())

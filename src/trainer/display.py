@@ -50,11 +50,15 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def tick(self, step: int, epoch: float) -> None:
-        """Move the bar, a few times a second at most."""
-        if not self.progress.disable and time.monotonic() - self.shown_at > 0.2:
-            self.shown_at = time.monotonic()
-            self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}")
+    @property
+    def is_to_move(self) -> bool:
+        """Is it time for the bar to move? A few times a second at most."""
+        return not self.progress.disable and time.monotonic() - self.shown_at > 0.2
+
+    def move(self, step: int, epoch: float) -> None:
+        """The bar goes to this step."""
+        self.shown_at = time.monotonic()
+        self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}")
 
     def figures(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
         """Loss, accuracy and throughput of the last steps: behind the bar, or as a line a minute without a terminal."""

@@ -26,8 +26,8 @@ MOST_IN_A_ROW = 32
 class FiniteGuard:
     """Decides about each update.
 
-    `put_back` is what a forward pass changes besides: batch norm's statistics. `take_back` gets the number of a step's
-    batches, and a flag that says whether they do not count.
+    `name_of` says how errors name a step. `put_back` is what a forward pass changes besides: batch norm's statistics.
+    `take_back` gets the number of a step's batches, and a flag that says whether they do not count.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class FiniteGuard:
         scaler: torch.amp.GradScaler,
         device: torch.device,
         skips: bool,
+        name_of: Callable[[int], str],
         put_back: Sequence[Tensor],
         take_back: Callable[[int, Tensor], None],
     ) -> None:
-        self.optimizer, self.scaler, self.skips = optimizer, scaler, skips
+        self.optimizer, self.scaler, self.skips, self.name_of = optimizer, scaler, skips, name_of
         obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.on_device = device.type == "cuda" and obeys_flag
         self.put_back = put_back if skips else ()
@@ -48,15 +49,15 @@ class FiniteGuard:
         self.before = [torch.empty_like(tensor) for tensor in self.put_back]
         self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
         self.longest = torch.zeros((), device=device)  # of these, since the host last asked
-        # Steps since the host last asked: their name, whether they were skipped, and their samples.
-        self.recent: list[tuple[str, Tensor, Sequence[Tensor]]] = []
+        # Steps since the host last asked: their number, whether they were skipped, and their samples.
+        self.recent: list[tuple[int, Tensor, Sequence[Tensor]]] = []
 
     def remember(self) -> None:
         """Before a step: what may have to be put back."""
         for copy, tensor in zip(self.before, self.put_back, strict=True):
             copy.copy_(tensor)
 
-    def allows(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: str) -> bool:
+    def allows(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> bool:
         """May the update that makes `step` be made, of the samples `indices`? `norm` is that of the gradient.
 
         On the device the answer is always yes: there the update itself obeys the flag.
@@ -82,7 +83,7 @@ class FiniteGuard:
             return True
         what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}"
         if not self.skips:
-            raise stopped(step, f"{what}; {samples(indices)}")
+            raise stopped(self.name_of(step), f"{what}; {samples(indices)}")
         for copy, tensor in zip(self.before, self.put_back, strict=True):
             tensor.copy_(copy)
         wrong = torch.ones((), dtype=torch.bool, device=loss.device)
@@ -92,10 +93,14 @@ class FiniteGuard:
         self._refuse_many(step=step)
         return False
 
-    def skipped(self, *, step: str) -> list[str]:
+    def skipped(self, *, step: int) -> list[str]:
         """What was skipped since the last call, a line a step, for the log; where no step may be, the run ends."""
         flags = torch.stack([wrong for _, wrong, _ in self.recent]).tolist() if self.recent else []  # waits for it
-        found = [(name, indices) for wrong, (name, _, indices) in zip(flags, self.recent, strict=True) if wrong]
+        found = [
+            (self.name_of(number), indices)
+            for wrong, (number, _, indices) in zip(flags, self.recent, strict=True)
+            if wrong
+        ]
         self.recent.clear()
         if found and not self.skips:
             name, indices = found[0]
@@ -110,11 +115,11 @@ class FiniteGuard:
         self.in_a_row.add_(1).mul_(wrong)
         torch.maximum(self.longest, self.in_a_row, out=self.longest)
 
-    def _refuse_many(self, *, step: str) -> None:
+    def _refuse_many(self, *, step: int) -> None:
         longest = int(self.longest.item())
         self.longest.zero_()
         if longest >= MOST_IN_A_ROW:
-            raise stopped(step, f"{longest} steps in a row")
+            raise stopped(self.name_of(step), f"{longest} steps in a row")
 
     def state(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps."""

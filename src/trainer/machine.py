@@ -38,6 +38,9 @@ def configure_torch(settings: Mapping[str, Any], device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for reproducible sums
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.backends.cudnn.benchmark = not settings["deterministic"]
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = settings["tf32"] is not False
+        torch.set_float32_matmul_precision("high" if settings["tf32"] is True else "highest")
 
 
 def keep_freed_memory() -> None:

@@ -92,21 +92,32 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    loss_sum = correct = torch.zeros((), dtype=torch.float64)
-    count = 0
+    loss_sum, correct, count = 0.0, 0, 0
+    noted: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def sum_up() -> None:
+        """In Python's numbers, one batch after the other; waits for the device."""
+        nonlocal loss_sum, correct, count
+        losses, logits, labels = zip(*noted, strict=True)
+        for loss, batch in zip(torch.stack(losses).tolist(), labels, strict=True):
+            loss_sum, count = loss_sum + loss * len(batch), count + len(batch)
+        correct += int((torch.cat(logits).argmax(1) == torch.cat(labels)).sum())
+        noted.clear()
+
     for images, labels, _ in batches:
         if abandon():
             return None
         with autocast:
             logits = model(images)
-            loss = loss_function(logits, labels)
-        loss_sum = loss_sum.to(loss.device) + loss.double() * len(labels)
-        correct = correct.to(loss.device) + (logits.argmax(1) == labels).sum()
-        count += len(labels)
+            noted.append((loss_function(logits, labels), logits, labels))
+        if len(noted) * logits.numel() >= NOTED:
+            sum_up()
+    if noted:
+        sum_up()
     if abandon():
         return None
     model.train(was_training)
-    return {"loss": float(loss_sum) / count, "accuracy": float(correct) / count}
+    return {"loss": loss_sum / count, "accuracy": correct / count}
 
 
 def resolve_mode(mode: str, monitor: str) -> str:

@@ -85,6 +85,7 @@ class Trainer:
             scaler=self.scaler,
             device=self.device,
             skips=self.settings.skips,
+            name_of=self.name_of,
             put_back=list(self.model.buffers()),
             take_back=self.sums.take_back,
         )
@@ -102,13 +103,15 @@ class Trainer:
     @property
     def epoch(self) -> float:
         """Epochs done: 3 after the third, 2.5 in its middle."""
-        epochs = self.step / self.train_loader.steps_per_epoch
+        return self.epochs_at(self.step)
+
+    def epochs_at(self, step: int) -> float:
+        epochs = step / self.train_loader.steps_per_epoch
         return int(epochs) if epochs.is_integer() else round(epochs, 4)
 
-    @property
-    def next_step(self) -> str:
-        """The step that is being made, as errors name it."""
-        return f"step {self.step + 1} (epoch {self.epoch})"
+    def name_of(self, step: int) -> str:
+        """A step as errors name it, with the epochs before it."""
+        return f"step {step} (epoch {self.epochs_at(step - 1)})"
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -129,7 +132,7 @@ class Trainer:
             try:
                 self.fit()
             except Exception as exception:
-                error = as_ours(exception, place=str(self.folder.path), step=self.next_step)
+                error = as_ours(exception, place=str(self.folder.path), step=self.name_of(self.step + 1))
                 self.stop_reason = str(error)
                 with suppress(Exception):  # the first error is the one to tell
                     self.keep_last_step(exception)
@@ -169,13 +172,15 @@ class Trainer:
         while not self.stop_reason:
             self.model.train()
             self.clock.start()
-            epoch, done = divmod(self.step, self.train_loader.steps_per_epoch)
-            for batches in self.train_loader.steps(epoch, start=done):
+            per_epoch = self.train_loader.steps_per_epoch
+            epoch, done = divmod(self.step, per_epoch)
+            seeds = [fold(settings.seed, "dropout", step) for step in range(self.step, self.step - done + per_epoch)]
+            for batches, seed in zip(self.train_loader.steps(epoch, start=done), seeds, strict=True):
                 self.settled = False
                 self.guard.remember()
                 self.schedule.apply(optimizer, self.step)
-                reseed(fold(settings.seed, "dropout", self.step), self.device)
-                samples = sum(len(targets) for _, targets, _ in batches)
+                reseed(seed, self.device)
+                samples = sum(targets.size(0) for _, targets, _ in batches)
                 losses: list[Tensor] = []
                 for images, targets, _ in batches:
                     with self.autocast:
@@ -190,7 +195,7 @@ class Trainer:
                     self.add_l1()
                 norm = self.clip_gradients()
                 indices = [indices for _, _, indices in batches]
-                if self.guard.allows(reduce(torch.add, losses), norm, indices, step=self.next_step):
+                if self.guard.allows(reduce(torch.add, losses), norm, indices, step=self.step + 1):
                     self.scaler.step(optimizer)
                 self.scaler.update()
                 self.step += 1
@@ -227,7 +232,7 @@ class Trainer:
 
     def clip_gradients(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device; they are cut down to `clip_norm` where it is set."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.settings.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
@@ -250,7 +255,8 @@ class Trainer:
 
     def log_step(self, norm: Tensor) -> None:
         """Figures of the steps since the last log line, where one is due."""
-        self.display.tick(self.step, self.epoch)
+        if self.display.is_to_move:
+            self.display.move(self.step, self.epoch)
         self.sums.sum_up(at_least=NOTED)
         if due(self.step, self.settings.histograms_every):
             self.tracker.histograms(self.model, self.step)
@@ -319,7 +325,7 @@ class Trainer:
 
     def tell_skipped(self) -> None:
         """Steps that were skipped since the last look; NumericalError where none may be."""
-        for text in self.guard.skipped(step=self.next_step):
+        for text in self.guard.skipped(step=self.step + 1):
             self.warn(text)
 
     def commit(self, *, evaluated: bool, improved: bool) -> None:
