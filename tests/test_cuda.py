@@ -97,7 +97,7 @@ def test_augmentation_does_not_wait_for_the_device(tmp_path, augment):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("more", [(), ("augment=[crop_flip,affine]",), ("data.memory_budget=0",)])
+@pytest.mark.parametrize("more", [(), ("augment=[crop_flip,affine]",), ("augment=rand_augment", "data.num_workers=2")])
 def test_batches_made_ahead_are_whole_whenever_they_are_used(tmp_path, more):
     """The network is late, the next batch is not: neither reads what is not there yet, nor what was freed."""
     given = ("data.channels=3", "data.image_size=32", "data.train_samples=600", *more)

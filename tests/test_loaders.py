@@ -302,40 +302,6 @@ def test_batches_made_at_once_are_those_made_one_by_one(mixing, accumulate):
                     assert batch.images.storage_offset() == twin.images.storage_offset()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pictures_normalised_once_are_those_normalised_in_their_batch(channels, channels_last):
-    """To the bit, and to the stride: a convolution chooses its way by that."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (1100, channels, 6, 5), generator=generator, dtype=torch.uint8)
-    data = Images(pixels, torch.arange(1100) % 3)
-    values = {"mean": torch.rand(channels), "std": torch.rand(channels) + 0.1}
-    normalisation = Normalisation(values).to(CPU, channels_last=channels_last)
-    bytes_needed = 4 * pixels.numel()
-    given = {"augmentations": augmentations(), "normalisation": normalisation, "accumulate": 2, "batch_size": 7}
-    once = train_loader(data, **given, memory_budget=bytes_needed / 2**30)
-    each = train_loader(data, **given, memory_budget=(bytes_needed - 1) / 2**30)
-    assert (once.normalised_once, each.normalised_once) == (True, False)
-    normalisation.load({name: value / 2 for name, value in values.items()})  # as a run that goes on brings it
-    for loader in (once, each):
-        loader.batches_at_once = 3
-    assert once.prepared[0] is once.prepared[0]
-    assert once.prepared[0] is not once.source
-    assert each.prepared[0] is each.source
-    steps, others = list(once.steps(2, start=5)), list(each.steps(2, start=5))
-    assert same(steps, others)
-    for step, other in zip(steps, others, strict=True):
-        for batch, twin in zip(step, other, strict=True):
-            assert batch.images.stride() == twin.images.stride()
-            assert batch.images.storage_offset() == twin.images.storage_offset()
-    before = once.prepared[0].pixels.clone()
-    steps[0][0].images.zero_()  # as a network may that works in place
-    assert torch.equal(once.prepared[0].pixels, before)
-    assert same([list(once.pictures(0))], [list(each.pictures(0))])  # uint8 still
-    augmented = train_loader(data, **given | {"augmentations": augmentations(**STEPS)})
-    assert not augmented.normalised_once
-
-
 def test_a_large_batch_is_made_alone():
     large = Images(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
     assert train_loader(large, augmentations=augmentations()).batches_at_once == 1

@@ -293,7 +293,7 @@ def killed(**_: object) -> None:
 def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
     """D13: the root is gone in the middle of a run; what was done is saved, and goes on when it is back."""
     trainer = built(tmp_path / "run", "trainer.evaluate_every=4 steps")
-    trainer.train_loader.batches_at_once, trainer.train_loader.normalised_once = 1, False  # read step by step
+    trainer.train_loader.batches_at_once = 1  # read step by step
     loader = {"training": trainer.train_loader, "validation": trainer.val_loader, "test": trainer.test_loader}[phase]
     assert loader is not None
     read, reason = loader.source.read, DataError("a.png", "cannot be read")

@@ -10,7 +10,7 @@ cut into A micro-batches of B. So a run can go on at any step, and the number of
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,20 +21,16 @@ from core.errors import ConfigError, DataError
 from core.seeding import fold
 from data.ahead import made_ahead
 from data.images import Files, Images
-from data.normalisation import CHUNK, Normalisation
+from data.normalisation import Normalisation
 from data.pipeline import Augmentations
 from data.workers import fetched
 
-# Where the network's pictures are read, and what is left to be done to them.
-Prepared = tuple["Resident | Streamed", Callable[[Tensor], Tensor]]
 # Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 # Pixels that are gathered, augmented and normalised by one call each, where they lie ready: as many as stay in a CPU's
 # cache until their step; on CUDA, where starting a call takes as long as a small batch, more.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
-# Bytes of normalised training pictures that are kept, where nothing is done to them before they are normalised.
-NORMALISED = 2**28
 
 
 class Batch(NamedTuple):
@@ -43,10 +39,6 @@ class Batch(NamedTuple):
     images: Tensor  # float32 (B, C, H, W), normalised
     labels: Tensor  # int64 (B,); where samples are mixed: float32 (B, K), probabilities
     indices: Tensor  # int64 (B,), positions in the part that is read
-
-
-def _as_it_is(images: Tensor) -> Tensor:
-    return images
 
 
 class TrainLoader:
@@ -64,7 +56,6 @@ class TrainLoader:
         device: torch.device,
         num_workers: int = 0,
         timeout_s: float = 300,
-        memory_budget: float = math.inf,
         drop_last: bool | str = "auto",
         shuffle: bool = True,
     ) -> None:
@@ -97,19 +88,13 @@ class TrainLoader:
         numbers = batch_size * math.prod(images.pixels.shape[1:])  # of a batch
         at_once = AT_ONCE[device.type] // numbers
         self.batches_at_once = max(1, at_once) if isinstance(self.source, Resident) else 1
-        self.normalised_once = (
-            isinstance(self.source, Resident)
-            and not augmentations.steps
-            and 4 * self.source.pixels.numel() <= min(NORMALISED, memory_budget * 2**30)
-        )
 
     @property
     def reading(self) -> str:
         """Where the pictures come from, for the log."""
         if isinstance(self.source, Resident):
-            size = f"{self.source.pixels.numel() / 2**20:,.1f} MiB of pictures in memory"
-            once = ", normalised once" if self.normalised_once else ""
-            return f"{size}{once}, {self.batches_at_once} batches made at once"
+            size = self.source.pixels.numel() / 2**20
+            return f"{size:,.1f} MiB of pictures in memory, {self.batches_at_once} batches made at once"
         cached = isinstance(self.source.images.pixels, Files) and self.source.images.pixels.cache is not None
         by = f"{self.source.num_workers} workers" if self.source.num_workers else "the process itself"
         return f"pictures {'mapped from the cache' if cached else 'read'} by {by}"
@@ -127,33 +112,20 @@ class TrainLoader:
         start *= self.accumulate
         first = start - start % self.batches_at_once
         rest = self.order(epoch)[first * self.batch_size :]
-        source, then = self.prepared
-        batches = self.show(rest.split(self.batch_size), epoch, source=source, then=then) if len(rest) else iter(())
+        batches = self.show(rest.split(self.batch_size), epoch, then=self.normalisation) if len(rest) else iter(())
         batches = made_ahead(islice(batches, start - first, None), device=self.device)
         while step := list(islice(batches, self.accumulate)):
             yield step
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """Settled when the first step wants it: a run that goes on brings its own normalisation."""
-        if self.normalised_once and isinstance(self.source, Resident):
-            return self.source.normalised(self.normalisation), _as_it_is
-        return self.source, self.normalisation
 
     def pictures(self, epoch: int) -> Iterator[Batch]:
         """The micro-batches of this epoch, augmented, but with pixels of 0 to 255 still."""
         return self.show(self.order(epoch).split(self.batch_size), epoch)
 
     def show(
-        self,
-        batches: Sequence[Tensor],
-        epoch: int,
-        *,
-        source: "Resident | Streamed | None" = None,
-        then: Callable[[Tensor], Tensor] = _as_it_is,
+        self, batches: Sequence[Tensor], epoch: int, *, then: Callable[[Tensor], Tensor] = lambda images: images
     ) -> Iterator[Batch]:
-        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255, unless `source`
-        has others or `then` makes something else of them.
+        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255, unless `then`
+        makes something else of them.
 
         What happens to a sample does not depend on its batch: so several are made at once where they lie ready.
         """
@@ -161,7 +133,7 @@ class TrainLoader:
         groups = [
             batches[first : first + self.batches_at_once] for first in range(0, len(batches), self.batches_at_once)
         ]
-        read = (source or self.source).read([drawn.rows(torch.cat(list(group))) for group in groups], augment=drawn)
+        read = self.source.read([drawn.rows(torch.cat(list(group))) for group in groups], augment=drawn)
         for group, (images, labels, indices) in zip(groups, read, strict=True):
             sizes = [len(batch) for batch in group]
             yield from map(Batch, then(images).split(sizes), labels.split(sizes), indices.split(sizes))
@@ -196,29 +168,15 @@ class EvalLoader:
 
 
 class Resident:
-    """Pixels that lie whole on the device, as uint8 or normalised; a batch is gathered there."""
+    """Pixels that lie whole on the device, as uint8; a batch is gathered there."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, *, device: torch.device) -> None:
         self.pixels, self.labels, self.device = pixels.to(device), labels.to(device), device
 
-    def normalised(self, normalisation: Normalisation) -> "Resident":
-        """The same pictures as the network gets them, in its memory format."""
-        # With one channel both formats are one, but for strides that a convolution might look at.
-        memory_format = normalisation.memory_format if self.pixels.shape[1] > 1 else torch.contiguous_format
-        images = torch.empty_like(self.pixels, dtype=torch.float32, memory_format=memory_format)
-        for place, pixels in zip(images.split(CHUNK), self.pixels.split(CHUNK), strict=True):
-            place.copy_(normalisation(pixels))
-        return Resident(images, self.labels, device=self.device)
-
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
         for rows in torch.cat(list(batches)).to(self.device).split([len(batch) for batch in batches]):
-            yield Batch(*augment(self._pictures(rows), self.labels.index_select(0, rows), rows))
-
-    def _pictures(self, rows: Tensor) -> Tensor:
-        # index_select copies whole pictures, where they lie in one piece; plain indexing takes ten times as long.
-        if self.pixels.is_contiguous():
-            return self.pixels.index_select(0, rows)
-        return self.pixels.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # channels_last
+            # index_select copies whole pictures; plain indexing takes ten times as long.
+            yield Batch(*augment(self.pixels.index_select(0, rows), self.labels.index_select(0, rows), rows))
 
 
 class Streamed:

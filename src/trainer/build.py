@@ -120,7 +120,6 @@ def assemble(config: Config) -> tuple[Trainer, Splits, list[str]]:
         accumulate=settings["accumulate"],
         seed=values["seed"],
         augmentations=augmentations,
-        memory_budget=values["data"]["memory_budget"],
         drop_last=values["data"]["drop_last"],
         **shared,
     )
