@@ -1,5 +1,6 @@
 """The cache of decoded pictures: the same pixels, read without decoding; whole or not there; never in the way."""
 
+import errno
 import itertools
 import logging
 import os
@@ -86,8 +87,7 @@ def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
 
     monkeypatch.setattr(cache, "decode", decode)
     before, path = load(root), root / "class 0" / "00.png"
-    facts, content = path.stat(), path.read_bytes()
-    path.write_bytes(content)  # touched, and as it was
+    path.write_bytes(path.read_bytes())  # touched, and as it was
     assert torch.equal(load(root), before) and not decoded
     other = Image.open(path).transpose(Image.Transpose.ROTATE_180)
     other.save(path, compress_level=0)
@@ -95,6 +95,7 @@ def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
     Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, compress_level=0)
     assert path.stat().st_size == len(as_long)
     load(root)
+    facts = path.stat()
     path.write_bytes(as_long)  # of the same length, at the same time
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     after = load(root)
@@ -105,9 +106,10 @@ def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
     assert torch.equal(load(root), after) and not decoded
     monkeypatch.undo()
     monkeypatch.setattr(cache, "decode", decode)
-    for index in (root / ".preceptor").glob("*.contents.json"):
-        index.write_text('["damaged"')
-    assert torch.equal(load(root), after) and not decoded
+    for damage in ('["damaged"', "null", "5", "[[[1], 2]]", "[" * 10000, '{"a": 1}'):
+        for index in (root / ".preceptor").glob("*.contents.json"):
+            index.write_text(damage)
+        assert torch.equal(load(root), after) and not decoded
     copy = shutil.copytree(root, root.with_name("copy"))  # the cache comes along
     assert torch.equal(load(copy), after) and not decoded
     assert kept(copy).count("npy") == kept(root).count("npy") == caches
@@ -127,8 +129,55 @@ def test_a_cache_that_others_have_made_is_read_where_nothing_can_be_written(root
         raise StorageError(str(path), "read-only")
 
     monkeypatch.setattr(cache, "write_durably", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert with_cache(files, root / ".preceptor").cache is not None
     assert kept(root) == ["json", "npy"]
+
+
+def test_contents_are_read_once_even_where_no_cache_can_be_made(root, monkeypatch, caplog):
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    monkeypatch.setattr(cache, "ROOM", 0.0)
+    assert with_cache(files, root / ".preceptor") is files and kept(root) == ["contents"]
+    monkeypatch.setattr(cache, "_content", None)
+    assert with_cache(files, root / ".preceptor") is files
+    monkeypatch.setattr(os, "access", lambda *_: False)  # nothing is read where nothing may be kept
+    monkeypatch.setattr(cache, "Contents", None)
+    assert with_cache(files, root / ".preceptor") is files
+    assert "Permission denied" in caplog.messages[-1]
+
+
+def test_pictures_changed_while_it_is_made_are_not_kept_under_the_old_ones_name(root, monkeypatch, caplog):
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    real = cache.decode
+
+    def decode(path: Path, **named: Any) -> Any:
+        if path.name == "30.png":
+            Image.new("RGB", (9, 9), "red").save(path)
+        return real(path, **named)
+
+    monkeypatch.setattr(cache, "decode", decode)
+    assert with_cache(files, root / ".preceptor") is files
+    assert "changed" in caplog.messages[-1] and kept(root) == ["contents"]
+
+
+def test_a_file_that_cannot_be_read_makes_no_cache_of_its_own(root, monkeypatch):
+    files = files_of(root).pixels
+    assert isinstance(files, Files)
+    tries, real = itertools.count(), Path.open
+
+    def fail(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name == "30.png" and next(tries) < (1 if passing else 100):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(cache, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Path, "open", fail)
+    passing = False
+    assert with_cache(files, root / ".preceptor") is files and kept(root) == ["contents"]
+    passing, tries = True, itertools.count()
+    assert with_cache(files, root / ".preceptor").cache is not None and kept(root) == CACHE
 
 
 def test_bad_pictures_are_as_without_a_cache(root, caplog):
@@ -138,7 +187,7 @@ def test_bad_pictures_are_as_without_a_cache(root, caplog):
     assert isinstance(files, Files)
     with pytest.raises(DataError, match="00.png"):
         with_cache(files, root / ".preceptor")
-    assert kept(root) == []
+    assert kept(root) == ["contents"]
     skipping = files_of(root, on_bad_image="skip")
     assert isinstance(skipping.pixels, Files)
     expected = skipping.load()
@@ -188,7 +237,7 @@ def test_where_it_cannot_be_made_pictures_are_decoded(root, monkeypatch, caplog,
     assert found is files
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "data.cache_dir" in record.getMessage()
-    assert (root / ".preceptor").is_file() or kept(root) == []
+    assert (root / ".preceptor").is_file() or kept(root) in ([], ["contents"])
 
 
 def killed_at(number: int) -> Any:
@@ -216,7 +265,7 @@ def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
             with_cache(files, place)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert kept(root) == ["tmp"]
+        assert kept(root) == ["contents", "tmp"]
     assert torch.equal(with_cache(files, place).cached(torch.arange(36)), expected)
     assert kept(root) == CACHE
 

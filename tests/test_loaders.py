@@ -154,7 +154,7 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
             yield (Part(number),)
         raise DataError("3.png", "is gone")
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr("data.ahead.stream_of", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
     ready = made_ahead(batches(), device=torch.device("cuda"))
@@ -167,7 +167,16 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
     first = ["data waits for network", "on data", "1 is made", "off data"]
     second = ["network waits for data", "1 is kept for network", "on data", "2 is made", "off data", "step 1"]
     assert told == [*first, *second, "network waits for data", "2 is kept for network", "on data", "step 2"]
-    assert list(made_ahead(iter([(torch.ones(1),)]), device=CPU)) == [(torch.ones(1),)]
+    given = iter([(torch.ones(1),)])
+    assert made_ahead(given, device=CPU) is given
+
+
+def test_both_loaders_have_their_batches_made_ahead(monkeypatch):
+    asked = []
+    monkeypatch.setattr("data.loaders.made_ahead", lambda batches, *, device: asked.append(device) or batches)
+    data = images(8)
+    loaders = [train_loader(data).steps(0), EvalLoader(data, batch_size=4, normalisation=NORMALISATION, device=CPU)]
+    assert [len(list(loader)) for loader in loaders] == [2, 2] and asked == [CPU, CPU]
 
 
 def test_channels_last():

@@ -1,6 +1,7 @@
 """Losses by hand, in doubles and sums over Python numbers; mixed targets; what auxiliary heads add."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from core.errors import ConfigError, NumericalError
 from core.json_lines import read_lines
+from trainer import metrics
 from trainer.build import build
 from trainer.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
 from trainer.metrics import RunningSums
@@ -282,3 +284,20 @@ def test_a_run_says_probabilities_as_its_loss_took_them(tmp_path, loss, function
     logits = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
     expected = logits.softmax(1) if function == "softmax" else 1 / (1 + (-logits).exp())
     torch.testing.assert_close(run.probabilities(logits), expected)
+
+
+def test_an_evaluation_is_the_same_in_however_many_pieces_it_is_summed_up(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(23, 6, generator=generator), torch.randint(4, (23,), generator=generator)
+    network = nn.Linear(6, 4)
+    batches = list(zip(images.split(5), labels.split(5), torch.arange(23).split(5), strict=True))
+    found = []
+    for noted in (1, 41, 2**24):
+        monkeypatch.setattr(metrics, "NOTED", noted)
+        found.append(metrics.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
+    assert found[0] == found[1] == found[2] and network.training
+    logits = network(images).double()
+    assert found[0]["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert found[0]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    images[7] = math.nan
+    assert math.isnan(metrics.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext())["loss"])

@@ -54,6 +54,8 @@ def test_help_lists_all_that_can_be_chosen_and_the_keys_as_they_are_chosen(tmp_p
     command = f"{sys.executable} scripts/train.py --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "Trains an image classifier and leaves a run folder.\n" and done.stderr == ""
+    _, out, _ = start("scripts/train.py", "--help", "--cfg", "job")  # Hydra's own
+    assert "Choices" in out and "max_epochs" in out
 
 
 def test_training_imports_nothing_that_it_does_not_need(tmp_path):

@@ -109,7 +109,7 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
     # OpenMP's threads wait by spinning, so two runs that share cores slow each other down a hundredfold. (An MLP's step
     # on two cores: 2 ms alone, 184 ms beside another; with 10,000 spins 2.2 and 17 ms.) Torch reads it when it loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if HELP & {*sys.argv}:
+    if asks_for_help(sys.argv[1:]):
         with _argv_for_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_help)()
         return
@@ -150,16 +150,23 @@ def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[st
         raise failures[0]
 
 
+def asks_for_help(arguments: list[str]) -> bool:
+    """For ours: together with other things that Hydra may be asked for, `--help` is left to it."""
+    flags = {item.partition("=")[0] for item in arguments}
+    others = {"--hydra-help", "--cfg", "-c", "--resolve", "--info", "-i", "--shell-completion", "-sc", "--version"}
+    return bool(HELP & flags) and flags.isdisjoint(others) and not any(flag.startswith("hydra") for flag in flags)
+
+
 def _help(composed: DictConfig) -> None:
     """What `--help` prints: the template of the script's config, filled in. Hydra's own help says the same, and takes
-    twice the time of all of this: it searches all groups anew for each of them."""
+    half as long again: it searches all groups anew for each of them."""
     hydra_config = HydraConfig.get()
     groups: dict[str, set[str]] = {}
     for source in hydra_config.runtime.config_sources:
         for path in Path(source.path).glob("**/[!_]*.yaml") if source.schema == "file" else ():
             groups.setdefault(path.parent.relative_to(source.path).as_posix(), set()).add(path.stem)
-    groups.pop(".", None)
-    choices = "".join(f"{group}: {', '.join(sorted(options))}\n" for group, options in sorted(groups.items()))
+    shown = sorted(group for group in groups if group != "." and not group.startswith("hydra/"))
+    choices = "".join(f"{group}: {', '.join(sorted(groups[group]))}\n" for group in shown)
     text = Template(hydra_config.help.template)
     try:
         print(text.safe_substitute(APP_CONFIG_GROUPS=choices, CONFIG=OmegaConf.to_yaml(composed)), flush=True)
@@ -177,8 +184,8 @@ def _argv_for_hydra() -> Iterator[str]:
     for flag in (item.partition("=")[0] for item in others if item.startswith("-")):
         if flag not in FLAGS:  # argparse would print its usage
             raise ConfigError(flag, f"unknown flag; {suggest(flag, FLAGS) or 'known: ' + ' '.join(FLAGS)}")
-    if HELP & {*others}:  # `--run`: without it Hydra composes twice, first to find out whether it is a grid
-        others = [item for item in others if item not in (*HELP, "-m", "--multirun")] + ["--run"]
+    if asks_for_help(before[1:]):
+        others = [item for item in others if item not in (*HELP, "-m", "--multirun")]
     with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
         if {"-m", "--multirun"} & set(others) and not any(item.startswith("hydra.sweep.dir=") for item in overrides):
             overrides.append(f"hydra.sweep.dir={scratch}")

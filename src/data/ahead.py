@@ -7,6 +7,7 @@ A CPU has no time to spare: there a thread that makes batches takes it from the 
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -20,8 +21,14 @@ def made_ahead(batches: Iterator[Tensors], *, device: torch.device) -> Iterator[
     return _by_another_stream(batches, device) if device.type == "cuda" else batches
 
 
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The data's: one for all epochs and loaders, as each stream has a memory of its own."""
+    return torch.cuda.Stream(device)
+
+
 def _by_another_stream(batches: Iterator[Tensors], device: torch.device) -> Iterator[Tensors]:
-    stream = torch.cuda.Stream(device)
+    stream = stream_of(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # what batches are made of may still be on its way
 
     def begin() -> Tensors | Exception | None:

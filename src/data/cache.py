@@ -9,6 +9,7 @@ changed has another cache, one that was moved or copied has the same. Contents a
 files that the system says were touched, as git does it. A cache appears by one rename, whole and on the disk.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from core.durable import sync_folder, write_durably
 from core.errors import StorageError
-from data.images import BadImage, Files, decode
+from data.images import PAUSES, BadImage, Files, decode
 
 RULE = 1  # of data.images.decode; another rule makes other pixels
 PIECE = 64  # pictures that a thread decodes before the next piece
@@ -70,24 +71,24 @@ def with_cache(files: Files, folder: Path) -> Files:
     """
     if not files.paths:
         return files
-    contents = Contents(files.paths, folder)
-    path = folder / f"{fingerprint(files, contents)}.npy"
-    if not path.exists():
-        needed = int(np.prod(files.shape))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder)
+    needed = int(np.prod(files.shape))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK) and not any(folder.glob("*.npy")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _remove_abandoned(folder)
+        contents = Contents(files.paths, folder)
+        if None in contents.hashes:
+            return files  # whoever reads that one tells what is wrong with it
+        path = folder / f"{fingerprint(files, contents)}.npy"
+        if not path.exists():
             if needed > ROOM * (free := shutil.disk_usage(folder).free):
                 raise OSError(None, f"it needs {needed:,} bytes, and {free:,} are free")
-            _make(files, path)
-        except (OSError, StorageError) as error:
-            reason = error.explanation if isinstance(error, StorageError) else error.strerror
-            log.warning(
-                f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)"
-            )
-            return files
-    with suppress(OSError, StorageError):  # one made by others, who do not let us write there
-        contents.keep()
+            _make(files, path, contents)
+    except (OSError, StorageError) as error:
+        reason = error.explanation if isinstance(error, StorageError) else error.strerror
+        log.warning(f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)")
+        return files
     pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     bad = json.loads(path.with_suffix(".json").read_text())
     made = Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files)))
@@ -112,12 +113,14 @@ class Contents:
         common = Path(os.path.commonpath([path.parent for path in paths]))
         name = hashlib.blake2b(os.fsencode(common.resolve()), digest_size=12).hexdigest()
         self.place = folder / f"{name}.contents.json"
-        known: dict[str, str | None] = {}
-        with suppress(OSError, ValueError):
-            known = dict(json.loads(self.place.read_text()))
+        known: dict[str, str] = {}
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # not there, or damaged
+            found = json.loads(self.place.read_text()).items()
+            known = {key: content for key, content in found if isinstance(content, str)}
+        self.paths = paths
         self.names = [os.path.relpath(path, common) for path in paths]
-        keys = [repr((name, *_facts(path))) for name, path in zip(self.names, paths, strict=True)]
-        self.hashes = [known.get(key) for key in keys]
+        self.keys = self._keys()
+        self.hashes = [known.get(key) for key in self.keys]
         new = [row for row, content in enumerate(self.hashes) if content is None]
 
         def read_piece(start: int) -> None:
@@ -125,13 +128,17 @@ class Contents:
                 self.hashes[row] = _content(paths[row])
 
         _by_threads(read_piece, len(new), text=f"reading {len(new):,} pictures, to know them again")
-        self.known = {key: content for key, content in zip(keys, self.hashes, strict=True) if content is not None}
-        self.is_new = self.known != known
+        now = {key: content for key, content in zip(self.keys, self.hashes, strict=True) if content is not None}
+        if now != known:
+            with suppress(OSError, StorageError):  # a folder of others, who do not let us write there
+                write_durably(self.place, json.dumps(now).encode())
 
-    def keep(self) -> None:
-        """Write down what is known now, in a folder that exists; StorageError where that cannot be."""
-        if self.is_new:
-            write_durably(self.place, json.dumps(self.known).encode())
+    def are_as_they_were(self) -> bool:
+        """Has no file been touched since its content was read?"""
+        return self._keys() == self.keys
+
+    def _keys(self) -> list[str]:
+        return [repr((name, *_facts(path))) for name, path in zip(self.names, self.paths, strict=True)]
 
 
 def _facts(path: Path) -> tuple[int, ...]:
@@ -141,9 +148,14 @@ def _facts(path: Path) -> tuple[int, ...]:
 
 
 def _content(path: Path) -> str | None:
-    """The hash of a file's content; None where it cannot be read, of which whoever decodes it tells."""
-    with suppress(OSError), path.open("rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    """The hash of a file's content; None where it cannot be read."""
+    for pause in (*PAUSES, None):
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+        except OSError:
+            if pause is not None:
+                time.sleep(pause)
     return None
 
 
@@ -161,7 +173,7 @@ def _by_threads(task: Callable[[int], None], count: int, *, text: str) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _make(files: Files, path: Path) -> None:
+def _make(files: Files, path: Path, contents: Contents) -> None:
     """Decode all pictures: Pillow's decoders let other threads run meanwhile."""
     bad: dict[int, str] = {}
 
@@ -190,6 +202,8 @@ def _make(files: Files, path: Path) -> None:
         _by_threads(decode_piece, len(files), text=f"decoding {len(files):,} pictures, once")
         pixels.flush()
         os.fsync(file.fileno())
+        if not contents.are_as_they_were():
+            raise OSError(None, "pictures were changed while it was made")
         write_durably(path.with_suffix(".json"), json.dumps(bad).encode())
         Path(file.name).replace(path)
         sync_folder(path.parent)
@@ -208,8 +222,8 @@ def _unfinished(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Unfinished caches whose makers were killed."""
-    for path in folder.glob(".*.npy.*.tmp"):
+    """What those left unfinished who were killed."""
+    for path in folder.glob(".*.tmp"):
         with suppress(OSError), path.open("rb") as file:
             if time.time() - path.stat().st_mtime > ABANDONED:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

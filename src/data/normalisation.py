@@ -68,8 +68,9 @@ class Normalisation:
             ready = (images.flatten(1) - self.shift) @ self.matrix  # (B, D)
             ready = ready.view(images.shape)
         else:
-            # As floats first: a product of two types takes 1.4 times as long on a CPU.
-            ready = images.to(torch.float32, copy=True).mul_(self.scale).add_(self.bias)
+            # Of uint8 as floats first: a product of two types takes 1.4 times as long on a CPU.
+            scaled = images * self.scale if images.is_floating_point() else images.float().mul_(self.scale)
+            ready = scaled.add_(self.bias)
         return ready.contiguous(memory_format=self.memory_format)
 
 

@@ -77,10 +77,11 @@ def chosen(trainer: Trainer) -> list[str]:
     fused = "fused" if trainer.optimizer.defaults.get("fused") else "not fused"
     layout = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in trainer.model.parameters())
     waits = trainer.device.type == "cuda" and not trainer.guard.on_device
+    in_products = torch.get_float32_matmul_precision() == "high"
     has_tf32 = trainer.device.type == "cuda" and torch.backends.cudnn.allow_tf32
     return [
         f"threads {torch.get_num_threads()}",
-        *(["TF32 in convolutions"] if has_tf32 else []),
+        *([f"TF32 in convolutions{' and products' * in_products}"] if has_tf32 else []),
         *(["the host looks at each step's loss (no fused update)"] if waits else []),
         "channels_last" if layout else "channels first",
         f"{type(trainer.optimizer).__name__} {fused}",

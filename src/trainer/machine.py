@@ -38,9 +38,14 @@ def configure_torch(settings: Mapping[str, Any], device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for reproducible sums
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.backends.cudnn.benchmark = not settings["deterministic"]
+    configure_tf32(settings["tf32"], device)
+
+
+def configure_tf32(tf32: bool | str, device: torch.device) -> None:
+    """Where fp32 is TF32 on CUDA: `auto` in convolutions, as torch has it, or there and in products, or nowhere."""
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = settings["tf32"] is not False
-        torch.set_float32_matmul_precision("high" if settings["tf32"] is True else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32 is not False
+        torch.set_float32_matmul_precision("high" if tf32 is True else "highest")
 
 
 def keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ from data.normalisation import Normalisation
 from data.splits import recolour, resize
 from trainer.build import build_model, choose_device
 from trainer.checkpoint import CheckpointFolder, Snapshot
+from trainer.machine import configure_tf32
 from trainer.targets import resolve
 from trainer.trust import refuse_untrusted, without_downloads
 from trainer.tta import with_tta
@@ -92,6 +93,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     except (KeyError, TypeError) as exception:
         raise CheckpointError(str(folder), f"its checkpoint does not say what its data was: {exception!r}") from None
     place = choose_device(device, "fp32")
+    configure_tf32(config["trainer"].get("tf32", "auto"), place)
     data = config["data"]
     return Run(
         model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
