@@ -71,7 +71,6 @@ def with_cache(files: Files, folder: Path) -> Files:
     """
     if not files.paths:
         return files
-    needed = int(np.prod(files.shape))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) and not any(folder.glob("*.npy")):
@@ -82,6 +81,7 @@ def with_cache(files: Files, folder: Path) -> Files:
             return files  # whoever reads that one tells what is wrong with it
         path = folder / f"{fingerprint(files, contents)}.npy"
         if not path.exists():
+            needed = int(np.prod(files.shape))
             if needed > ROOM * (free := shutil.disk_usage(folder).free):
                 raise OSError(None, f"it needs {needed:,} bytes, and {free:,} are free")
             _make(files, path, contents)
