@@ -150,9 +150,9 @@ def bench_loader(options: argparse.Namespace) -> dict[str, Line]:
 def bench_folder(options: argparse.Namespace) -> dict[str, Line]:
     import torch
 
-    from data.cache import with_cache
-    from data.datasets import image_folder
-    from data.images import Images
+    from data.sources.cache import with_cache
+    from data.sources.datasets import image_folder
+    from data.sources.images import Images
 
     root = DATA / "imagenette-mini"
     if not root.exists():
@@ -177,7 +177,7 @@ def epoch_of(samples: int, read: Callable[[], object], _: float) -> float:
 def bench_evaluation(options: argparse.Namespace) -> dict[str, Line]:
     import torch
 
-    from trainer.metrics import evaluate
+    from trainer.monitor.metrics import evaluate
 
     lines: dict[str, Line] = {}
     for name, overrides in CASES.items():
@@ -254,7 +254,7 @@ def seen(samples):
     if seen_so_far > 30 * 128: raise Enough
 def peer(name):
     import numpy
-    from trainer.build import build_model
+    from trainer.build.training import build_model
     values = c.composed(*given).values
     data = values["data"]
     count = 60000 if given[0] == "data=mnist" else 50000
@@ -383,12 +383,12 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as core.entry
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as core.command_line
 
     import torch
     from rich.console import Console
 
-    from trainer.machine import keep_freed_memory
+    from trainer.device import keep_freed_memory
 
     keep_freed_memory()  # for all of them alike
     if options.threads:

@@ -103,7 +103,7 @@ def composed(*overrides: str) -> Any:
 
 def assembled(*overrides: str) -> Any:
     """A trainer without a folder."""
-    from trainer.build import assemble
+    from trainer.build.training import assemble
 
     return assemble(composed(*overrides))[0]
 
@@ -111,7 +111,7 @@ def assembled(*overrides: str) -> Any:
 @contextmanager
 def whole_trainer(*overrides: str) -> Iterator[Any]:
     """A trainer with its run folder, which is removed at the end."""
-    from trainer.build import build
+    from trainer.build.training import build
 
     with tempfile.TemporaryDirectory() as place:
         config, path = composed(*overrides), {"run_dir": f"{place}/run"}

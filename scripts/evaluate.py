@@ -10,19 +10,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from core.command_line import launch
 from core.config import Config
-from core.entry import launch
 from core.errors import DataError
 from core.schema import EVALUATE
 
 
 def evaluate(config: Config) -> None:
     """Rebuild the run, predict the split, measure, print and write."""
-    from data.loaders import EvalLoader
-    from trainer.build import build_data
-    from trainer.checkpoint import write_durably
-    from trainer.evaluation import measure, predict
-    from trainer.restore import load_run, with_data_root
+    from data.loading.loaders import EvalLoader
+    from trainer.build.training import build_data
+    from trainer.inference.evaluation import measure, predict
+    from trainer.inference.load_run import load_run, with_data_root
+    from trainer.storage.checkpoint import write_durably
 
     values = config.values
     folder, split = Path(values["run"]), values["split"]

@@ -14,14 +14,14 @@ and the same for TensorBoard.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from core.command_line import launch
 from core.config import Config
-from core.entry import launch
 from core.errors import ConfigError, StorageError
 from core.schema import SPLITS, TRAIN
 
 if TYPE_CHECKING:
-    from data.splits import Splits
-    from trainer.trainer import Trainer
+    from data.sources.splits import Splits
+    from trainer.loop import Trainer
 
 EPOCHS = 9  # augmented versions of each picture
 MAX_CLASSES = 20  # rows of pictures
@@ -33,8 +33,8 @@ def look(config: Config) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     from analysis.figures import class_counts, picture_table, rate_curve, save
-    from trainer.build import assemble
-    from trainer.run_folder import chosen_path
+    from trainer.build.training import assemble
+    from trainer.storage.run_folder import chosen_path
 
     values = config.values
     if config.from_run:
@@ -87,8 +87,8 @@ def augmented_pictures(trainer: "Trainer", splits: "Splits") -> dict[str, Any]:
     """The first picture of each class, and what the epochs make of it: (classes, 1 + EPOCHS, H, W, C), and names."""
     import torch
 
-    from data.loaders import TrainLoader
-    from data.splits import resize
+    from data.loading.loaders import TrainLoader
+    from data.sources.splits import resize
 
     loader = cast(TrainLoader, trainer.train_loader)
     labels = splits.train.labels

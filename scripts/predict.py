@@ -9,8 +9,8 @@ import csv
 import io
 from pathlib import Path
 
+from core.command_line import launch
 from core.config import Config
-from core.entry import launch
 from core.errors import DataError
 from core.schema import PREDICT
 
@@ -19,10 +19,10 @@ def predict(config: Config) -> None:
     """Rebuild the run, decode the images as in training, write the probabilities."""
     import torch
 
-    from data.datasets import pictures_in
-    from data.images import SUFFIXES
-    from trainer.checkpoint import write_durably
-    from trainer.restore import load_run
+    from data.sources.datasets import pictures_in
+    from data.sources.images import SUFFIXES
+    from trainer.inference.load_run import load_run
+    from trainer.storage.checkpoint import write_durably
 
     values = config.values
     source, output = Path(values["input"]), Path(values["output"])

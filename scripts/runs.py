@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from core.command_line import launch
 from core.config import Config, read_run_config
-from core.entry import launch
 from core.errors import ConfigError, DataError, PreceptorError
 from core.schema import RUNS, leaves
 

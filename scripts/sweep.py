@@ -5,14 +5,14 @@ scripts/sweep.py sweep=tpe sweep.dir=DIR sweep.trials=50 sweep.parallel=4 model=
 scripts/sweep.py ...                                the same command goes on, after a kill too
 """
 
+from core.command_line import launch
 from core.config import Config
-from core.entry import launch
 from core.schema import SWEEP
 
 
 def sweep(config: Config) -> None:
     """Run the trials that are left, and write the report."""
-    from sweeps.sweep import search  # optuna is imported here, when the config is known to be good
+    from sweeps.execute.sweep import search  # optuna is imported here, when the config is known to be good
 
     search(config)
 

@@ -6,14 +6,14 @@ scripts/train.py -m model=mlp,lenet5 seed=0,1       every combination, a run eac
 scripts/train.py resume=outputs/RUN                 goes on with a run
 """
 
+from core.command_line import launch
 from core.config import Config
-from core.entry import launch
 from core.schema import TRAIN
 
 
 def train(config: Config) -> float | None:
     """Build and fit; returns the best value of the monitored metric, for sweeps."""
-    from trainer.build import build  # torch is imported here, when the config is known to be good
+    from trainer.build.training import build  # torch is imported here, when the config is known to be good
 
     trainer = build(config)
     return trainer.run() if trainer else None

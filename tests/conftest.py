@@ -17,16 +17,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-import trainer.build
+import trainer.build.training
+from core.command_line import CONFIGS
 from core.config import Config, resumed, settle
-from core.entry import CONFIGS
 from core.errors import STOP_SIGNALS
 from core.json_lines import read_lines
 from core.schema import TRAIN
-from trainer.build import build
-from trainer.checkpoint import CheckpointFolder, Snapshot, pack
-from trainer.run_folder import provenance
-from trainer.trainer import Trainer
+from trainer.build.training import build
+from trainer.loop import Trainer
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot, pack
+from trainer.storage.run_folder import provenance
 
 # 44 training samples are 6 steps an epoch, the last one of half a batch; 12 steps, 11 for validation, 16 for the test.
 SYNTHETIC = (
@@ -170,7 +170,7 @@ def one_thread() -> None:
 def one_look_at_git() -> Iterator[None]:
     """Hundreds of runs are made here, and each would start git twice."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer.build, "provenance", cache(provenance))
+        patched.setattr(trainer.build.training, "provenance", cache(provenance))
         yield
 
 

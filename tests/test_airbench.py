@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from core.errors import ConfigError
 from models.airbench import EPSILON, Airbench
-from trainer.build import build
-from trainer.restore import load_run
+from trainer.build.training import build
+from trainer.inference.load_run import load_run
 
 fit = Airbench.fit
 SMALL = {"num_classes": 5, "in_channels": 3, "widths": [6, 8]}
@@ -93,7 +93,7 @@ AIRBENCH = ("model=airbench", "model.widths=[4,8]", "data.channels=3")
 
 def test_a_new_run_fits_and_no_other_does(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("trainer.build.FITTED", 20)
+    monkeypatch.setattr("trainer.build.training.FITTED", 20)
     monkeypatch.setattr(Airbench, "fit", lambda network, images: (seen.append(images), fit(network, images)))
     trainer = trained(tmp_path / "run", *AIRBENCH, "trainer.ema_decay=0.9")
     (pictures,) = seen

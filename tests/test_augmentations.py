@@ -10,7 +10,10 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as reference
 
 from core.errors import ConfigError
-from data.augmentations import (
+from data.augment.color import ColorShift, PCAColor
+from data.augment.corruptions import RandomBlur, RandomErasing, RandomNoise
+from data.augment.distributions import SymmetricBeta, normal, per_pixel
+from data.augment.geometry import (
     AlternatingFlip,
     Elastic,
     RandomAffine,
@@ -19,11 +22,8 @@ from data.augmentations import (
     RandomResizedCrop,
     rectangles,
 )
-from data.color import ColorShift, PCAColor
-from data.corruptions import RandomBlur, RandomErasing, RandomNoise
-from data.distributions import SymmetricBeta, normal, per_pixel
-from data.mixing import CutMix, Mixup
-from data.pipeline import Augmentations
+from data.augment.mixing import CutMix, Mixup
+from data.augment.pipeline import Augmentations
 
 
 def pictures(batch: int, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:

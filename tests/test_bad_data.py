@@ -20,12 +20,12 @@ from conftest import built, reopened, stop_after
 from PIL import Image
 
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal
-from data import datasets, images, splits
-from data.datasets import Collection
-from data.images import Images, decode
-from data.loaders import EvalLoader, TrainLoader
-from data.normalisation import Normalisation
-from data.pipeline import Augmentations
+from data.augment.pipeline import Augmentations
+from data.loading.loaders import EvalLoader, TrainLoader
+from data.loading.normalisation import Normalisation
+from data.sources import datasets, images, splits
+from data.sources.datasets import Collection
+from data.sources.images import Images, decode
 from trainer.state import changed_data
 
 HTML = b"<!doctype html><title>404</title>"
@@ -218,7 +218,7 @@ def test_d09_a_decompression_bomb_takes_no_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(20_000, 15_000))
     assert (tmp_path / "bomb.png").stat().st_size < 3_000_000
     program = (
-        "import resource, sys\nfrom core.errors import DataError\nfrom data.images import decode\n"
+        "import resource, sys\nfrom core.errors import DataError\nfrom data.sources.images import decode\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: decode(sys.argv[1], image_size=4, channels=1)\nexcept DataError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

@@ -18,10 +18,10 @@ from conftest import last_state, trained
 from PIL import Image
 
 from core.errors import DataError, StorageError
-from data import cache
-from data.cache import with_cache
-from data.datasets import image_folder
-from data.images import Files, Images
+from data.sources import cache
+from data.sources.cache import with_cache
+from data.sources.datasets import image_folder
+from data.sources.images import Files, Images
 
 BAD = 3
 
@@ -59,8 +59,8 @@ def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
     place = root / ".preceptor"
     first = Images(with_cache(plain.pixels, place), plain.labels)
     assert kept(root) == CACHE
-    monkeypatch.setattr("data.images.decode", None)
-    monkeypatch.setattr("data.cache.decode", None)
+    monkeypatch.setattr("data.sources.images.decode", None)
+    monkeypatch.setattr("data.sources.cache.decode", None)
     again = Images(with_cache(plain.pixels, place), plain.labels)
     monkeypatch.undo()
     expected, rows = plain.load(), torch.tensor([5, 5, 0, 35])

@@ -20,8 +20,8 @@ from conftest import built, composed, packed
 from core.durable import write_durably
 from core.errors import CheckpointError, SecurityError, StorageError
 from core.json_lines import read_lines
-from trainer.build import build
-from trainer.checkpoint import (
+from trainer.build.training import build
+from trainer.storage.checkpoint import (
     FORMAT,
     CheckpointFolder,
     Snapshot,
@@ -29,8 +29,8 @@ from trainer.checkpoint import (
     load_weights_file,
     unpack,
 )
-from trainer.run_folder import RunFolder, default_path
-from trainer.safetensors_file import read_header
+from trainer.storage.run_folder import RunFolder, default_path
+from trainer.storage.safetensors_file import read_header
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -394,7 +394,7 @@ def test_the_slower_of_two_births_is_refused(tmp_path, monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from trainer.run_folder import RunFolder
+from trainer.storage.run_folder import RunFolder
 folder = RunFolder.open(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.readline()

@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from core.config import read_run_config
-from data.datasets import digits
-from data.splits import resize
-from trainer.restore import load_run
+from data.sources.datasets import digits
+from data.sources.splits import resize
+from trainer.inference.load_run import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

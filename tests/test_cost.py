@@ -16,9 +16,9 @@ from conftest import built, packed
 from torch import nn
 
 from core.seeding import fold
-from trainer.checkpoint import BackgroundSaver, CheckpointFolder, Snapshot
-from trainer.machine import keep_freed_memory
-from trainer.trainer import reseed
+from trainer.device import keep_freed_memory
+from trainer.loop import reseed
+from trainer.storage.checkpoint import BackgroundSaver, CheckpointFolder, Snapshot
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import NumericalError, StopSignal
-from trainer.checkpoint import CheckpointFolder
-from trainer.trainer import Trainer
+from trainer.loop import Trainer
+from trainer.storage.checkpoint import CheckpointFolder
 
 pytestmark = [
     pytest.mark.cuda,

@@ -19,12 +19,12 @@ from PIL import Image
 
 from core.config import Config
 from core.errors import ConfigError, DataError
-from data import datasets, splits
-from data.datasets import Collection
-from data.images import Files, Images, decode
-from data.stratification import split, stratified
-from data.synthetic import synthetic
-from trainer.restore import load_run
+from data.sources import datasets, splits
+from data.sources.datasets import Collection
+from data.sources.images import Files, Images, decode
+from data.sources.stratification import split, stratified
+from data.sources.synthetic import synthetic
+from trainer.inference.load_run import load_run
 
 
 def prepare(collection: Collection, **changes: object) -> splits.Splits:

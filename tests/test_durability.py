@@ -28,8 +28,8 @@ from conftest import packed
 
 from core import durable
 from core.errors import CheckpointError, StorageError
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointFolder, Snapshot
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot
 
 KEEP = {"last": 2, "best": 2, "step": None}
 KINDS = ["best", "last"]
@@ -441,7 +441,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_durability import save, snapshot
-from trainer.checkpoint import CheckpointFolder
+from trainer.storage.checkpoint import CheckpointFolder
 from core.errors import StorageError
 folder = CheckpointFolder(Path(sys.argv[1]))
 try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.early_stopping import EarlyStopping
+from trainer.monitor.early_stopping import EarlyStopping
 
 NAN, INF = math.nan, math.inf
 

@@ -265,7 +265,7 @@ def test_d11_one_sample_left_over(script, tmp_path):
 def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
     """D10, through a data set of the user's own."""
     (tmp_path / "mydata.py").write_text(
-        "import torch\nfrom data.datasets import Collection\nfrom data.images import Images\n"
+        "import torch\nfrom data.sources.datasets import Collection\nfrom data.sources.images import Images\n"
         "def wrong(*, label):\n"
         "    labels = torch.arange(40) % 4\n"
         "    labels[7] = label\n"
@@ -309,7 +309,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
         "torch.nn.Module.__class__",
     )
     attacks += (
-        "trainer.restore.load_run",
+        "trainer.inference.load_run.load_run",
         "core.durable.write_durably",
         "torchvision.datasets.utils.download_url",
     )
@@ -336,15 +336,15 @@ def test_a_signal_that_an_import_makes_an_error_of_still_ends_the_script(script,
         except BaseException as raised:
             raise RuntimeError("problem in models.mlp") from raised
 
-    monkeypatch.setattr("trainer.build.build_model", importing)
+    monkeypatch.setattr("trainer.build.training.build_model", importing)
     assert script("train", *FAST) == (143, "", "")
     assert script("train", *FAST, "-m", "seed=1,2") == (143, "", "")
 
 
 def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
-    import trainer.build
+    import trainer.build.training
 
-    monkeypatch.setattr(trainer.build, "build", lambda config: 1 / 0)
+    monkeypatch.setattr(trainer.build.training, "build", lambda config: 1 / 0)
     code, _, err = script("train")
     assert code == 1 and err.startswith("error[bug] internal: ZeroDivisionError") and err.count("\n") == 1
     _, _, err = script("train", "traceback=true")

@@ -14,12 +14,12 @@ from conftest import built, last_state, reopened
 from test_trainer import SGD, assert_equal, metrics, steps_on_disk, summary, weights
 from torch import Tensor, nn
 
-from core.entry import CONFIGS
+from core.command_line import CONFIGS
 from core.errors import NumericalError, StopSignal
 from core.json_lines import read_lines
-from trainer.finite import MOST_IN_A_ROW
+from trainer.loop import Trainer
+from trainer.monitor.nonfinite import MOST_IN_A_ROW
 from trainer.state import snapshot
-from trainer.trainer import Trainer
 
 OPTIMIZERS = (CONFIGS / "optimizer").glob("*.yaml")
 

@@ -28,9 +28,9 @@ import torch
 import yaml
 from torch import nn
 
-import trainer.build
+import trainer.build.training
+from core.command_line import CONFIGS, launch
 from core.config import Config
-from core.entry import CONFIGS, launch
 from core.schema import TRAIN, leaves
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
@@ -71,10 +71,30 @@ TARGETS = (
     *("torch.nn.BCELoss", "torch.optim.LBFGS", "torch.optim.Adam", "torch.optim.SparseAdam", "torch.optim", "nope"),
     *("torch.optim.lr_scheduler.StepLR", "torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.OneCycleLR"),
     *("torchvision.models.resnet18", "torchvision.models.nope", "torchvision.transforms.v2.Normalize", "'a b'", "..."),
-    *("models.mlp", "models.mlp.MLP", "models.resnet.ResNet", "models.nope.Nope", "trainer.schedules.cosine", "''"),
-    *("trainer.schedules.Plateau", "data.datasets.digits", "data.datasets.image_folder", "data.mixing.Mixup", "1"),
-    *("data.augmentations.RandomCrop", "builtins.int", "builtins.dict", "core.errors.ConfigError"),
-    *("trainer.losses.Huber", "trainer.optimizers.Muon", "[a]", "{}", "${model._target_}", "torch.nn.Module.forward"),
+    *(
+        "models.mlp",
+        "models.mlp.MLP",
+        "models.resnet.ResNet",
+        "models.nope.Nope",
+        "trainer.optim.schedules.cosine",
+        "''",
+    ),
+    *(
+        "trainer.optim.schedules.Plateau",
+        "data.sources.datasets.digits",
+        "data.sources.datasets.image_folder",
+        "data.augment.mixing.Mixup",
+        "1",
+    ),
+    *("data.augment.geometry.RandomCrop", "builtins.int", "builtins.dict", "core.errors.ConfigError"),
+    *(
+        "trainer.optim.losses.Huber",
+        "trainer.optim.muon.Muon",
+        "[a]",
+        "{}",
+        "${model._target_}",
+        "torch.nn.Module.forward",
+    ),
 )
 
 
@@ -184,12 +204,16 @@ class Outcome:
 
 def build_everything(config: Config) -> None:
     """What training builds before it makes the run folder."""
-    trainer.build.assemble(config)
+    trainer.build.training.assemble(config)
 
 
 def on_meta(patched: pytest.MonkeyPatch) -> None:
     """Networks are built and tried out on the meta device; behind it they get memory that nobody fills."""
-    build_model, try_out, try_out_one = trainer.build.build_model, trainer.build.try_out, trainer.build.try_out_one
+    build_model, try_out, try_out_one = (
+        trainer.build.training.build_model,
+        trainer.build.training.try_out,
+        trainer.build.training.try_out_one,
+    )
 
     def build(*arguments: Any, **named: Any) -> nn.Module:
         with torch.device("meta"):
@@ -204,9 +228,9 @@ def on_meta(patched: pytest.MonkeyPatch) -> None:
         try_out_one(model.to("meta"), values, torch.device("meta"))
         model.to_empty(device="cpu")
 
-    patched.setattr(trainer.build, "build_model", build)
-    patched.setattr(trainer.build, "try_out", check)
-    patched.setattr(trainer.build, "try_out_one", check_one)
+    patched.setattr(trainer.build.training, "build_model", build)
+    patched.setattr(trainer.build.training, "try_out", check)
+    patched.setattr(trainer.build.training, "try_out_one", check_one)
 
 
 def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], place: Path) -> list[Outcome]:

@@ -14,7 +14,7 @@ from models.blocks import LocalResponseNorm
 from models.googlenet import TABLE_1, GoogLeNet
 from models.inception_small import InceptionSmall
 from models.inception_v3 import InceptionV3
-from trainer.build import try_out
+from trainer.build.training import try_out
 
 TEN: dict[str, Any] = {"num_classes": 10, "in_channels": 3}
 IMAGENET: dict[str, Any] = {"num_classes": 1000, "in_channels": 3}

@@ -11,14 +11,14 @@ from torchvision.transforms import v2
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.adapter import ASampleAtATime
-from data.ahead import made_ahead
-from data.augmentations import RandomAffine, RandomCrop
-from data.images import Files, Images
-from data.loaders import Batch, EvalLoader, TrainLoader
-from data.mixing import CutMix, Mixup
-from data.normalisation import Normalisation
-from data.pipeline import Augmentations
+from data.augment.geometry import RandomAffine, RandomCrop
+from data.augment.mixing import CutMix, Mixup
+from data.augment.per_sample import ASampleAtATime
+from data.augment.pipeline import Augmentations
+from data.loading.loaders import Batch, EvalLoader, TrainLoader
+from data.loading.normalisation import Normalisation
+from data.loading.prefetch import made_ahead
+from data.sources.images import Files, Images
 
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation({"mean": torch.tensor([0.4]), "std": torch.tensor([0.2])})
@@ -154,7 +154,7 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
             yield (Part(number),)
         raise DataError("3.png", "is gone")
 
-    monkeypatch.setattr("data.ahead.stream_of", Stream)
+    monkeypatch.setattr("data.loading.prefetch.stream_of", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
     ready = made_ahead(batches(), device=torch.device("cuda"))
@@ -173,7 +173,7 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
 
 def test_both_loaders_have_their_batches_made_ahead(monkeypatch):
     asked = []
-    monkeypatch.setattr("data.loaders.made_ahead", lambda batches, *, device: asked.append(device) or batches)
+    monkeypatch.setattr("data.loading.loaders.made_ahead", lambda batches, *, device: asked.append(device) or batches)
     data = images(8)
     loaders = [train_loader(data).steps(0), EvalLoader(data, batch_size=4, normalisation=NORMALISATION, device=CPU)]
     assert [len(list(loader)) for loader in loaders] == [2, 2] and asked == [CPU, CPU]

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from core.errors import ConfigError, NumericalError
 from core.json_lines import read_lines
-from trainer import metrics
-from trainer.build import build
-from trainer.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
-from trainer.metrics import RunningSums
-from trainer.restore import load_run
+from trainer.build.training import build
+from trainer.inference.load_run import load_run
+from trainer.monitor import metrics
+from trainer.monitor.metrics import RunningSums
+from trainer.optim.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
 
 LOSSES = {
     "cross_entropy": CrossEntropy,

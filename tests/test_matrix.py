@@ -24,12 +24,12 @@ import torch
 from conftest import built, composed, last_state, packed, reopened, trained
 from PIL import Image
 
-from core.entry import CONFIGS
+from core.command_line import CONFIGS
 from core.errors import NumericalError, StopSignal
 from core.schema import TRAIN, leaves
 from core.seeding import fold
-from trainer.checkpoint import CheckpointFolder, Snapshot
-from trainer.trainer import Trainer
+from trainer.loop import Trainer
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot
 
 Row = Mapping[str, str]  # factor or switch -> the choice
 GROUPS = ("optimizer", "schedule", "augment", "loss")
@@ -526,9 +526,9 @@ def test_a_load_that_forgets_a_piece_is_noticed(tmp_path, whole, halted, piece):
 
 
 SEEDS = {
-    "trainer.trainer.fold": {"dropout": "on"},
-    "data.loaders.fold": {},
-    "data.pipeline.fold": {"augment": "crop_flip cutmix"},
+    "trainer.loop.fold": {"dropout": "on"},
+    "data.loading.loaders.fold": {},
+    "data.augment.pipeline.fold": {"augment": "crop_flip cutmix"},
 }
 
 
@@ -549,5 +549,5 @@ def test_a_seed_that_is_skipped_is_noticed(tmp_path, monkeypatch, whole, halted,
 def test_dropout_from_a_stream_is_noticed(tmp_path, monkeypatch, whole, halted):
     number = next(number for number, row in enumerate(ROWS) if row["dropout"] == "on")
     folder = shutil.copytree(halted(number, 7), tmp_path / "run")
-    monkeypatch.setattr("trainer.trainer.reseed", lambda *_: None)
+    monkeypatch.setattr("trainer.loop.reseed", lambda *_: None)
     assert gone_on(folder) != whole(number).state

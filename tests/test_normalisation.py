@@ -14,14 +14,14 @@ from torchvision.transforms.v2 import functional as torchvision
 
 from core.config import Config
 from core.errors import CheckpointError, ConfigError, StopSignal
-from data import normalisation
-from data.datasets import Collection
-from data.images import Files, Images
-from data.normalisation import Normalisation, covariance, fit_normalisation, statistics, whitening
-from data.splits import Splits, measured, prepare
-from trainer.build import build_data
-from trainer.restore import Run, load_run
-from trainer.trainer import Trainer
+from data.loading import normalisation
+from data.loading.normalisation import Normalisation, covariance, fit_normalisation, statistics, whitening
+from data.sources.datasets import Collection
+from data.sources.images import Files, Images
+from data.sources.splits import Splits, measured, prepare
+from trainer.build.training import build_data
+from trainer.inference.load_run import Run, load_run
+from trainer.loop import Trainer
 
 EVALUATE = Path(__file__).resolve().parents[1] / "scripts/evaluate.py"
 CPU = torch.device("cpu")
@@ -281,7 +281,7 @@ def test_resume_on_other_pixels_is_refused(tmp_path, monkeypatch):
     def other_pixels(node, *, seed):
         return build_data({**node, "noise": 0.25}, seed=seed)
 
-    monkeypatch.setattr("trainer.build.build_data", other_pixels)
+    monkeypatch.setattr("trainer.build.training.build_data", other_pixels)
     with pytest.raises(CheckpointError, match="its mean differs"):
         reopened(tmp_path / "run", "trainer.max_epochs=3")
 
@@ -301,7 +301,9 @@ def test_run_from_before_there_was_a_choice(tmp_path):
 
 def test_first_batch_is_shown_as_it_was_before_normalisation(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("trainer.tracking.TensorBoard.images", lambda _, tag, images, step: shown.append(images))
+    monkeypatch.setattr(
+        "trainer.report.tensorboard_writer.TensorBoard.images", lambda _, tag, images, step: shown.append(images)
+    )
     for kind in ("per_channel", "pca"):
         trainer = built(tmp_path / kind, "trainer.log_images=true", f"data.normalise={kind}")
         chosen = trainer.train_loader.order(0)[:8]

@@ -12,9 +12,9 @@ from core.errors import ConfigError
 from core.json_lines import read_lines
 from models.googlenet import GoogLeNet
 from models.resnet import ResNet
-from trainer import optimizers
-from trainer.build import build
-from trainer.optimizers import Muon, decayed_parameters, group_parameters, hidden_matrices
+from trainer.build.training import build
+from trainer.optim import muon as optimizers
+from trainer.optim.muon import Muon, decayed_parameters, group_parameters, hidden_matrices
 from trainer.state import load_optimizer_tensors, optimizer_tensors
 
 

@@ -12,16 +12,16 @@ import yaml
 from conftest import built
 from torchvision.transforms import v2
 
-from core.entry import CONFIGS
+from core.command_line import CONFIGS
 from core.errors import ConfigError
 from core.seeding import fold
-from data.adapter import ASampleAtATime
-from data.augmentations import AlternatingFlip, Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
-from data.color import ColorShift, PCAColor
-from data.corruptions import RandomBlur, RandomErasing, RandomNoise
-from data.mixing import CutMix, Mixup
-from data.pipeline import Augmentations, Drawn
-from trainer.trust import refuse_untrusted
+from data.augment.color import ColorShift, PCAColor
+from data.augment.corruptions import RandomBlur, RandomErasing, RandomNoise
+from data.augment.geometry import AlternatingFlip, Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
+from data.augment.mixing import CutMix, Mixup
+from data.augment.per_sample import ASampleAtATime
+from data.augment.pipeline import Augmentations, Drawn
+from trainer.build.trust import refuse_untrusted
 
 CPU = torch.device("cpu")
 N, K = 50, 4
@@ -296,7 +296,7 @@ def test_the_builder_fits_to_the_training_part_and_wraps_transforms(tmp_path):
         ("+augment.x._target_=torch.nn.Flatten", "augment.x", "must give torch.uint8 .1, 8, 8.*it gives torch.uint8"),
         ("+augment.x._target_=torchvision.transforms.v2.RandAugmen", "augment.x._target_", "did you mean RandAugment"),
         ("+augment.x={_target_:torchvision.transforms.v2.RandAugment,op:1}", "augment.x.op", "no such argument"),
-        ("+augment.x={_target_:data.mixing.Mixup,alpha:0,probability:1}", "augment.x.alpha", "must be within"),
+        ("+augment.x={_target_:data.augment.mixing.Mixup,alpha:0,probability:1}", "augment.x.alpha", "must be within"),
         ("+augment.x._target_=builtins.list", "augment.x", "must be a step of ours"),
     ],
 )

@@ -30,10 +30,10 @@ from core.errors import CheckpointError, ConfigError, DataError, StopSignal, Sto
 from core.json_lines import read_lines
 from core.schema import TRAIN
 from models import mlp
-from trainer import checkpoint
-from trainer.build import build
-from trainer.checkpoint import CheckpointFolder, Snapshot
-from trainer.trainer import Trainer
+from trainer.build.training import build
+from trainer.loop import Trainer
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot
 
 
 def stopped(trainer: Trainer, step: int) -> None:
@@ -470,7 +470,7 @@ REFUSED = {
     "trainer.precision=bf16": ("trainer.precision", "fp32 -> bf16"),
     "trainer.accumulate=2": ("trainer.accumulate", "1 -> 2"),
     "trainer.early_stopping.patience=3": ("trainer.early_stopping.patience", "10 -> 3"),
-    "schedule._target_=os.system": ("schedule._target_", "trainer.schedules.cosine -> os.system"),
+    "schedule._target_=os.system": ("schedule._target_", "trainer.optim.schedules.cosine -> os.system"),
 }
 
 

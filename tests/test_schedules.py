@@ -11,8 +11,8 @@ import torch
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from core.errors import ConfigError
-from trainer.durations import due, to_steps, total_steps, warmup_steps
-from trainer.schedules import (
+from trainer.build.durations import due, to_steps, total_steps, warmup_steps
+from trainer.optim.schedules import (
     FactorSchedule,
     Plateau,
     TorchScheduler,

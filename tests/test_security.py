@@ -38,11 +38,11 @@ from omegaconf import OmegaConf
 from core.config import read_run_config
 from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError, PreceptorError, SecurityError
-from trainer.build import assemble, build
-from trainer.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
-from trainer.restore import load_run
-from trainer.safetensors_file import LARGEST_HEADER
-from trainer.weights import init_from
+from trainer.build.training import assemble, build
+from trainer.build.weights import init_from
+from trainer.inference.load_run import load_run
+from trainer.storage.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
+from trainer.storage.safetensors_file import LARGEST_HEADER
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec")
@@ -357,9 +357,19 @@ TARGETS = (
     *("torch.nn.modules.module.torch.load", "torch.nn.functional.torch.load", "torch.nn.init.warnings.sys.exit"),
     *("torch.nn.Module.__class__", "torch.nn.Module.__init__.__globals__", "torch.nn.Module.__subclasses__"),
     *("torch.nn.parallel.distributed.os.system", "torch.optim.optimizer.functools.partial", "models.mlp.torch.load"),
-    *("models.mlp.nn.modules.module.os.system", "trainer.restore.load_run", "core.durable.write_durably"),
-    *("trainer.weights.init_from", "trainer.run_folder.RunFolder.create", "trainer.build.build", "core.entry.launch"),
-    *("core.config.read_run_config", "data.images.decode", "data.datasets.shutil.rmtree", "data.loaders.TrainLoader"),
+    *("models.mlp.nn.modules.module.os.system", "trainer.inference.load_run.load_run", "core.durable.write_durably"),
+    *(
+        "trainer.build.weights.init_from",
+        "trainer.storage.run_folder.RunFolder.create",
+        "trainer.build.training.build",
+        "core.command_line.launch",
+    ),
+    *(
+        "core.config.read_run_config",
+        "data.sources.images.decode",
+        "data.sources.datasets.shutil.rmtree",
+        "data.loading.loaders.TrainLoader",
+    ),
     *("torchvision.datasets.MNIST", "torchvision.datasets.utils.download_url", "torchvision.io.read_file"),
     *("torchvision.models.resnet.load_state_dict_from_url", "torchvision.transforms.functional.os.system"),
     *(

@@ -17,13 +17,13 @@ from torchvision.transforms.v2 import functional as reference
 from core.config import Config
 from core.errors import ConfigError, StopSignal
 from core.seeding import fold
-from data.augmentations import RandomResizedCrop, rectangles
-from data.images import Files, decode
-from data.loaders import Resident
-from data.normalisation import statistics
-from data.splits import resize
-from trainer.build import assemble
-from trainer.restore import load_run
+from data.augment.geometry import RandomResizedCrop, rectangles
+from data.loading.loaders import Resident
+from data.loading.normalisation import statistics
+from data.sources.images import Files, decode
+from data.sources.splits import resize
+from trainer.build.training import assemble
+from trainer.inference.load_run import load_run
 
 ORIGINAL, STORED, SEEN = 64, 32, 16  # pixels
 
@@ -186,8 +186,8 @@ def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
     (("augment.resized_crop.size=0",), "augment.resized_crop.size = 0: must be an integer >= 1, or null"),
 ])  # fmt: skip
 def test_what_cannot_work_is_told_before_a_picture_is_decoded(root, tmp_path, monkeypatch, more, told):
-    monkeypatch.setattr("data.images.decode", None)
-    monkeypatch.setattr("data.cache.decode", None)
+    monkeypatch.setattr("data.sources.images.decode", None)
+    monkeypatch.setattr("data.sources.cache.decode", None)
     with pytest.raises(ConfigError) as caught:
         built(tmp_path / "run", *given(root, tmp_path / "cache", *more))
     assert told in str(caught.value) and not (tmp_path / "cache").exists()

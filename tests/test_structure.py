@@ -19,8 +19,8 @@ ALLOWED = {
     "analysis": {"core", "analysis"},
     "sweeps": {"core", "sweeps", "trainer"},
 }
-MAY_IMPORT_DATA = {"trainer/build.py", "trainer/begin.py", "trainer/restore.py"}
-MAY_IMPORT_HYDRA = {"core/config.py", "core/entry.py", "trainer/build.py"}
+MAY_IMPORT_DATA = {"trainer/build/training.py", "trainer/begin.py", "trainer/inference/load_run.py"}
+MAY_IMPORT_HYDRA = {"core/config.py", "core/command_line.py", "trainer/build/training.py"}
 MAY_IMPORT_HYDRA |= {f"sweeps/{name}.py" for name in ("compose", "plan", "best")}
 
 

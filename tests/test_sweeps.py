@@ -35,15 +35,15 @@ from PIL import Image
 from scipy import stats
 from sqlalchemy import Engine, event, text
 
-from core import entry
-from core.entry import CONFIGS
+from core import command_line as entry
+from core.command_line import CONFIGS
 from core.json_lines import read_lines
 from core.schema import SWEEP
-from sweeps import pool, worker
-from sweeps.compose import compose_trial
-from sweeps.plan import Plan, read_plan
-from sweeps.space import draw, grid, overrides, read_space
-from sweeps.store import Store
+from sweeps.define.compose import compose_trial
+from sweeps.define.plan import Plan, read_plan
+from sweeps.define.space import draw, grid, overrides, read_space
+from sweeps.execute import pool, worker
+from sweeps.execute.store import Store
 
 SWEEP_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 QUICK = (

@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from core.errors import ConfigError, DataError, NumericalError, StopSignal, StorageError
 from core.json_lines import read_lines
-from trainer import clock
-from trainer.build import build
-from trainer.checkpoint import CheckpointFolder
-from trainer.early_stopping import EarlyStopping
-from trainer.machine import configure_torch
-from trainer.trainer import Trainer
+from trainer.build.training import build
+from trainer.device import configure_torch
+from trainer.loop import Trainer
+from trainer.monitor import clock
+from trainer.monitor.early_stopping import EarlyStopping
+from trainer.storage.checkpoint import CheckpointFolder
 
 
 def metrics(trainer: Trainer) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from core.json_lines import read_lines
-from trainer.evaluation import predict
-from trainer.restore import load_run
-from trainer.tta import with_tta
+from trainer.inference.evaluation import predict
+from trainer.inference.load_run import load_run
+from trainer.inference.tta import with_tta
 
 
 @pytest.mark.parametrize("average", [(), ("trainer.ema_decay=0.9",)])

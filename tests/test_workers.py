@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
-from data.adapter import ASampleAtATime
-from data.images import Images
-from data.loaders import TrainLoader
-from data.normalisation import Normalisation
-from data.pipeline import Augmentations
+from data.augment.per_sample import ASampleAtATime
+from data.augment.pipeline import Augmentations
+from data.loading.loaders import TrainLoader
+from data.loading.normalisation import Normalisation
+from data.sources.images import Images
 
 CPU = torch.device("cpu")
 LAUNCHER = """
 import multiprocessing, sys, torch
-from data.workers import fetched
+from data.loading.workers import fetched
 
 def fetch(rows):
     images = (torch.arange({numbers}, dtype=torch.float32) * (1 + rows[0])).view(1, 1, -1, 1)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import composed
 
-from trainer.build import build
+from trainer.build.training import build
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "goldens.json").read_text())
@@ -97,7 +97,7 @@ def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
         *("trainer.max_epochs=400", "trainer.evaluate_every=5 steps", "trainer.checkpoint.monitor=train/loss"),
         *("trainer.early_stopping.patience=null", "trainer.early_stopping.monitor=train/loss"),
     )
-    constant = {"_target_": "trainer.schedules.constant", "_partial_": True, "warmup_epochs": 0}
+    constant = {"_target_": "trainer.optim.schedules.constant", "_partial_": True, "warmup_epochs": 0}
     changes = {"run_dir": str(folder), "augment": {}, "schedule": constant}
     changes["model"] = {key: 0.0 if key == "dropout" else value for key, value in config.values["model"].items()}
     trainer = build(replace(config, values=config.values | changes, record=config.record | changes))

@@ -10,12 +10,12 @@ import torch
 from core.config import Config
 from core.errors import StorageError
 from core.schema import SPLITS
-from data.splits import Splits
-from trainer.display import Display
-from trainer.run_folder import RunFolder, chosen_path
+from data.sources.splits import Splits
+from trainer.loop import Trainer
+from trainer.report.tensorboard_writer import TensorBoard
+from trainer.report.terminal import Display
 from trainer.state import load, snapshot
-from trainer.tracking import TensorBoard
-from trainer.trainer import Trainer
+from trainer.storage.run_folder import RunFolder, chosen_path
 
 
 class Notices(logging.Handler):

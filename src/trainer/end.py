@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import StopSignal
 
 if TYPE_CHECKING:
-    from trainer.trainer import Trainer
+    from trainer.loop import Trainer
 
 
 def finish(trainer: "Trainer") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the loop asks of the data, which it does not know: `data.loaders` and `data.normalisation` have it."""
+"""Protocols of the data as the loop sees it. `data.loading.loaders` and `data.loading.normalisation` implement them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, NumericalError
-from trainer.checkpoint import Snapshot
+from trainer.storage.checkpoint import Snapshot
 
 if TYPE_CHECKING:
-    from trainer.trainer import Trainer
+    from trainer.loop import Trainer
 
 
 def snapshot(trainer: "Trainer") -> Snapshot:

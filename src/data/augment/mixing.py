@@ -1,0 +1,76 @@
+"""Augmentations that mix two samples, picture and label alike.
+
+Each is a mixing step of `data.augment.pipeline`, which brings the partners and turns labels into probabilities.
+It draws no random value itself. The partner is any sample of the training split (in the papers: of the same batch), so
+that it does not depend on how samples are put into batches.
+"""
+
+import torch
+from torch import Tensor
+
+from data.augment.checks import require_within
+from data.augment.distributions import SymmetricBeta
+
+
+class Mixup:
+    """Both pictures, one shining through the other: l x_i + (1 - l) x_j, and the labels likewise; l from Beta(a, a).
+
+    The pictures become float32. They are mixed on the scale 0 to 255: a standardised mixture is the mixture of the
+    standardised.
+
+    Source: Zhang, Cissé, Dauphin and Lopez-Paz, mixup: Beyond Empirical Risk Minimization, 2018, section 2.
+    """
+
+    numbers = 2  # whether, share
+    mixes = True
+
+    def __init__(self, alpha: float, probability: float) -> None:
+        self.beta = SymmetricBeta("alpha", alpha)
+        self.probability = require_within("probability", probability, 0, 1)
+
+    def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
+        share = torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+        return _mixed(own, other, share[:, None, None, None]), _mixed(label, other_label, share[:, None])
+
+
+class CutMix:
+    """A rectangle of the other picture in this one; the labels are mixed by the areas.
+
+        width W sqrt(1 - l), height H sqrt(1 - l), l from Beta(a, a); its centre is any point, and what sticks out is
+        cut off, so that the share of the label is counted in pixels
+
+    Pixels keep their type.
+
+    Source: Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1 and algorithm A1.
+    """
+
+    numbers = 4  # whether, share, centre right, centre down
+    mixes = True
+
+    def __init__(self, alpha: float, probability: float) -> None:
+        self.beta = SymmetricBeta("alpha", alpha)
+        self.probability = require_within("probability", probability, 0, 1)
+
+    def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
+        share = torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+        height, width = images.shape[2:]
+        rows = _between(numbers[:, 3], share, size=height)  # (B, H)
+        columns = _between(numbers[:, 2], share, size=width)  # (B, W)
+        area = rows.sum(1) * columns.sum(1)
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
+        kept = 1 - area / (height * width)
+        return torch.where(inside, other, own), _mixed(label, other_label, kept[:, None])
+
+
+def _mixed(own: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    return own * share + other * (1 - share)
+
+
+def _between(centre: Tensor, share: Tensor, *, size: int) -> Tensor:
+    """Which pixels of a side the rectangles cover: (B, size) of bool."""
+    half = (size * torch.sqrt(1 - share) / 2).floor()
+    middle = (size * centre).floor()
+    place = torch.arange(size, device=centre.device)
+    return (place >= (middle - half)[:, None]) & (place < (middle + half)[:, None])

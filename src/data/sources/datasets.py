@@ -1,0 +1,280 @@
+"""The data sets: each function returns a Collection, with the parts that its source brings.
+
+    digits                  1,797 digits of 8 x 8, embedded here (UCI Optical Recognition of Handwritten Digits,
+                            Alpaydin and Kaynak, 1998, CC BY 4.0; the part that scikit-learn carries, in its order)
+    mnist, fashion_mnist    60,000 + 10,000 of 28 x 28 grey (LeCun et al., 1998; Xiao et al., 2017)
+    kmnist                  the same of cursive Japanese (Clanuwat et al., 2018)
+    cifar10, cifar100       50,000 + 10,000 of 32 x 32 RGB (Krizhevsky, 2009)
+    svhn                    73,257 + 26,032 of 32 x 32 RGB, house numbers (Netzer et al., 2011)
+    image_folder            one's own pictures, a folder for each class; ImageNet too
+
+torchvision downloads and reads the official archives. It is imported only there: the import takes seconds.
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, DataError
+from core.seeding import fold
+from data.sources.cache import with_cache
+from data.sources.images import MAX_PIXELS, SUFFIXES, Files, Images
+from data.sources.stratification import split
+
+DIGITS = Path(__file__).with_name("digits.npz")  # pixels uint8 (1797, 8, 8), 0 to 16; labels uint8 (1797,)
+DIGITS_TEST_FRACTION = 0.2
+DIGIT_NAMES = [str(label) for label in range(10)]
+TEST_SEED = fold(0, "test")  # the test part never depends on a run's seed
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+CIFAR100_FILES = ("train", "test", "meta")
+SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
+
+CACHE_NAME = ".preceptor"  # in the folder of the pictures; hidden, so that nobody takes it for a class
+FOLDER_LAYOUT = (
+    "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
+    "with one for each class in them (val and test may be left out); set data.root"
+)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A data set as its source brings it."""
+
+    train: Images
+    val: Images | None  # None: a share of train is taken for it
+    test: Images | None  # None: there is none
+    class_names: list[str]
+
+
+def digits() -> Collection:
+    """The embedded digits. They have no official test set: a fixed, stratified fifth of them serves as one."""
+    with np.load(DIGITS, allow_pickle=False) as file:
+        levels, labels = torch.from_numpy(file["pixels"]), torch.from_numpy(file["labels"]).long()
+    pixels = (levels * (255 / 16)).round().to(torch.uint8)[:, None]  # (N, 1, 8, 8)
+    return _with_test(Images(pixels=pixels, labels=labels), fraction=DIGITS_TEST_FRACTION, class_names=DIGIT_NAMES)
+
+
+def mnist(*, root: str, download: bool) -> Collection:
+    return _official("MNIST", root=root, folder="MNIST/raw", files=IDX_FILES, download=download)
+
+
+def fashion_mnist(*, root: str, download: bool) -> Collection:
+    return _official("FashionMNIST", root=root, folder="FashionMNIST/raw", files=IDX_FILES, download=download)
+
+
+def kmnist(*, root: str, download: bool) -> Collection:
+    return _official("KMNIST", root=root, folder="KMNIST/raw", files=IDX_FILES, download=download)
+
+
+def cifar10(*, root: str, download: bool) -> Collection:
+    return _official("CIFAR10", root=root, folder="cifar-10-batches-py", files=CIFAR10_FILES, download=download)
+
+
+def cifar100(*, root: str, download: bool) -> Collection:
+    """With its 100 fine labels."""
+    return _official("CIFAR100", root=root, folder="cifar-100-python", files=CIFAR100_FILES, download=download)
+
+
+def svhn(*, root: str, download: bool) -> Collection:
+    """The cropped digits, without the easier `extra` ones. torchvision reads MATLAB's files with SciPy, which
+    scikit-learn brings along; and it would have them in ROOT itself, where nobody could tell whose they are."""
+    place, parts = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
+    return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
+
+
+def image_folder(
+    *,
+    root: str,
+    image_size: int,
+    channels: int,
+    test_fraction: float,
+    empty_class: str,
+    on_bad_image: str = "error",
+    max_pixels: int = MAX_PIXELS,
+    cache_dir: str | None = None,
+    stored_size: int | None = None,
+    limit_train: int | None = None,
+) -> Collection:
+    """Pictures in class folders, in sorted order, read from their cache; not where only some of them are wanted.
+
+    Those to train on are kept at `stored_size`, and at `image_size` too where other parts are taken from them.
+
+    With ROOT/train, the parts are the folders given: no ROOT/test means no test part, and no ROOT/val means that
+    `val_fraction` of train is taken. Without it, ROOT holds the classes, and `test_fraction` is put aside for the test.
+    """
+    if empty_class not in ("error", "keep"):
+        raise ConfigError("empty_class", "must be error or keep", value=empty_class)
+    if on_bad_image not in ("error", "skip"):
+        raise ConfigError("on_bad_image", "must be error or skip", value=on_bad_image)
+    if max_pixels < 1:
+        raise ConfigError("max_pixels", "must be >= 1", value=max_pixels)
+    if not 0 <= test_fraction < 1:
+        raise ConfigError("test_fraction", "must be >= 0 and < 1", value=test_fraction)
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        reason = "is not a folder" if base.exists() else "does not exist"
+        raise DataError(str(base), f"{reason}; {FOLDER_LAYOUT}")
+    given = [part for part in ("train", "val", "test") if (base / part).is_dir()]
+    folders = {part: base / part for part in given} if "train" in given else {"train": base}
+    class_names = _class_names(folders["train"])
+    if "train" not in given and set(class_names) <= {"val", "test"}:
+        raise DataError(str(base), f"has {' and '.join(given) or 'no class folders'} but no train; {FOLDER_LAYOUT}")
+    if len(class_names) < 2:
+        raise DataError(str(folders["train"]), f"has one class only, {class_names[0]}; {FOLDER_LAYOUT}")
+
+    found: dict[str, tuple[Files, Tensor]] = {}
+    for part, folder in folders.items():
+        _same_classes(folder, expected=class_names, found=_class_names(folder))
+        paths = [pictures_in(folder / name) for name in class_names]
+        empty = [name for name, found in zip(class_names, paths, strict=True) if not found]
+        if empty and (empty_class == "error" or len(empty) == len(class_names)):
+            explanation = f"has no pictures for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
+            raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
+        labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in paths]))
+        files = Files(
+            [path for found in paths for path in found],
+            image_size=image_size,
+            channels=channels,
+            on_bad_image=on_bad_image,
+            max_pixels=max_pixels,
+        )
+        found[part] = files, labels
+    if cache_dir is not None and limit_train is None:  # when all else is known to be right
+        place = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
+        to_train_on = {stored_size or image_size} | (set() if "val" in found else {image_size})
+        for part, (files, labels) in found.items():
+            for size in sorted(to_train_on if part == "train" else {image_size}):
+                files = with_cache(replace(files, image_size=size), place)
+            found[part] = files, labels
+    parts = {part: Images(files, labels) for part, (files, labels) in found.items()}
+    if "train" in given:
+        return Collection(train=parts["train"], val=parts.get("val"), test=parts.get("test"), class_names=class_names)
+    return _with_test(parts["train"], fraction=test_fraction, class_names=class_names)
+
+
+def _with_test(images: Images, *, fraction: float, class_names: list[str]) -> Collection:
+    """A stratified share put aside as the test part, the same whatever the run's seed."""
+    if fraction == 0:
+        return Collection(train=images, val=None, test=None, class_names=class_names)
+    train, test = split(images, fraction=fraction, seed=TEST_SEED, part="test")
+    return Collection(train=train, val=None, test=test, class_names=class_names)
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(str(folder), f"has no class folders; {FOLDER_LAYOUT}")
+    return names
+
+
+def _same_classes(folder: Path, *, expected: list[str], found: list[str]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)} besides"] * bool(extra)
+        raise DataError(str(folder), f"{' and '.join(said)}: must have the same class folders as train")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """All picture files below a folder, hidden ones left out, sorted by their path in it."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _official(
+    name: str,
+    *,
+    root: str,
+    folder: str,
+    files: tuple[str, ...],
+    download: bool,
+    parts: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}),
+) -> Collection:
+    """One of torchvision's data sets, downloaded first where it is missing and that is allowed.
+
+    `parts` are its arguments for the training and the test part.
+    """
+    base = Path(root).expanduser()
+    place = base / folder
+    above = next(path for path in (base, *base.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise DataError(str(above), "is not a folder; set data.root")
+    missing = [file for file in files if not (place / file).is_file()]
+    if missing and not download:
+        explanation = f"lacks {', '.join(missing)}; put {name} there, set data.root, or set data.download=true"
+        raise DataError(str(place), explanation)
+
+    from torchvision import datasets
+
+    source = getattr(datasets, name)
+    if missing:
+        _download(source, parts, base=base, place=place, above=above)
+    try:
+        found = [source(root=base, **part) for part in parts]
+        train_images, test_images = (_images(part) for part in found)
+    except Exception as error:  # torchvision raises nearly anything for a damaged file, assertions too
+        explanation = f"holds damaged files ({error or type(error).__name__}); remove it and set data.download=true"
+        raise DataError(str(place), explanation) from error
+    names = list(getattr(found[0], "classes", DIGIT_NAMES))
+    return Collection(train=train_images, val=None, test=test_images, class_names=names)
+
+
+def _images(part: Any) -> Images:
+    """What torchvision has read: (N, H, W) of MNIST and its like, (N, H, W, 3) of CIFAR, (N, 3, H, W) of SVHN."""
+    pixels = torch.as_tensor(part.data)
+    if pixels.dim() == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[3] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = part.labels if hasattr(part, "labels") else part.targets
+    return Images(pixels=pixels.contiguous(), labels=torch.as_tensor(labels))
+
+
+def _download(source: Any, parts: Iterable[dict[str, Any]], *, base: Path, place: Path, above: Path) -> None:
+    """Download into a hidden folder that only a complete data set leaves, so that a failure leaves nothing behind."""
+    if hasattr(source, "split_list"):  # of SVHN, by part: address, file, digest
+        archives = [tuple(source.split_list[part["split"]][1:]) for part in parts]
+    else:
+        archives = getattr(source, "resources", None) or [(source.filename, source.tgz_md5)]
+    try:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=above) as hidden:
+            fresh = Path(hidden) / place.relative_to(base)
+            for archive, digest in archives:
+                _reuse(archive, digest=digest, base=base, place=place, hidden=Path(hidden), fresh=fresh)
+            # Whatever torchvision prints is progress; standard output belongs to the caller.
+            with contextlib.redirect_stdout(sys.stderr):
+                for part in parts:
+                    source(root=hidden, **part, download=True)
+            place.mkdir(parents=True, exist_ok=True)
+            for file in fresh.iterdir():
+                if file.is_file() and file.suffix not in (".gz", ".tar"):
+                    file.replace(place / file.name)
+    except DataError:
+        raise
+    except Exception as error:  # no network, no permission, a wrong digest, a full disk, ...
+        reason = "the digest of what came does not match" if "corrupted" in str(error) else str(error).strip()
+        explanation = f"cannot be downloaded ({reason}); put the files there, or set data.root to where they are"
+        raise DataError(str(place), explanation) from error
+
+
+def _reuse(archive: str, *, digest: str, base: Path, place: Path, hidden: Path, fresh: Path) -> None:
+    """Take an archive that somebody has put at its place already, if its digest is right."""
+    from torchvision.datasets.utils import check_integrity
+
+    for old, new in {base / archive: hidden / archive, place / archive: fresh / archive}.items():
+        if not old.is_file():
+            continue
+        if not check_integrity(old, digest):
+            raise DataError(str(old), f"is damaged: its digest does not match {digest}; remove it and try again")
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(old, new)

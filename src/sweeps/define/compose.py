@@ -1,0 +1,54 @@
+"""A trial's config, composed by Hydra; apart from the rest, as a trial's process needs neither Optuna nor the store."""
+
+import re
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from core.command_line import CONFIGS, as_error
+from core.config import Config, settle
+from core.errors import spell
+from core.schema import SWEEP, TRAIN
+
+# Free to change on resume, but no two trials with different ones can be compared.
+COMPARED = (
+    *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
+    *("trainer.max_epochs", "trainer.max_steps"),
+)
+NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
+BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes
+
+
+def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
+    """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
+    GlobalHydra.instance().clear()  # what has composed the sweep's own config has done its part
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as exception:
+            raise as_error(exception, SWEEP) from None
+        choices = composed.hydra.runtime.choices
+        with open_dict(composed):
+            del composed["sweep"], composed["hydra"]
+        return settle(composed, TRAIN, choices=choices)
+
+
+def search_path(config_dirs: list[str]) -> list[str]:
+    """The override that makes Hydra look in the user's own folders too."""
+    return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's grammar reads it back."""
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
+    if isinstance(value, str) and not BARE.fullmatch(value):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return repr(value) if isinstance(value, float) else spell(value)

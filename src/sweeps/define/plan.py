@@ -1,0 +1,212 @@
+"""What a sweep is to do: its settings, the config that its trials share, and the config of each."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
+
+from core.config import Config
+from core.errors import ConfigError, suggest
+from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, leaves
+from core.seeding import fold
+from sweeps.define.compose import COMPARED, NOT_COMPARED, compose_trial
+from sweeps.define.space import Dimension, grid, overrides, read_space
+from sweeps.execute.store import experimental
+
+EVALUATED = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
+MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What must hold of a metric."""
+
+    metric: str
+    sign: str
+    bound: float
+
+    def violation(self, value: float) -> float:
+        """How far a value is from what is allowed, relative to the bound: 0 or less where the constraint holds."""
+        excess = (value - self.bound if "<" in self.sign else self.bound - value) / (abs(self.bound) or 1.0)
+        return 1e-12 if excess == 0 and "=" not in self.sign else excess
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, read and checked. `options` are the values of the config's section `sweep`."""
+
+    options: Mapping[str, Any]
+    folder: Path
+    space: list[Dimension]
+    objectives: list[tuple[str, str]]  # (maximize or minimize, metric)
+    constraints: list[Constraint]
+    base: Config  # of a trial for which nothing was drawn
+    given: list[str]  # the overrides on the command line that hold for every trial
+    config_dirs: list[str]  # the user's own, by --config-dir
+    points: list[dict[str, Any]]  # of a grid
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return self.options["name"] or self.folder.resolve().name
+
+    @property
+    def trials(self) -> int:
+        """How many there are to be."""
+        wanted = self.options["trials"]
+        if self.points:
+            return min(wanted or len(self.points), len(self.points))
+        return int(wanted)
+
+    @property
+    def prunes(self) -> bool:
+        """Are trials ended early?"""
+        return self.options["pruner"] != "none"
+
+    @property
+    def measures_latency(self) -> bool:
+        """Does anything ask for the time of one picture?"""
+        return "latency_ms" in [metric for _, metric in self.objectives] + [each.metric for each in self.constraints]
+
+    def definition(self) -> dict[str, Any]:
+        """Whatever makes two trials comparable; another machine or a relaunch must agree on it."""
+        free = {*FREE_ON_RESUME, *NOT_COMPARED} - {*COMPARED}
+        known = dict(leaves(self.base.record))
+        config = {name: value for name, value in known.items() if name not in free and not isinstance(value, dict)}
+        space = {
+            f"sweep.space.{each.key}": [each.kind, *each.options, dict(each.when), each.points] for each in self.space
+        }
+        how = ("objectives", "constraints", "sampler", "pruner", "seeds", "grace", "reduction", "startup")
+        return {**config, **space, **{f"sweep.{key}": self.options[key] for key in how}}
+
+    def sampler(self, number: int) -> BaseSampler:
+        """The sampler of one trial. Its seed is a function of the trial's number, so that a random search has the same
+        points wherever, and however often, it was killed."""
+        seed = fold(self.base.values["seed"], "sweep", number) % 2**32
+        startup = self.options["startup"]
+        makers: dict[str, Any] = {
+            "random": RandomSampler,
+            "grid": RandomSampler,  # its points are fixed before
+            "tpe": partial(TPESampler, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True),
+            "cmaes": partial(CmaEsSampler, n_startup_trials=max(1, startup), warn_independent_sampling=False),
+            "nsga2": partial(NSGAIISampler, population_size=max(2, startup)),
+        }
+        with experimental():
+            return makers[self.options["sampler"]](seed=seed)
+
+    def pruner(self) -> BasePruner:
+        """Resources are counted in evaluations."""
+        grace, reduction = self.options["grace"], self.options["reduction"]
+        if self.options["pruner"] == "median":
+            return MedianPruner(n_startup_trials=self.options["startup"], n_warmup_steps=grace)
+        if self.options["pruner"] == "asha":
+            return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=reduction)
+        if self.options["pruner"] == "hyperband":
+            most = max(grace, self.base.values["trainer"]["max_epochs"] or 100)
+            return HyperbandPruner(min_resource=grace, max_resource=most, reduction_factor=reduction)
+        return NopPruner()
+
+    def arguments(self, point: Mapping[str, Any]) -> list[str]:
+        """A trial's overrides: what holds for all, then what was drawn for it."""
+        return [*self.given, *overrides(point, dict(leaves(self.base.values)))]
+
+    def run_folder(self, number: int, seed_index: int) -> Path:
+        """Where a training of a trial stands."""
+        suffix = f"-seed-{seed_index}" if self.options["seeds"] > 1 else ""
+        return self.folder / f"trial-{number:04}{suffix}"
+
+
+def read_plan(config: Config) -> Plan:
+    """The plan of a composed config and its command line; ConfigError before anything is begun."""
+    options = config.values["sweep"]
+    if config.job is not None:
+        raise ConfigError("--multirun", "a sweep runs its trials itself; give sweep.trials and sweep.space")
+    for name in ("resume", "run_dir"):
+        if config.values[name] is not None:
+            raise ConfigError(name, "not in a sweep: its folder is sweep.dir, and the same command goes on with it")
+    hydra = HydraConfig.get()
+    config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    given = [item for item in hydra.overrides.task if not item.lstrip("+~").startswith("sweep.")]
+    space = read_space(options["space"])
+    objectives = [_objective(text) for text in options["objectives"]]
+    if not objectives:
+        raise ConfigError("sweep.objectives", "name one, such as max val/accuracy", value=[])
+    if len(objectives) > 1 and options["pruner"] != "none":
+        explanation = f"cannot prune for {len(objectives)} objectives: which trial is the worse is undefined; use none"
+        raise ConfigError("sweep.pruner", explanation, value=options["pruner"])
+    if len(objectives) > 1 and options["sampler"] == "cmaes":
+        raise ConfigError("sweep.sampler", "follows one objective; use nsga2, tpe or random", value="cmaes")
+    if options["pruner"] != "none" and objectives[0][1] not in EVALUATED:
+        explanation = f"needs an objective that every evaluation measures ({', '.join(EVALUATED)})"
+        raise ConfigError("sweep.pruner", explanation, value=options["pruner"])
+    if options["sampler"] == "grid":
+        points = grid(space)
+    elif options["trials"] is None:
+        raise ConfigError("sweep.trials", "say how many; null is the whole grid of sampler=grid", value=None)
+    else:
+        points = []
+    monitor = next((metric for _, metric in objectives if metric in EVALUATED), None)
+    if monitor is not None:  # the checkpoint that is tested is the best by what is sought; before what the user gave
+        given.insert(0, f"trainer.checkpoint.monitor={monitor}")
+    if config.values["trainer"]["threads"] is None:
+        share = max(1, len(os.sched_getaffinity(0)) // options["parallel"])
+        given.insert(0, f"trainer.threads={share}")
+    name = options["name"] or config.values["choices"].get("sweep", "sweep")
+    plan = Plan(
+        options=options,
+        folder=Path(options["dir"] or f"outputs/sweep-{name}"),
+        space=space,
+        objectives=objectives,
+        constraints=[_constraint(text) for text in options["constraints"]],
+        base=compose_trial(given, config_dirs),
+        given=given,
+        config_dirs=config_dirs,
+        points=points,
+    )
+    _try_out(plan)
+    return plan
+
+
+def _try_out(plan: Plan) -> None:
+    """Compose trials until each option and bound was in one: what cannot be is told before anything is begun."""
+    left = {dimension.key: list(dimension.options) for dimension in plan.space}
+    while any(left.values()):
+        point: dict[str, Any] = {}
+        wanted = next(dimension for dimension in reversed(plan.space) if left[dimension.key])
+        calls = {key: values[0] for key, values in wanted.when}
+        for dimension in plan.space:
+            if dimension.key in calls:
+                point[dimension.key] = calls[dimension.key]
+            elif dimension.is_called_for(point) or dimension is wanted:
+                point[dimension.key] = (left[dimension.key] or dimension.options)[0]
+            if point.get(dimension.key) in left[dimension.key]:
+                left[dimension.key].remove(point[dimension.key])
+        compose_trial(plan.arguments(point), plan.config_dirs)
+
+
+def _objective(text: str) -> tuple[str, str]:
+    match = OBJECTIVE.match(text)
+    assert match is not None  # by the schema
+    _check_metric(match[2], "sweep.objectives")
+    return {"max": "maximize", "min": "minimize"}[match[1]], match[2]
+
+
+def _constraint(text: str) -> Constraint:
+    match = CONSTRAINT.match(text)
+    assert match is not None
+    _check_metric(match[1], "sweep.constraints")
+    return Constraint(match[1], match[2], float(match[3]))
+
+
+def _check_metric(name: str, key: str) -> None:
+    if name not in MEASURED:
+        raise ConfigError(key, f"measured are {', '.join(MEASURED)}; {suggest(name, MEASURED)}", value=name)

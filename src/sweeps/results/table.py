@@ -1,0 +1,119 @@
+"""What the terminal shows of a sweep: a table that lives where there is a terminal, lines where there is none."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table as Grid
+
+from sweeps.define.plan import Plan
+from sweeps.define.space import point
+from sweeps.execute.store import Store
+
+if TYPE_CHECKING:
+    from sweeps.execute.sweep import Running
+
+SHOWN = 5  # of the best trials
+
+
+class Table:
+    """Best so far, what runs, and how long it will take."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.plan, self.store = plan, store
+        self.console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.begun = self.shown = time.monotonic()
+        self.done_here = 0
+
+    def __enter__(self) -> "Table":
+        done = sum(trial.state.is_finished() for trial in self.store.trials())
+        self.say(f"{self.plan.trials} trials, {done} done -> {self.plan.folder}")
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """A line, above the table."""
+        self.console.print(text, markup=False)
+
+    def concluded(self, running: "Running", attributes: Mapping[str, Any]) -> None:
+        """A trial's line."""
+        self.done_here += 1
+        metrics = attributes.get("metrics", {})
+        figures = "  ".join(f"{name} {metrics[name]:.4f}" for _, name in self.plan.objectives if name in metrics)
+        told = "  ".join(f"{key}={brief(value)}" for key, value in running.point.items())
+        number = running.trial.number
+        self.say(f"trial {number:4} {attributes['outcome']:9} {figures:22} {attributes['wall']:6.1f} s  {told}")
+
+    def show(self, running: Mapping[int, "Running"]) -> None:
+        """The live table, twice a second at most."""
+        if self.live is None or time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        trials = self.store.trials()
+        now = Grid("trial", "running", "epoch", *(name for _, name in self.plan.objectives), "s", title="running")
+        for each in running.values():
+            report = each.last.get("report", {})
+            figures = [f"{report[name]:.4f}" if name in report else "" for _, name in self.plan.objectives]
+            told = " ".join(f"{key}={brief(value)}" for key, value in each.point.items())
+            seconds = f"{time.monotonic() - each.begun:.0f}"
+            now.add_row(str(each.trial.number), told, str(report.get("epoch", "")), *figures, seconds)
+        self.live.update(Group(leaderboard(self.plan, trials, rows=SHOWN), now, self.count(trials)), refresh=True)
+
+    def count(self, trials: list[FrozenTrial]) -> str:
+        """How many are done, pruned, failed, and how long the rest will take."""
+        outcomes = [trial.user_attrs.get("outcome", "") for trial in trials if trial.state.is_finished()]
+        told = [f"{len(outcomes)} of {self.plan.trials} done"]
+        told += [f"{outcomes.count(kind)} {kind}" for kind in ("pruned", "diverged", "failed") if kind in outcomes]
+        left = self.plan.trials - len(outcomes)
+        if self.done_here and left > 0:
+            seconds = (time.monotonic() - self.begun) / self.done_here * left
+            told.append(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
+        return ", ".join(told)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Does it meet every constraint?"""
+    return all(violation <= 0 for violation in trial.constraints.values())
+
+
+def ranked(plan: Plan, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials, feasible ones first, the best by the first objective in front."""
+    sign = -1 if plan.objectives[0][0] == "maximize" else 1
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (not is_feasible(trial), sign * trial.values[0], trial.number))
+
+
+def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
+    """The best trials, mean ± standard deviation over seeds."""
+    names = list(dict.fromkeys([name for _, name in plan.objectives] + [each.metric for each in plan.constraints]))
+    table = Grid("trial", *names, *(dimension.key for dimension in plan.space), title="best", title_justify="left")
+    for trial in ranked(plan, trials)[:rows]:
+        values = point(plan.space, trial.params)
+        figures = [spread(trial, name) for name in names]
+        number = str(trial.number) if is_feasible(trial) else f"{trial.number} infeasible"
+        table.add_row(number, *figures, *(brief(values.get(dimension.key, "")) for dimension in plan.space))
+    return table
+
+
+def spread(trial: FrozenTrial, name: str) -> str:
+    """A metric's mean, ± its standard deviation where there are several seeds."""
+    mean, sd = (trial.user_attrs.get(part, {}).get(name) for part in ("metrics", "spread"))
+    if mean is None:
+        return ""
+    shown = f"{mean:,.0f}" if name == "parameters" else f"{mean:.4f}"
+    return shown if sd is None or name == "parameters" else f"{shown} ± {sd:.4f}"
+
+
+def brief(value: Any) -> str:
+    """A value in a table."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace(" ", "")

@@ -1,0 +1,114 @@
+"""A finished run as it is used: in a notebook, by `evaluate.py` and by `predict.py`.
+
+run = load_run("outputs/2026-11-21_120000-lenet5-digits")
+logits = run.model(run.transform("seven.png").unsqueeze(0))
+print(run.class_names[logits.argmax()])
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.config import fill_environment, read_run_config
+from core.errors import CheckpointError
+from data.loading.normalisation import Normalisation
+from data.sources.images import decode
+from data.sources.splits import recolour, resize
+from trainer.build.targets import resolve
+from trainer.build.training import build_model, choose_device
+from trainer.build.trust import refuse_untrusted, without_downloads
+from trainer.device import configure_tf32
+from trainer.inference.tta import with_tta
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+
+NEEDED = {
+    "model": ("_target_",),
+    "loss": ("_target_",),
+    "data": ("_target_", "image_size", "channels", "fit"),
+    "trainer": ("tta",),
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What stands between a picture and the network: size, channels and normalisation as in training."""
+
+    image_size: int
+    channels: int
+    fit: str
+    normalisation: Normalisation
+
+    def __call__(self, picture: str | Path | Tensor) -> Tensor:
+        """An image file, or uint8 pixels (1 or 3, H, W) -> float32 (channels, image_size, image_size)."""
+        if not isinstance(picture, Tensor):
+            size = self.image_size if self.fit == "resize" else None  # padded pictures keep their own size
+            picture = decode(picture, image_size=size, channels=self.channels)
+        pixels = recolour(picture.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
+        return self.normalisation(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network and all that is needed to use it."""
+
+    model: nn.Module  # in evaluation mode, with its test-time augmentation
+    probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
+    transform: Transform
+    class_names: list[str]
+    config: dict[str, Any]
+    snapshot: Snapshot
+    device: torch.device
+
+
+def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None) -> Run:
+    """Rebuild a run's network with its best (or last) weights.
+
+    Raises CheckpointError where the folder holds no usable checkpoint, and SecurityError where its config names classes
+    that are not ours, torch's or torchvision's; `trust=["package"]` allows those of a package.
+    """
+    folder = Path(path)
+    config = read_run_config(folder)
+    for section, keys in NEEDED.items():
+        lacking = [key for key in keys if not isinstance(config.get(section), dict) or key not in config[section]]
+        if lacking:
+            raise CheckpointError(str(folder / "config.yaml"), f"lacks {section}.{lacking[0]}")
+    config = without_downloads(config)
+    refuse_untrusted(config, trust=trust or [])
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    kinds = ("best",) if checkpoint == "best" and checkpoints.files("best") else ("last", "step", "best")
+    snapshot, _, _ = checkpoints.load(*kinds)
+    model = build_model(config, init_seed=0)
+    try:
+        model.load_state_dict(snapshot.weights)
+    except RuntimeError as exception:
+        raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
+    try:
+        normalisation = Normalisation(snapshot.part("data"))
+        class_names = snapshot.values["data"]["class_names"]
+    except (KeyError, TypeError) as exception:
+        raise CheckpointError(str(folder), f"its checkpoint does not say what its data was: {exception!r}") from None
+    place = choose_device(device, "fp32")
+    configure_tf32(config["trainer"].get("tf32", "auto"), place)
+    data = config["data"]
+    return Run(
+        model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
+        probabilities=getattr(
+            resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
+        ),
+        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation),
+        class_names=class_names,
+        config=config,
+        snapshot=snapshot,
+        device=place,
+    )
+
+
+def with_data_root(run: Run, root: str | None) -> dict[str, Any]:
+    """The run's config, its data where it lies on this machine."""
+    config = {**run.config, "data": {**run.config["data"], **({"root": root} if root else {})}}
+    return fill_environment(config)

@@ -1,0 +1,46 @@
+"""When to stop: a pure state machine, fed once an evaluation.
+
+Patience as usual (Prechelt 1998): stop when `patience` epochs have passed since the best one. Geometric patience, as in
+the Theano tutorials ("patience_increase"): a late best earns more time, so stop after epoch e when
+
+    e >= max(patience, geometric x best epoch)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.monitor.metrics import improves
+
+
+class EarlyStopping:
+    """Watches one metric; `patience` None never stops. Epochs are counted from 1 and may be fractions."""
+
+    def __init__(
+        self, *, monitor: str, mode: str, patience: int | None, min_delta: float = 0.0, geometric: float | None = None
+    ) -> None:
+        self.monitor, self.mode = monitor, mode
+        self.patience, self.min_delta, self.geometric = patience, min_delta, geometric
+        self.best: float | None = None
+        self.best_epoch = 0.0
+        self.stopped = False
+
+    def observe(self, value: float, epoch: float) -> bool:
+        """Take the metric after an epoch; True when training should stop."""
+        if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
+            self.best, self.best_epoch = value, epoch
+        if self.patience is None:
+            return False
+        if self.geometric is None:
+            end = self.best_epoch + self.patience
+        else:
+            end = max(self.patience, self.geometric * self.best_epoch)
+        self.stopped = epoch >= end - 1e-6  # 14/3 - 8/3 may be a hair less than 2
+        return self.stopped
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "stopped": self.stopped}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]

@@ -1,0 +1,231 @@
+"""Checkpoints: tensors and plain values in a safetensors file that is complete or not there.
+
+    checkpoints/{last,best,step}-<step, 8 digits>-<first 16 hex digits of the content's sha256>.safetensors
+
+Bytes first, in memory; then the file, durably (`core.durable`); only then may an older generation go. There is no
+pointer file: the newest file whose content matches the hash in its name wins. Nothing is pickled, and a file is
+recognised by its hash before its content is parsed.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from core.durable import link_durably, write_durably
+from core.errors import CheckpointError
+from trainer.storage.safetensors_file import read_header, written
+
+FORMAT = 2  # of what is in a checkpoint; older ones are read too (`trainer.state`), newer ones are refused
+METADATA_KEY = "preceptor"  # one key: safetensors writes several in any order, and the hash must be reproducible
+NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state at a commit point: tensors by dotted name, and plain values (JSON)."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The step after which it was taken."""
+        return self.values["step"]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, without it: `part("model")` is the network's state_dict."""
+        start = prefix + "."
+        return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state_dict to evaluate with: the moving average where there is one."""
+        return self.part("ema") or self.part("model")
+
+
+def pack(snapshot: Snapshot) -> list[bytes | memoryview]:
+    """A snapshot as the parts of a safetensors file; equal snapshots give equal bytes."""
+    values = json.dumps({"format": FORMAT, **snapshot.values}, sort_keys=True)
+    return written(snapshot.tensors, metadata={METADATA_KEY: values})
+
+
+def unpack(content: bytes, *, source: Path) -> Snapshot:
+    """The snapshot in a file's bytes; `source` is named in errors."""
+    header = read_header(content, source=source)
+    try:
+        tensors = safetensors.torch.load(content)
+        values = json.loads(header["__metadata__"][METADATA_KEY])
+    except (SafetensorError, ValueError, KeyError, RecursionError) as exception:
+        raise CheckpointError(str(source), f"not a checkpoint of ours: {exception!r}") from None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise CheckpointError(str(source), "not a checkpoint of ours: it names no step")
+    if values.get("format") not in range(1, FORMAT + 1):
+        raise CheckpointError(str(source), f"format {values.get('format')}; this version reads formats 1 to {FORMAT}")
+    return Snapshot(tensors, values)
+
+
+def digest(*content: bytes | memoryview) -> str:
+    """The part of the content's sha256 that stands in a checkpoint's name."""
+    found = hashlib.sha256()
+    for part in content:
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointFile:
+    """A checkpoint's name, taken apart; the order is by step."""
+
+    step: int
+    kind: str
+    hash: str
+    path: Path
+
+    @classmethod
+    def parse(cls, path: Path) -> "CheckpointFile | None":
+        """None for a file of another name."""
+        match = NAME.match(path.name)
+        return match and cls(step=int(match[2]), kind=match[1], hash=match[3], path=path)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def files(self, *kinds: str) -> list[CheckpointFile]:
+        """What is there of these kinds, newest first."""
+        names = self.path.iterdir() if self.path.is_dir() else iter(())
+        found = [file for name in names if (file := CheckpointFile.parse(name))]
+        return sorted((file for file in found if file.kind in kinds), reverse=True)
+
+    def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> list[CheckpointFile]:
+        """Write a snapshot, give it a name for each of `kinds`, and drop what is older than the `keep` newest of each.
+
+        The names come in the order given, each on the disk before the next.
+        """
+        content = pack(snapshot)
+        name = digest(*content)
+        saved: list[CheckpointFile] = []
+        for kind in kinds:
+            path = self.path / f"{kind}-{snapshot.step:08d}-{name}.safetensors"
+            if saved:
+                try:
+                    link_durably(saved[0].path, path)
+                except OSError:  # a file system without links
+                    write_durably(path, *content)
+            else:
+                write_durably(path, *content)
+            saved += [file] if (file := CheckpointFile.parse(path)) else []
+        for file in saved:
+            others = [old for old in self.files(file.kind) if old.step != file.step]
+            same_step = [old for old in self.files(file.kind) if old.step == file.step and old != file]
+            limit = keep.get(file.kind)
+            for old in same_step + (others[limit - 1 :] if limit else []):
+                os.unlink(old.path)  # noqa: PTH108  one system call
+        return saved
+
+    def load(self, *kinds: str) -> tuple[Snapshot, Path, dict[Path, str]]:
+        """The newest checkpoint of these kinds whose content matches its name, and what was wrong with newer ones.
+
+        Of two of one step, which a kill between a save and the end of the older one leaves, that which was evaluated.
+        Raises CheckpointError when there is none: a run never starts over by itself.
+        """
+        damaged: dict[Path, str] = {}
+        for _, same_step in groupby(self.files(*kinds), key=lambda file: file.step):
+            good: dict[str, tuple[Snapshot, Path]] = {}
+            for file in same_step:
+                if file.hash in good:  # another name for it
+                    continue
+                try:
+                    content = file.path.read_bytes()
+                except OSError as exception:  # a bad sector
+                    damaged[file.path] = f"{file.path.name} cannot be read: {exception.strerror}"
+                    continue
+                if digest(content) == file.hash:
+                    good[file.hash] = unpack(content, source=file.path), file.path
+                else:
+                    what = f"({len(content)} bytes) does not match the hash in its name"
+                    damaged[file.path] = f"{file.path.name} {what}"
+            if good:
+                found, path = max(good.values(), key=lambda pair: pair[0].values.get("evaluated", 0))
+                return found, path, damaged
+        reasons = "; ".join(damaged.values()) or "there is none"
+        raise CheckpointError(str(self.path), f"no usable checkpoint; {reasons}")
+
+
+class BackgroundSaver:
+    """Saves behind the training's back, one after the other; a failed save is raised by the next call.
+
+    `saved` is the step of the newest snapshot that is on the disk.
+    """
+
+    def __init__(self, folder: CheckpointFolder, *, saved: int) -> None:
+        self.folder, self.saved = folder, saved
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._running: Future[None] | None = None
+        self._unsaved: Callable[[], None] | None = None  # what the last save does, until it has succeeded
+
+    def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> None:
+        """Begin to save a snapshot that nobody changes any more, once the save before it has ended."""
+
+        def save() -> None:
+            self.folder.save(kinds, snapshot, keep=keep)
+            self.saved, self._unsaved = snapshot.step, None
+
+        self.wait()
+        self._unsaved = save
+        self._running = self._thread.submit(save)
+
+    def check(self) -> None:
+        """Raise what a save that has ended meanwhile has raised; waits for nothing."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def retry(self) -> None:
+        """A failed save once more: a later one may name a best that only the failed one has."""
+        with suppress(Exception):
+            self.wait()
+        if self._unsaved is not None:
+            self._unsaved()
+
+    def close(self) -> None:
+        """Wait, and end the thread; what the last save raised was raised before, or is not what ended the run."""
+        try:
+            self._thread.shutdown()
+        except KeyboardInterrupt:  # the folder's lock must not be given back while the thread writes
+            self._thread.shutdown()
+            raise
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """The weights in any safetensors file: one of ours, or a plain state_dict from elsewhere."""
+    try:
+        content = path.read_bytes()
+    except OSError as exception:
+        raise CheckpointError(str(path), f"cannot be read: {exception.strerror}") from None
+    read_header(content, source=path)
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as exception:
+        raise CheckpointError(str(path), f"not a safetensors file: {exception}") from None
+    return Snapshot(tensors, {}).weights or tensors

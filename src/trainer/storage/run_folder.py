@@ -1,0 +1,233 @@
+"""A run's folder: born whole, written by one process at a time, never half a line in it.
+
+    config.yaml  metrics.jsonl  events.jsonl  summary.json  train.log  checkpoints/  events.out.tfevents.*
+
+It is made as a hidden sibling, with its config and the checkpoint of step 0 in it, and then renamed: whoever sees the
+folder sees a run that can be resumed.
+"""
+
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from core.durable import remove_leftovers, sync_folder, write_durably
+from core.errors import CheckpointError, InUse, StorageError
+from core.json_lines import read_lines
+from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+
+LOGS = ("metrics.jsonl", "events.jsonl")
+NEWBORN = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
+PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
+
+
+def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
+    """Where the config says, a grid's job (-m) in a folder of its own there; or the default."""
+    if run_dir is None:
+        return default_path(*names)
+    return Path(run_dir) if job is None else Path(run_dir) / str(job)
+
+
+def default_path(model: str, data: str) -> Path:
+    """outputs/<date>_<time>-<model>-<data>, with a number behind it when that is taken."""
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
+    base = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}-{clean}"
+    taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))
+    return base if not base.exists() else next(path for path in taken if not path.exists())
+
+
+class RunFolder:
+    """One run's files. Made by `create` or `open`, which take its lock; `close` gives it back."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
+        """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
+        refuse_existing(path)
+        newborn = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
+        lock = -1
+        try:
+            with _nursery(path.parent):
+                (newborn / "checkpoints").mkdir(parents=True)
+                for name in LOGS:  # empty: their names are on the disk before a checkpoint counts a line of them
+                    write_durably(newborn / name)
+                write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+                CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
+                lock = _take_lock(newborn)
+                newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
+                sync_folder(path.parent)
+        except OSError as exception:
+            if lock >= 0:
+                os.close(lock)
+            refuse_existing(path)
+            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from exception
+        finally:
+            shutil.rmtree(newborn, ignore_errors=True)
+        return cls(path, lock)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run, to go on with."""
+        if not (path / "checkpoints").is_dir():  # before a lock is left in it
+            raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
+        lock = _take_lock(path)
+        for folder in (path, path / "checkpoints"):
+            remove_leftovers(folder)
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        os.close(self._lock)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """One object to metrics.jsonl, on the disk before the checkpoint that counts it is."""
+        self._append("metrics.jsonl", line)
+
+    def append_event(self, kind: str, **details: Any) -> None:
+        """One object to events.jsonl: a warning, a resume, a change."""
+        self._append("events.jsonl", {"time": _now(), "event": kind, **details})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(_valid(line), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a torn last one is left out."""
+        return [line for line in read_lines(self.path / "metrics.jsonl") if type(line.get("step")) is int]
+
+    def rewind(self, step: int) -> None:
+        """Drop what was measured behind the last evaluation that the run goes on from knows of, and torn last lines."""
+        measured = [line for line in self.metrics() if line["step"] <= step]
+        events = read_lines(self.path / "events.jsonl")
+        for name, kept in zip(LOGS, (measured, events), strict=True):
+            write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        (self.path / "summary.json").unlink(missing_ok=True)  # it tells of an end that is none any more
+
+    def write_config(self, record: Mapping[str, Any]) -> None:
+        """config.yaml anew, after a resume that changed something free to change."""
+        write_durably(self.path / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json, whole or not at all."""
+        content = json.dumps(_valid(dict(summary)), indent=2, allow_nan=False) + "\n"
+        write_durably(self.path / "summary.json", content.encode())
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json, empty while there is none that can be read."""
+        try:
+            found = json.loads((self.path / "summary.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def refuse_existing(path: Path) -> None:
+    """StorageError where something is at a new run's path: it tells who has it in use, or how to go on with it."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock_or_refuse(lock, path)
+        finally:
+            os.close(lock)
+    raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
+
+
+@contextmanager
+def _nursery(folder: Path) -> Iterator[None]:
+    """Held while a run is born in a folder. Who holds it alone first removes what killed births have left there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # somebody is being born there now, or the file system has no such locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in folder.iterdir():
+                if NEWBORN.match(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _valid(node: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(node, Mapping):
+        return {key: _valid(value) for key, value in node.items()}
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _take_lock(folder: Path) -> int:
+    """An exclusive lock on the folder, held until the process ends however it ends; StorageError when it is taken."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        _lock_or_refuse(lock, folder)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _lock_or_refuse(lock: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        for _ in range(20):  # who has just taken it is about to write who it is
+            if holder := os.pread(lock, 200, 0).decode(errors="replace"):
+                break
+            time.sleep(0.005)
+        raise InUse(str(folder), f"in use by {holder or 'another process'}") from None
+
+
+def provenance() -> dict[str, Any]:
+    """What made a run: code, versions, machine, command line."""
+    root = Path(__file__).resolve().parents[3]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_clean": None if changes is None else not changes,
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__} | {package: version(package) for package in PACKAGES},
+        "host": platform.node(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
