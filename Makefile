@@ -32,7 +32,7 @@ test-cuda: setup
 # With Lightning and fastai, which nothing else needs.
 bench: setup
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[dev,bench]"
-	@$(BIN)/python scripts/bench.py $(ARGS)
+	@$(BIN)/python bench/bench.py $(ARGS)
 
 # The promises of docs/reliability.md, each with its figure.
 torture: setup

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tests fork this process, so it must have one thread: NumPy's BLAS would start others when it is imported.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import torch
 from hydra import compose, initialize_config_dir
 
-import trainer.build.training
-from core.command_line import CONFIGS
-from core.config import Config, resumed, settle
+import trainer.run
+from core.composition import CONFIGS, resumed, settle
+from core.config import Config
 from core.errors import STOP_SIGNALS
 from core.json_lines import read_lines
 from core.schema import TRAIN
-from trainer.build.training import build
-from trainer.loop import Trainer
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot, pack
-from trainer.storage.run_folder import provenance
+from trainer.run import Run
+from trainer.snapshot import Snapshot
+from trainer.storage.checkpoint import CheckpointFolder, pack
+from trainer.storage.provenance import provenance
+
+del os.environ["OPENBLAS_NUM_THREADS"]  # processes that are executed are as a user's
 
 # 44 training samples are 6 steps an epoch, the last one of half a batch; 12 steps, 11 for validation, 16 for the test.
 SYNTHETIC = (
@@ -50,27 +55,32 @@ def composed(*overrides: str) -> Config:
         return settle(compose("train", [*start, *SMALL, *overrides]), TRAIN, choices=choices)
 
 
-def built(folder: Path, *overrides: str) -> Trainer:
+def built(folder: Path, *overrides: str) -> Run:
     """A new run in this folder, before its first step."""
     config = composed(*overrides)
     place = {"run_dir": str(folder)}
-    trainer = build(replace(config, values=config.values | place, record=config.record | place))
-    assert trainer is not None
-    return trainer
+    return Run.create(replace(config, values=config.values | place, record=config.record | place))
 
 
-def stop_after(trainer: Trainer, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process a signal while the trainer makes this step."""
-    trainer.optimizer.register_step_post_hook(
-        lambda *_: os.kill(os.getpid(), number) if trainer.step == step - 1 else None
+def run_to_end(run: Run) -> float | None:
+    """What `trainer.run.execute` does with a run that is built."""
+    with run:
+        run.finish(run.loop.fit())
+    return run.best_value
+
+
+def stop_after(run: Run, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal while the run makes this step."""
+    run.state.optimizer.register_step_post_hook(
+        lambda *_: os.kill(os.getpid(), number) if run.state.step == step - 1 else None
     )
 
 
-def trained(folder: Path, *overrides: str) -> Trainer:
+def trained(folder: Path, *overrides: str) -> Run:
     """A new run in this folder, trained to its end."""
-    trainer = built(folder, *overrides)
-    trainer.run()
-    return trainer
+    run = built(folder, *overrides)
+    run_to_end(run)
+    return run
 
 
 def packed(snapshot: Snapshot) -> bytes:
@@ -97,9 +107,9 @@ def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
     return hashlib.sha256(packed(Snapshot(tensors, values))).hexdigest(), values, lines
 
 
-def reopened(folder: Path, *overrides: str) -> Trainer | None:
-    """What `resume=FOLDER` and these overrides build: None for a finished run."""
-    return build(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
+def reopened(folder: Path, *overrides: str) -> Run | None:
+    """What `resume=FOLDER` and these overrides restore: None for a finished run."""
+    return Run.resume(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
 
 
 # Command lines, in processes of their own that are forked from this one: torch is there already
@@ -170,7 +180,7 @@ def one_thread() -> None:
 def one_look_at_git() -> Iterator[None]:
     """Hundreds of runs are made here, and each would start git twice."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer.build.training, "provenance", cache(provenance))
+        patched.setattr(trainer.run, "provenance", cache(provenance))
         yield
 
 

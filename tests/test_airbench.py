@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import built, composed, reopened, trained
+from conftest import built, composed, reopened, run_to_end, trained
 from torch import nn
 from torch.nn import functional
 
@@ -93,26 +93,30 @@ AIRBENCH = ("model=airbench", "model.widths=[4,8]", "data.channels=3")
 
 def test_a_new_run_fits_and_no_other_does(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("trainer.build.training.FITTED", 20)
+    monkeypatch.setattr("trainer.build.weights.FITTED", 20)
     monkeypatch.setattr(Airbench, "fit", lambda network, images: (seen.append(images), fit(network, images)))
-    trainer = trained(tmp_path / "run", *AIRBENCH, "trainer.ema_decay=0.9")
+    run = trained(tmp_path / "run", *AIRBENCH, "trainer.ema_decay=0.9")
     (pictures,) = seen
     # Of the training part, each class by its share, as the network gets them.
-    resident = trainer.train_loader.normalisation(trainer.train_loader.source.pixels)
+    resident = run.training.train_loader.normalisation(run.training.train_loader.source.pixels)
     places = [(resident == picture).flatten(1).all(1).nonzero().item() for picture in pictures]
     assert len(set(places)) == 20
-    shares = 20 / 44 * trainer.train_loader.source.labels.bincount()
-    assert ((trainer.train_loader.source.labels[places].bincount() - shares).abs() < 1).all()
+    shares = 20 / 44 * run.training.train_loader.source.labels.bincount()
+    assert ((run.training.train_loader.source.labels[places].bincount() - shares).abs() < 1).all()
     expected = Airbench(num_classes=4, in_channels=3, widths=[4, 8])
     fit(expected, pictures)
-    for network in (trainer.model, trainer.ema.average, load_run(tmp_path / "run").model):  # trained, and not changed
+    for network in (
+        run.state.model,
+        run.state.models["ema"],
+        load_run(tmp_path / "run").model,
+    ):  # trained, and not changed
         assert torch.equal(network.whiten.weight, expected.whiten.weight)
     resumed = reopened(tmp_path / "run", "trainer.max_epochs=3")
-    assert resumed is not None and torch.equal(resumed.model.whiten.weight, expected.whiten.weight)
-    resumed.run()
+    assert resumed is not None and torch.equal(resumed.state.model.whiten.weight, expected.whiten.weight)
+    run_to_end(resumed)
     # Another run's filters are kept, too.
     started = built(tmp_path / "other", *AIRBENCH, f"init_from={tmp_path / 'run'}", "seed=1")
-    assert torch.equal(started.model.whiten.weight, expected.whiten.weight)
+    assert torch.equal(started.state.model.whiten.weight, expected.whiten.weight)
     assert len(seen) == 2
 
 

@@ -1,13 +1,18 @@
 """Data that is broken, too large, gone or not what it was: D04 to D17, X08 and X09 of the fault list."""
 
+import contextlib
 import errno
 import hashlib
 import io
+import os
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,16 +21,19 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import built, reopened, stop_after
+from conftest import built, reopened, run_to_end, stop_after
 from PIL import Image
 
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import EvalLoader, TrainLoader
 from data.loading.normalisation import Normalisation
-from data.sources import datasets, images, splits
-from data.sources.datasets import Collection
-from data.sources.images import Images, decode
+from data.sources import datasets, splits
+from data.sources import decode as decoding
+from data.sources.collection import Collection
+from data.sources.decode import decode
+from data.sources.image_folder import image_folder
+from data.sources.images import Images
 from trainer.state import changed_data
 
 HTML = b"<!doctype html><title>404</title>"
@@ -63,7 +71,7 @@ def prepared(root: Path, *, streamed: bool = False, **changes: object) -> splits
     settings = {"image_size": 4, "channels": 3, "test_fraction": 0.0, "empty_class": "error"}
     settings |= {"on_bad_image": "skip", "max_pixels": 900} | changes
     return splits.prepare(
-        datasets.image_folder(root=str(root), **settings),
+        image_folder(root=str(root), **settings),
         seed=0,
         val_fraction=0,
         image_size=4,
@@ -183,18 +191,16 @@ def test_a_run_skips_bad_pictures_and_goes_on_after_a_stop(tmp_path, caplog):
     overrides += ("data.timeout_s=77",)
     weights = []
     for name, stop in (("whole", None), ("stopped", 2)):
-        trainer = built(tmp_path / name, *overrides)
+        run = built(tmp_path / name, *overrides)
         if stop:
-            stop_after(trainer, stop)
+            stop_after(run, stop)
             with pytest.raises(StopSignal):
-                trainer.run()
-            assert trainer.train_loader.source.timeout_s == trainer.val_loader.source.timeout_s == 77
-            config = tmp_path / name / "config.yaml"  # as of a run from before there was such a key
-            config.write_text(config.read_text().replace("  timeout_s: 77\n", ""))
-            trainer = reopened(tmp_path / name)
-            assert trainer.train_loader.source.timeout_s == 300
-        trainer.run()
-        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+                run_to_end(run)
+            assert run.training.train_loader.source.timeout_s == run.training.val_loader.source.timeout_s == 77
+            run = reopened(tmp_path / name, "data.timeout_s=300")
+            assert run.training.train_loader.source.timeout_s == 300
+        run_to_end(run)
+        weights.append(torch.cat([parameter.flatten() for parameter in run.state.model.parameters()]))
     assert torch.equal(*weights)
     assert "003.jpg" in caplog.text and "019.jpg" in caplog.text
 
@@ -218,7 +224,7 @@ def test_d09_a_decompression_bomb_takes_no_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(20_000, 15_000))
     assert (tmp_path / "bomb.png").stat().st_size < 3_000_000
     program = (
-        "import resource, sys\nfrom core.errors import DataError\nfrom data.sources.images import decode\n"
+        "import resource, sys\nfrom core.errors import DataError\nfrom data.sources.decode import decode\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: decode(sys.argv[1], image_size=4, channels=1)\nexcept DataError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -242,11 +248,83 @@ def test_d09_odd_sizes_work_and_the_limit_is_exact(tmp_path):
             decode(tmp_path / "odd.png", image_size=4, channels=3, max_pixels=width * height - 1)
 
 
+def test_images_over_pillows_own_limit_are_decoded_up_to_max_pixels(tmp_path, recwarn):
+    assert Image.MAX_IMAGE_PIXELS is not None and 14_000 * 13_000 > 2 * Image.MAX_IMAGE_PIXELS  # where Pillow raises
+    (tmp_path / "large.png").write_bytes(png(14_000, 13_000))
+    assert decode(tmp_path / "large.png", image_size=4, channels=1, max_pixels=182_000_000).shape == (1, 4, 4)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("limit", [100, None])
+def test_decoding_restores_pillows_limit(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # 900 pixels are far beyond 100
+    contents = {"good.png": png(30, 30), "cut.png": png(30, 30)[:45], "none.png": b"no image"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    seen, real = [], decoding.ImageOps.exif_transpose
+
+    def spy(image: Image.Image) -> Image.Image:
+        seen.append(Image.MAX_IMAGE_PIXELS)
+        time.sleep(0.001)  # so that threads overlap
+        return real(image)
+
+    def decode_one(name: str) -> bool:
+        try:
+            decode(tmp_path / name, image_size=4, channels=3)
+        except decoding.BadImage:
+            return False
+        return True
+
+    monkeypatch.setattr(decoding.ImageOps, "exif_transpose", spy)
+    for name in contents:
+        assert decode_one(name) == (name == "good.png")
+        assert Image.MAX_IMAGE_PIXELS == limit
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(decode_one, list(contents) * 50)) == 50
+    assert Image.MAX_IMAGE_PIXELS == limit
+    assert len(seen) >= 50 and set(seen) == {None}
+
+
+def test_fork_during_decoding_restores_pillows_limit_in_the_child(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (tmp_path / "good.png").write_bytes(png(30, 30))
+    with decoding.UNLIMITED, decoding.UNLIMITED._lock:  # as if another thread were decoding, and just held the lock
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                signal.alarm(20)
+                before = Image.MAX_IMAGE_PIXELS
+                decode(tmp_path / "good.png", image_size=4, channels=3)
+                code = 0 if before == Image.MAX_IMAGE_PIXELS == 100 else 2
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_importing_the_decoder_changes_nothing_and_imports_little():
+    program = (
+        "import atexit, signal, sys, warnings\n"
+        "import torch\nfrom PIL import Image\n"
+        "state = lambda: (Image.MAX_IMAGE_PIXELS, sys.excepthook, atexit._ncallbacks(), torch.get_num_threads(),\n"
+        "    torch.get_rng_state().tolist(), torch.backends.cuda.matmul.allow_tf32, list(warnings.filters),\n"
+        "    [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)])\n"
+        "before = state()\n"
+        "import data.sources.decode, data.sources.images, data.sources.pixels, data.loading.normalisation\n"
+        "assert state() == before, (before, state())\n"
+        "plugins = sorted(name for name in sys.modules if name.startswith('PIL.') and name.endswith('Plugin'))\n"
+        "others = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(plugins, sorted(others & {'rich', 'torchvision', 'hydra', 'omegaconf'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[] []\n", "")
+
+
 # ------------------------------------------------------------------------------------------------------ files that go
 
 
 def test_d13_a_file_that_goes_is_no_bad_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "PAUSES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(decoding, "PAUSES", (0.01, 0.02, 0.03))
     write(tmp_path, {"a": 3, "b": 3}, {})
     found = prepared(tmp_path, streamed=True)
     (tmp_path / "b/002.jpg").unlink()
@@ -272,13 +350,13 @@ def test_d13_a_drive_that_comes_back_is_read_on(tmp_path, monkeypatch, failures)
         return opened(*arguments, **settings)
 
     monkeypatch.setattr(Image, "open", unreliable)
-    monkeypatch.setattr(images.time, "sleep", pauses.append)
+    monkeypatch.setattr(decoding.time, "sleep", pauses.append)
     if failures == 3:
         assert decode(tmp_path / "0.png", image_size=4, channels=3)[0, 0, 0] == 5
     else:
         with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
             decode(tmp_path / "0.png", image_size=4, channels=3)
-        assert not isinstance(caught.value, images.BadImage)
+        assert not isinstance(caught.value, decoding.BadImage)
     assert pauses == sorted(pauses) and len(pauses) == 3 and sum(pauses) < 2
 
 
@@ -328,10 +406,10 @@ def test_d07_sixteen_bits_keep_their_mean(tmp_path, suffix):
 def test_d15_a_picture_more_is_counted(tmp_path):
     write(tmp_path / "pictures", {"a": 20, "b": 25}, {})
     overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
-    trainer = built(tmp_path / "run", *overrides)
-    stop_after(trainer, 2)
+    run = built(tmp_path / "run", *overrides)
+    stop_after(run, 2)
     with pytest.raises(StopSignal):
-        trainer.run()
+        run_to_end(run)
     picture = tmp_path / "pictures/a/new.jpg"
     picture.write_bytes(encoded(1))
     with pytest.raises(CheckpointError, match="train 36 -> 37 pictures; put it back, .* with init_from=RUN") as caught:
@@ -345,10 +423,9 @@ def test_d15_a_picture_more_is_counted(tmp_path):
     assert reopened(tmp_path / "run") is not None
 
 
-def test_d15_parts_that_come_and_go_and_checkpoints_without_counts():
+def test_d15_splits_that_come_and_go():
     now = {"counts": {"train": 5, "test": 2}}
     assert "val 3 -> none pictures, test none -> 2 pictures" in changed_data({"counts": {"train": 5, "val": 3}}, now)
-    assert "pictures added, removed, other names or labels" in changed_data({}, now)
 
 
 # ------------------------------------------------------------------------------------------------------------ archives

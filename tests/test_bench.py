@@ -1,4 +1,4 @@
-"""`scripts/bench.py` measures what it says it does, on made-up data, for a moment."""
+"""`bench/bench.py` measures what it says it does, on made-up data, for a moment."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -14,17 +15,19 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("greenlet")
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import bench  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+import commands  # noqa: E402
 import contenders  # noqa: E402
+import gpu  # noqa: E402
+import turns  # noqa: E402
 
 
 def test_contenders_take_turns_and_are_timed_by_their_steps():
     order: list[str] = []
 
-    def training(name: str, pause: float) -> bench.Callable[[bench.Seen], object]:
-        def train(seen: bench.Seen) -> None:
+    def training(name: str, pause: float) -> Callable[[contenders.Seen], object]:
+        def train(seen: contenders.Seen) -> None:
             while True:
                 time.sleep(pause)
                 order.append(name)
@@ -32,12 +35,12 @@ def test_contenders_take_turns_and_are_timed_by_their_steps():
 
         return train
 
-    line = bench.race(
+    line = turns.race(
         {"slow": training("slow", 0.02), "fast": training("fast", 0.002)}, of="fast", rounds=4, seconds=0.05
     )
     assert len(line["slow"]) == len(line["fast"]) == 4
-    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
-    assert turns.count("slow") > 2 and turns.count("fast") > 2  # by turns, whoever begins a round
+    begun = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert begun.count("slow") > 2 and begun.count("fast") > 2  # by turns, whoever begins a round
     assert median(line["slow"]) <= 500 and median(line["fast"]) <= 5000  # no step is shorter than its pause
     assert median(line["fast"]) > 3 * median(line["slow"])
 
@@ -45,7 +48,7 @@ def test_contenders_take_turns_and_are_timed_by_their_steps():
 def test_a_bench_of_a_moment(tmp_path):
     """On made-up pictures; in a process of its own, as DataLoaders with workers leave a handler of signals behind."""
     given = ["step", "own", "--only", "MLP", "--rounds", "2", "--seconds", "0.01", "--output", "found/bench.json"]
-    command = [sys.executable, str(SCRIPTS / "bench.py"), *given]
+    command = [sys.executable, str(BENCH / "bench.py"), *given]
     environment = os.environ | {"PRECEPTOR_DATA": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -64,10 +67,10 @@ def test_what_a_gpu_would_be_asked(tmp_path, monkeypatch):
         file = tmp_path / "imagenette-mini" / f"class {number % 10}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (number, 0, 0)).save(file)
-    monkeypatch.setattr(bench, "DATA", tmp_path)
+    monkeypatch.setattr(gpu, "DATA", tmp_path)
     options = argparse.Namespace(rounds=2, seconds=0.001)
     given = ("trainer.device=cpu", "data.num_workers=1")
-    found = bench.bench_large(options, ["mlp"], size=8, batch=4, given=given)
+    found = gpu.bench_large(options, ["mlp"], size=8, batch=4, given=given)
     assert set(found) == {"mlp, resident", "mlp, streamed"}
     assert all(len(line[name]) == 2 for line in found.values() for name in ("limit", "ours", "bare loop"))
     assert not (tmp_path / "imagenette-mini" / ".preceptor").exists()
@@ -77,8 +80,8 @@ def test_our_samples_are_counted_one_by_one():
     """44 of them, in batches of 8: the last of an epoch has 4."""
     data = ("data=synthetic", "data.train_samples=55", "data.val_fraction=0.2", "data.image_size=8", "model=mlp")
     seen: list[int] = []
-    with contenders.whole_trainer(*data, "data.batch_size=8", "trainer.device=cpu", "trainer.max_epochs=1") as trainer:
-        contenders.ours(trainer)(seen.append)
+    with contenders.whole_run(*data, "data.batch_size=8", "trainer.device=cpu", "trainer.max_epochs=1") as run:
+        contenders.ours(run)(seen.append)
     assert seen == [8, 8, 8, 8, 8, 4]
 
 
@@ -99,8 +102,9 @@ def test_workers_stand_still_between_turns():
                 seen(1)
         finally:
             worker.kill()
+            worker.join()
 
-    with contenders.Contender(train) as contender:
+    with turns.Contender(train) as contender:
         while not counted.value:
             contender.turn(0.05)
         time.sleep(0.02)
@@ -114,7 +118,7 @@ def test_workers_stand_still_between_turns():
 def test_a_recipe_is_timed(monkeypatch):
     """Any card will do."""
     given = ("model=mlp", "data=digits", "data.limit_train=100", "trainer.max_epochs=1", "trainer.threads=1")
-    found = bench.bench_recipe("mnist_mlp", *given, "data.image_size=8", "trainer.device=cpu")
+    found = commands.bench_recipe("mnist_mlp", *given, "data.image_size=8", "trainer.device=cpu")
     (run,), (command,) = (found["mnist_mlp, time"][name] for name in ("run", "command"))
     assert 0 < run < command
     assert 0 <= found["mnist_mlp, test"]["accuracy"][0] <= 100

@@ -4,6 +4,7 @@ import errno
 import itertools
 import logging
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -19,9 +20,8 @@ from PIL import Image
 
 from core.errors import DataError, StorageError
 from data.sources import cache
-from data.sources.cache import with_cache
-from data.sources.datasets import image_folder
-from data.sources.images import Files, Images
+from data.sources.image_folder import image_folder
+from data.sources.images import Files, Images, with_cache
 
 BAD = 3
 
@@ -70,6 +70,22 @@ def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
         part = images.take(torch.tensor([30, 2, 7]))
         assert torch.equal(part.load(), expected[[30, 2, 7]])
         assert torch.equal(part.take(torch.tensor([2])).fetch(torch.tensor([0]))[0], expected[[7]])
+
+
+def test_pickled_cache_holds_the_path_and_maps_the_file_again(root, monkeypatch):
+    monkeypatch.chdir(root)
+    files = with_cache(files_of(root, size=64).pixels, Path(".preceptor")).take(torch.tensor([30, 2, 7]))
+    content = pickle.dumps(files)
+    assert len(content) < 5_000 < files.cache.pixels.numel()
+    monkeypatch.chdir("/")
+    again = pickle.loads(content)  # noqa: S301  as a worker does
+    assert again.cache.path == files.cache.path and again.cache.path.is_absolute()
+    assert list(again.paths) == again.paths[:] == files.paths and again.paths[-1] == files.paths[-1]
+    assert torch.equal(again.cache.rows, files.cache.rows) and again.shape == files.shape
+    rows = torch.tensor([2, 0])
+    assert torch.equal(again.cached(rows), files.cached(rows))
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(files.cache.path.name)]
+    assert len(mapped) == 2 and not any("deleted" in line for line in mapped)
 
 
 def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):

@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from core.config import read_run_config
 from data.sources.datasets import digits
-from data.sources.splits import resize
+from data.sources.pixels import resize
 from trainer.inference.load_run import load_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,9 @@ from torch import nn
 from core.seeding import fold
 from trainer.device import keep_freed_memory
 from trainer.loop import reseed
-from trainer.storage.checkpoint import BackgroundSaver, CheckpointFolder, Snapshot
+from trainer.snapshot import Snapshot
+from trainer.storage.background_saver import BackgroundSaver
+from trainer.storage.checkpoint import CheckpointFolder
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -83,27 +85,27 @@ def test_training_goes_on_while_a_save_does(tmp_path, promise):
 def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
     """Seeding, the check for NaN, the commit point, signals: their time beside that of the bare step."""
     sizes = ("data=synthetic", "data.train_samples=300", "data.test_samples=16", "data.num_classes=10")
-    trainer = built(tmp_path / "run", *sizes, *given, "data.batch_size=128", "trainer.log_every=1000 steps")
-    (images, targets, indices), *_ = next(iter(trainer.train_loader.steps(0)))
+    run = built(tmp_path / "run", *sizes, *given, "data.batch_size=128", "trainer.log_every=1000 steps")
+    (images, targets, indices), *_ = next(iter(run.training.train_loader.steps(0)))
     loss_function, loss = nn.CrossEntropyLoss(), torch.ones(())
 
     def step() -> None:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        loss_function(trainer.model(images), targets).backward()
-        trainer.optimizer.step()
+        run.state.optimizer.zero_grad(set_to_none=True)
+        loss_function(run.state.model(images), targets).backward()
+        run.state.optimizer.step()
 
     def reliability() -> None:
-        trainer.guard.remember()
-        reseed(fold(0, "dropout", 7), trainer.device)
-        norm = trainer.clip_gradients()
-        trainer.guard.allows(loss, norm, [indices], step=trainer.step + 1)
-        trainer.conclude()
+        run.state.guard.remember()
+        reseed(fold(0, "dropout", 7), run.training.device)
+        norm = run.training.step._clip_gradients()
+        run.state.guard.allows(loss, norm, [indices], step=run.state.step + 1)
+        run.loop.conclude()
 
-    trainer.step = 1
-    trainer.model.train()
+    run.state.advance(0)
+    run.state.model.train()
     bare = median(seconds(step) for _ in range(12))
     more = median(seconds(lambda: [reliability() for _ in range(50)]) / 50 for _ in range(12))
-    trainer.closing.close()
+    run._closing.close()
     promise(13, f"reliability in a step of {name}", f"{more / bare:.2%} (promised 1%)")
     assert more / bare < 0.01
 
@@ -126,5 +128,5 @@ def test_memory_that_is_freed_is_kept(tmp_path):
 
 def test_nothing_of_hydra_runs_within_a_step(tmp_path):
     """Its partial looks at its target again at each call, which takes longer than a small network's forward pass."""
-    trainer = built(tmp_path / "run", "schedule=cosine")
-    assert type(trainer.schedule.factor) is partial
+    run = built(tmp_path / "run", "schedule=cosine")
+    assert type(run.state.schedule.factor) is partial

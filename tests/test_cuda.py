@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import built, last_state, reopened, stop_after, trained
+from conftest import built, last_state, reopened, run_to_end, stop_after, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import NumericalError, StopSignal
-from trainer.loop import Trainer
+from trainer.run import Run
 from trainer.storage.checkpoint import CheckpointFolder
 
 pytestmark = [
@@ -24,8 +24,8 @@ RESNET = ("model=resnet20", "model.depths=[1,1]", "model.widths=[8,16]", "augmen
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    loader, order = trainer.train_loader, trainer.train_loader.order(epoch).cuda()
+def batches(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    loader, order = run.training.train_loader, run.training.train_loader.order(epoch).cuda()
     for chosen in order.split(loader.batch_size):
         yield loader.normalisation(loader.source.pixels[chosen]), loader.source.labels[chosen]
 
@@ -34,8 +34,8 @@ def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 def test_fit_is_a_plain_loop(tmp_path, precision):
     """A fused update rounds otherwise than a plain one, so almost to the bit."""
     given = (*CUDA, f"trainer.precision={precision}", "trainer.clip_norm=0.7", "trainer.checkpoint.monitor=null")
-    trainer, other = trained(tmp_path / "run", *given), built(tmp_path / "other", *given)
-    model = other.model
+    run, other = trained(tmp_path / "run", *given), built(tmp_path / "other", *given)
+    model = other.state.model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.0001)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -52,19 +52,19 @@ def test_fit_is_a_plain_loop(tmp_path, precision):
             scaler.step(optimizer)
             scaler.update()
             step += 1
-    assert step == 12 == trainer.step
+    assert step == 12 == run.state.step
     tolerance = 1e-6 if precision == "fp32" else 1e-2
-    for (name, ours), theirs in zip(trainer.model.state_dict().items(), model.state_dict().values()):
+    for (name, ours), theirs in zip(run.state.model.state_dict().items(), model.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_the_data_lie_on_the_device(tmp_path):
-    trainer = built(tmp_path / "run", *CUDA)
-    source = trainer.train_loader.source
+    run = built(tmp_path / "run", *CUDA)
+    source = run.training.train_loader.source
     assert source.pixels.device.type == source.labels.device.type == "cuda" and source.pixels.dtype == torch.uint8
-    ((images, labels, indices),) = next(iter(trainer.train_loader.steps(0)))
+    ((images, labels, indices),) = next(iter(run.training.train_loader.steps(0)))
     assert images.device.type == labels.device.type == indices.device.type == "cuda"
-    assert trainer.guard.on_device and trainer.optimizer.defaults["fused"]
+    assert run.state.guard.on_device and run.state.optimizer.defaults["fused"]
 
 
 AUGMENTATIONS = (
@@ -86,9 +86,9 @@ def test_the_device_changes_no_drawn_number(tmp_path, augment):
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS[:3])
 def test_augmentation_does_not_wait_for_the_device(tmp_path, augment):
-    trainer = built(tmp_path / "run", *CUDA, f"augment={augment}", "data.channels=3")
-    trainer.train_loader.batches_at_once = 1  # or the first one makes all
-    steps = iter(trainer.train_loader.steps(0))
+    run = built(tmp_path / "run", *CUDA, f"augment={augment}", "data.channels=3")
+    run.training.train_loader.batches_at_once = 1  # or the first one makes all
+    steps = iter(run.training.train_loader.steps(0))
     next(steps)  # tables are brought to the device, and so is the epoch's order
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -149,78 +149,80 @@ def test_resume_is_exact(tmp_path, precision, optimizer):
     state = last_state(trained(tmp_path / "whole", *given).folder.path)
     for step in (1, 5, 6, 11):
         folder = tmp_path / str(step)
-        trainer = built(folder, *given)
-        stop_after(trainer, step)
+        run = built(folder, *given)
+        stop_after(run, step)
         with pytest.raises(StopSignal):
-            trainer.run()
+            run_to_end(run)
         again = reopened(folder)
         assert again is not None
-        again.run()
+        run_to_end(again)
         assert last_state(folder) == state, step
 
 
 def test_dropout_goes_on(tmp_path):
     given = (*CUDA, "model.dropout=0.5")
     state = last_state(trained(tmp_path / "whole", *given).folder.path)
-    trainer = built(tmp_path / "run", *given)
-    stop_after(trainer, 5)
+    run = built(tmp_path / "run", *given)
+    stop_after(run, 5)
     with pytest.raises(StopSignal):
-        trainer.run()
+        run_to_end(run)
     torch.rand(3, device="cuda")  # nobody else's draws matter
     again = reopened(tmp_path / "run")
     assert again is not None
-    again.run()
+    run_to_end(again)
     assert last_state(tmp_path / "run") == state
 
 
 def test_the_scaler_is_kept(tmp_path):
     given = (*CUDA, "trainer.precision=fp16")
-    trainer = built(tmp_path / "run", *given)
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 5})
-    stop_after(trainer, 3)
+    run = built(tmp_path / "run", *given)
+    run.state.scaler.load_state_dict({**run.state.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 5})
+    stop_after(run, 3)
     with pytest.raises(StopSignal):
-        trainer.run()
+        run_to_end(run)
     kept = CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0].values["scaler"]
     again = reopened(tmp_path / "run")
     assert again is not None
     assert kept["scale"] == 512.0 and kept["_growth_tracker"] == 8
-    assert again.scaler.state_dict() == kept
-    again.run()
+    assert again.state.scaler.state_dict() == kept
+    run_to_end(again)
 
 
 def test_an_overflowing_scale_is_the_scalers_business(tmp_path):
-    trainer = built(tmp_path / "run", *CUDA, "trainer.precision=fp16")
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    run = built(tmp_path / "run", *CUDA, "trainer.precision=fp16")
+    run.state.scaler.load_state_dict({**run.state.scaler.state_dict(), "scale": 2.0**40})
+    before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
     skipped: list[bool] = []
-    trainer.log_step = lambda norm, log=trainer.log_step: (  # type: ignore[method-assign,misc]
-        skipped.append(all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())),
-        log(norm),
+    run.loop.log_step = lambda result, log=run.loop.log_step: (  # type: ignore[method-assign,misc]
+        skipped.append(all(torch.equal(tensor, before[name]) for name, tensor in run.state.model.state_dict().items())),
+        log(result),
     )
-    trainer.run()
+    run_to_end(run)
     assert skipped[0] and not skipped[-1]
-    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in run.state.model.state_dict().values())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, optimizer, what):
-    trainer = built(tmp_path / "run", *CUDA, f"optimizer={optimizer}", "trainer.log_every=5 steps")
+    run = built(tmp_path / "run", *CUDA, f"optimizer={optimizer}", "trainer.log_every=5 steps")
     states: list[dict[str, Tensor]] = []
 
     def note() -> None:
-        states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        states.append({name: tensor.clone() for name, tensor in run.state.model.state_dict().items()})
 
-    trainer.optimizer.register_step_pre_hook(lambda *_: note())
+    run.state.optimizer.register_step_pre_hook(lambda *_: note())
     if what == "loss":
-        trainer.loss_function.register_forward_hook(lambda _, __, loss: loss * math.nan if trainer.step == 2 else None)
+        run.training.loss_function.register_forward_hook(
+            lambda _, __, loss: loss * math.nan if run.state.step == 2 else None
+        )
     else:
-        trainer.model.head.weight.register_hook(lambda gradient: gradient / 0 if trainer.step == 2 else gradient)
+        run.state.model.head.weight.register_hook(lambda gradient: gradient / 0 if run.state.step == 2 else gradient)
     with pytest.raises(NumericalError, match="not finite"):
-        trainer.run()
+        run_to_end(run)
     note()
-    assert trainer.step == 5 and len(states) == 6
+    assert run.state.step == 5 and len(states) == 6
     same = [all(torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(states)]
     assert same == [False, False, True, False, False]
     assert all(tensor.isfinite().all() for tensor in states[-1].values())
-    assert [file.step for file in trainer.folder.checkpoints.files("last", "best")] == [0]
+    assert [file.step for file in run.folder.checkpoints.files("last", "best")] == [0]

@@ -3,9 +3,8 @@
 import gzip
 import hashlib
 import pickle
-import runpy
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +16,15 @@ import torch
 from conftest import built, trained
 from PIL import Image
 
+from analysis.evaluate import evaluate_run
+from analysis.predict import predict_images
 from core.config import Config
 from core.errors import ConfigError, DataError
 from data.sources import datasets, splits
-from data.sources.datasets import Collection
-from data.sources.images import Files, Images, decode
+from data.sources.collection import Collection
+from data.sources.decode import decode
+from data.sources.image_folder import image_folder
+from data.sources.images import Files, Images
 from data.sources.stratification import split, stratified
 from data.sources.synthetic import synthetic
 from trainer.inference.load_run import load_run
@@ -323,7 +326,7 @@ def write_folder(base: Path, counts: dict[str, int]) -> None:
 
 def folder(root: Path, **changes: object) -> Collection:
     settings = {"image_size": 6, "channels": 3, "test_fraction": 0.2, "empty_class": "error"}
-    return datasets.image_folder(root=str(root), **(settings | changes))
+    return image_folder(root=str(root), **(settings | changes))
 
 
 def test_plain_class_folders_get_a_test_part(tmp_path):
@@ -414,27 +417,27 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
         with pytest.raises(ConfigError, match="data.num_classes = 1000: the data has 2 classes"):
             built(tmp_path / "run", *overrides)
         overrides += ["data.num_classes=2", "data.image_size=6", "data.num_workers=1", "data.memory_budget=0"]
-    trainer = trained(tmp_path / "run", *overrides, "trainer.max_epochs=1")
-    run = load_run(tmp_path / "run")
-    assert run.class_names == trainer.data_values["class_names"]
+    run = trained(tmp_path / "run", *overrides, "trainer.max_epochs=1")
+    loaded = load_run(tmp_path / "run")
+    assert loaded.class_names == run.state.data["class_names"]
 
     # The pictures as they were found, through the run's transform: what the trainer gave to the network.
     if name == "imagenet":
-        split, found, [batch] = "val", folder(root).val, trainer.val_loader
+        split, found, [batch] = "val", folder(root).val, run.training.val_loader
         pictures = found.pixels.paths
     else:
         split, found, [batch] = (
             "test",
             getattr(datasets, name)(root=str(root), download=False).test,
-            trainer.test_loader,
+            run.training.test_loader,
         )
         pictures = found.pixels
-    assert torch.equal(torch.stack([run.transform(picture) for picture in pictures]), batch.images)
+    assert torch.equal(torch.stack([loaded.transform(picture) for picture in pictures]), batch.images)
     with torch.inference_mode():
-        probabilities = run.model(batch.images).softmax(1)
+        probabilities = loaded.model(batch.images).softmax(1)
 
     shared = {"run": str(tmp_path / "run"), "checkpoint": "best", "device": "cpu", "trust": []}
-    call("evaluate", shared | {"split": split, "root": None})
+    call(evaluate_run, shared | {"split": split, "root": None})
     accuracy = (probabilities.argmax(1) == found.labels).float().mean().item()
     assert f"{len(found)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 
@@ -442,17 +445,18 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
     for number, picture in enumerate(pictures[:3]):
         pixels = decode(picture, image_size=None, channels=3) if isinstance(picture, Path) else picture
         Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"pictures/{number}.png")
-    call("predict", shared | {"input": str(tmp_path / "pictures"), "output": str(tmp_path / "out"), "batch_size": 2})
+    call(
+        predict_images, shared | {"input": str(tmp_path / "pictures"), "output": str(tmp_path / "out"), "batch_size": 2}
+    )
     rows = [line.split(",") for line in (tmp_path / "out").read_text().splitlines()]
-    assert rows[0][3:] == run.class_names
+    assert rows[0][3:] == loaded.class_names
     written = torch.tensor([[float(value) for value in row[3:]] for row in rows[1:]])
     torch.testing.assert_close(written, probabilities[:3], rtol=0, atol=2e-6)  # six digits are written
 
 
-def call(script: str, values: dict[str, object]) -> None:
-    """Do in this process what a script does with a config of these values."""
-    path = Path(__file__).resolve().parents[1] / f"scripts/{script}.py"
-    runpy.run_path(str(path))[script](Config(values, record={}, changes={}, job=None))
+def call(command: Callable[[Config], None], values: dict[str, object]) -> None:
+    """Call a script's function with a config of these values."""
+    command(Config(values, record={}, changes={}, job=None))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

@@ -28,8 +28,9 @@ from conftest import packed
 
 from core import durable
 from core.errors import CheckpointError, StorageError
+from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+from trainer.storage.checkpoint import CheckpointFolder
 
 KEEP = {"last": 2, "best": 2, "step": None}
 KINDS = ["best", "last"]

@@ -17,10 +17,16 @@ def stopping(**changes: Any) -> EarlyStopping:
     return EarlyStopping(**({"monitor": "val/loss", "mode": "min", "patience": 2} | changes))
 
 
+def stops(machine: EarlyStopping, value: float, epoch: float) -> bool:
+    """Whether training should stop after this evaluation."""
+    machine.observe(value, epoch)
+    return machine.stopped
+
+
 def first_stop(values: list[float], **settings: Any) -> int | None:
     """The epoch, from 1, after which it stops."""
     machine = stopping(**settings)
-    return next((epoch for epoch, value in enumerate(values, 1) if machine.observe(value, epoch)), None)
+    return next((epoch for epoch, value in enumerate(values, 1) if stops(machine, value, epoch)), None)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +97,12 @@ def test_its_state_is_all_there_is():
         values = [draw.choice([NAN, *range(6)]) for _ in range(20)]
         straight, resumed = stopping(patience=4), stopping(patience=4)
         for epoch, value in enumerate(values, 1):
-            answers = straight.observe(value, epoch), resumed.observe(value, epoch)
-            assert answers[0] == answers[1] == straight.stopped
-            state = json.loads(json.dumps(resumed.state()))
+            answers = stops(straight, value, epoch), stops(resumed, value, epoch)
+            assert answers[0] == answers[1]
+            state = json.loads(json.dumps(resumed.state_dict()))
             resumed = stopping(patience=4)
-            resumed.load_state(state)
-            assert resumed.state() == straight.state()
+            resumed.load_state_dict(state)
+            assert resumed.state_dict() == straight.state_dict()
 
 
 def test_fractions_of_epochs_as_the_trainer_rounds_them():
@@ -109,5 +115,5 @@ def test_fractions_of_epochs_as_the_trainer_rounds_them():
                 last = best + patience * steps_per_epoch
                 before = round((last - 1) / steps_per_epoch, 4)
                 place = (Fraction(best, steps_per_epoch), patience)
-                assert not machine.observe(2.0, before), place
-                assert machine.observe(2.0, round(last / steps_per_epoch, 4)), place
+                assert not stops(machine, 2.0, before), place
+                assert stops(machine, 2.0, round(last / steps_per_epoch, 4)), place

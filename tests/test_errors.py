@@ -265,7 +265,7 @@ def test_d11_one_sample_left_over(script, tmp_path):
 def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
     """D10, through a data set of the user's own."""
     (tmp_path / "mydata.py").write_text(
-        "import torch\nfrom data.sources.datasets import Collection\nfrom data.sources.images import Images\n"
+        "import torch\nfrom data.sources.collection import Collection\nfrom data.sources.images import Images\n"
         "def wrong(*, label):\n"
         "    labels = torch.arange(40) % 4\n"
         "    labels[7] = label\n"
@@ -342,13 +342,22 @@ def test_a_signal_that_an_import_makes_an_error_of_still_ends_the_script(script,
 
 
 def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
-    import trainer.build.training
+    import trainer.run
 
-    monkeypatch.setattr(trainer.build.training, "build", lambda config: 1 / 0)
+    monkeypatch.setattr(trainer.run, "build", lambda config: 1 / 0)
     code, _, err = script("train")
     assert code == 1 and err.startswith("error[bug] internal: ZeroDivisionError") and err.count("\n") == 1
     _, _, err = script("train", "traceback=true")
     assert "Traceback" in err and "1 / 0" in err
+
+
+def test_hydras_own_values_can_be_used_in_a_single_run(script, tmp_path, monkeypatch):
+    """They exist only while Hydra calls the job, which is over when the run begins."""
+    monkeypatch.setenv("NAME", "a")  # so that it is restored
+    more = ("+hydra.job.env_set.NAME=b", "run_dir='${hydra:runtime.choices.model}/${oc.env:NAME}'")
+    code, _, err = script("train", *FAST, *more)
+    assert code == 0, err
+    assert (tmp_path / "mlp/b/summary.json").exists()
 
 
 def test_augment_may_be_an_empty_list_and_the_loss_one_of_torchs(script, tmp_path):

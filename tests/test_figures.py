@@ -3,15 +3,15 @@
 import numpy as np
 from PIL import Image
 
-from analysis.figures import class_counts, learning_curves, picture_table, rate_curve, save
+from analysis.figures import class_counts, image_table, learning_curves, rate_curve, save
 
 
 def test_every_figure_is_drawn_whatever_the_names(tmp_path):
     names = [r"cost $\foo$", "[red]a", "plain"]
     lines = [{"step": step, "train/loss": 1 / step, "val/loss": 2 / step} for step in (1, 2, 3)]
     figures = {
-        "table": picture_table(np.zeros((3, 2, 1, 1, 3), dtype=np.uint8), rows=names, columns=["as it is", "epoch 0"]),
-        "grey": picture_table(np.zeros((3, 2, 5, 5, 1), dtype=np.uint8), rows=names, columns=["as it is", "epoch 0"]),
+        "table": image_table(np.zeros((3, 2, 1, 1, 3), dtype=np.uint8), rows=names, columns=["as it is", "epoch 0"]),
+        "grey": image_table(np.zeros((3, 2, 5, 5, 1), dtype=np.uint8), rows=names, columns=["as it is", "epoch 0"]),
         "counts": class_counts({"train": [3, 0, 1], "test": [1, 1, 1]}, names),
         "many": class_counts({"train": [1] * 100}, [str(number) for number in range(100)]),
         "curves": learning_curves({"one": lines, "two": lines[:1]}, "loss"),
@@ -34,6 +34,6 @@ def test_curves_show_the_numbers():
 def test_pictures_are_shown_as_they_are():
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
-    figure = picture_table(pictures, rows=["a", "b"], columns=["x", "y", "z"])
+    figure = image_table(pictures, rows=["a", "b"], columns=["x", "y", "z"])
     shown = [axes.images[0].get_array() for axes in figure.axes]
     assert all(np.array_equal(array, picture) for array, picture in zip(shown, pictures.reshape(6, 4, 4, 3)))

@@ -29,9 +29,10 @@ import yaml
 from torch import nn
 
 import trainer.build.training
-from core.command_line import CONFIGS, launch
-from core.config import Config
-from core.schema import TRAIN, leaves
+from core.command_line import launch
+from core.composition import CONFIGS
+from core.config import Config, leaves
+from core.schema import TRAIN
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
 SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, where 32 is too small
@@ -80,9 +81,9 @@ TARGETS = (
         "''",
     ),
     *(
-        "trainer.optim.schedules.Plateau",
+        "trainer.optim.scheduling.Plateau",
         "data.sources.datasets.digits",
-        "data.sources.datasets.image_folder",
+        "data.sources.image_folder.image_folder",
         "data.augment.mixing.Mixup",
         "1",
     ),
@@ -204,15 +205,24 @@ class Outcome:
 
 def build_everything(config: Config) -> None:
     """What training builds before it makes the run folder."""
-    trainer.build.training.assemble(config)
+    trainer.build.training.build(config)
+
+
+def run_main(config: Config) -> None:
+    """What `launch` calls in a forked process: its `main`, which need not be importable."""
+    _main(config)
+
+
+_main: Callable[[Config], object] = build_everything
 
 
 def on_meta(patched: pytest.MonkeyPatch) -> None:
     """Networks are built and tried out on the meta device; behind it they get memory that nobody fills."""
-    build_model, try_out, try_out_one = (
-        trainer.build.training.build_model,
-        trainer.build.training.try_out,
-        trainer.build.training.try_out_one,
+    modules = trainer.build.training
+    build_model, check_model, check_single_image = (
+        modules.build_model,
+        modules.check_model,
+        modules.check_single_image,
     )
 
     def build(*arguments: Any, **named: Any) -> nn.Module:
@@ -221,16 +231,16 @@ def on_meta(patched: pytest.MonkeyPatch) -> None:
 
     def check(model: nn.Module, values: dict[str, Any]) -> None:
         with torch.device("meta"):
-            try_out(model, values)
+            check_model(model, values)
         model.to_empty(device="cpu")
 
     def check_one(model: nn.Module, values: dict[str, Any], device: torch.device) -> None:
-        try_out_one(model.to("meta"), values, torch.device("meta"))
+        check_single_image(model.to("meta"), values, torch.device("meta"))
         model.to_empty(device="cpu")
 
     patched.setattr(trainer.build.training, "build_model", build)
-    patched.setattr(trainer.build.training, "try_out", check)
-    patched.setattr(trainer.build.training, "try_out_one", check_one)
+    patched.setattr(trainer.build.training, "check_model", check)
+    patched.setattr(trainer.build.training, "check_single_image", check_one)
 
 
 def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], place: Path) -> list[Outcome]:
@@ -268,6 +278,8 @@ def wait(running: dict[int, tuple[int, float]], done: dict[int, tuple[int, float
 
 def run_here(arguments: list[str], main: Callable[[Config], object], folder: Path, error: Path) -> None:
     """The rest of a forked process: one command line to its exit code."""
+    global _main
+    _main = main
     code = 99
     try:
         signal.alarm(3 * SECONDS)
@@ -281,7 +293,7 @@ def run_here(arguments: list[str], main: Callable[[Config], object], folder: Pat
         warnings.resetwarnings()
         sys.argv = ["scripts/train.py", *arguments]
         try:
-            launch(main, config_name="train", rules=TRAIN)
+            launch(f"{__name__}.run_main", config_name="train", rules=TRAIN)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -304,7 +316,7 @@ def bounded(monkeypatch):
     monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
     # Once here, so that the forks need not import what torch and Hydra load late: seconds each.
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *base("augment", "rand_augment")[0]])
-    launch(build_everything, config_name="train", rules=TRAIN)
+    launch(f"{__name__}.build_everything", config_name="train", rules=TRAIN)
 
 
 def test_every_option_builds(bounded, tmp_path, full):

@@ -14,7 +14,7 @@ from models.blocks import LocalResponseNorm
 from models.googlenet import TABLE_1, GoogLeNet
 from models.inception_small import InceptionSmall
 from models.inception_v3 import InceptionV3
-from trainer.build.training import try_out
+from trainer.build.dry_run import check_model
 
 TEN: dict[str, Any] = {"num_classes": 10, "in_channels": 3}
 IMAGENET: dict[str, Any] = {"num_classes": 1000, "in_channels": 3}
@@ -83,7 +83,7 @@ def test_minimum_size_is_the_smallest_that_works(network_class: Any, arguments: 
 
     def build(side: int) -> None:
         target = {"_target_": network_class.__name__}
-        try_out(network, {"data": {"num_classes": 10, "channels": 3, "image_size": side}, "model": target})
+        check_model(network, {"data": {"num_classes": 10, "channels": 3, "image_size": side}, "model": target})
 
     network = network_class(**TEN, **arguments, init="default")
     build(smallest)

@@ -26,12 +26,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-import core.command_line
+import core.composition
 import trainer.loop
+import trainer.training
 from core.errors import CheckpointError
 from core.json_lines import read_lines
-from trainer.monitor.nonfinite import FiniteGuard
-from trainer.storage.checkpoint import BackgroundSaver, CheckpointFolder
+from trainer.monitor.nonfinite import NonFiniteGuard
+from trainer.storage.background_saver import BackgroundSaver
+from trainer.storage.checkpoint import CheckpointFolder
 from trainer.storage.run_folder import RunFolder
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
@@ -77,14 +79,14 @@ class Watch:
 
             patched.setattr(owner, name, call)
 
-        def conclude(trainer: Any, real: Any = trainer.loop.Trainer.conclude) -> None:
-            struct.pack_into("qq", self.memory, 16, trainer.step, 0)
-            real(trainer)
+        def conclude(loop: Any, real: Any = trainer.loop.Loop.conclude) -> str | None:
+            struct.pack_into("qq", self.memory, 16, loop.state.step, 0)
+            return real(loop)
 
-        around(FiniteGuard, "remember", place=0, inside=1, after=1)
-        around(trainer.trainer, "evaluate", place=0, inside=2, after=1)
+        around(NonFiniteGuard, "remember", place=0, inside=1, after=1)
+        around(trainer.training, "evaluate", place=0, inside=2, after=1)
         around(CheckpointFolder, "save", place=8, inside=1, after=0)
-        patched.setattr(trainer.loop.Trainer, "conclude", conclude)
+        patched.setattr(trainer.loop.Loop, "conclude", conclude)
 
 
 def start(watch: Watch, folder: Path, *arguments: str, number: int = 0, slowness: float = 0.0) -> int:
@@ -377,4 +379,4 @@ def test_that_check_finds_an_exception_that_is_swallowed(tmp_path, monkeypatch):
 
 
 def test_the_harness_starts_what_users_start():
-    assert core.command_line.CONFIGS.parent == TRAIN_SCRIPT.parents[1]
+    assert core.composition.CONFIGS.parent == TRAIN_SCRIPT.parents[1]

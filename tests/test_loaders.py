@@ -1,12 +1,13 @@
 """What the loop gets: every sample once an epoch, the same numbers whatever the workers and wherever it starts."""
 
-import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from PIL import Image
+from test_workers import workers
 from torchvision.transforms import v2
 
 from core.errors import ConfigError, DataError
@@ -17,7 +18,7 @@ from data.augment.per_sample import ASampleAtATime
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import Batch, EvalLoader, TrainLoader
 from data.loading.normalisation import Normalisation
-from data.loading.prefetch import made_ahead
+from data.loading.prefetch import prefetched
 from data.sources.images import Files, Images
 
 CPU = torch.device("cpu")
@@ -99,7 +100,8 @@ def test_every_sample_once_an_epoch_in_the_order_of_seed_and_epoch():
     assert orders[0] != orders[1]
     other = train_loader(images(22), accumulate=2, seed=2)
     assert seen(list(other.steps(0))) != seen(list(loader.steps(0)))
-    assert seen(list(train_loader(images(6), shuffle=False).steps(3))) == [[[0, 1, 2, 3]], [[4, 5]]]
+    few = train_loader(images(6))
+    assert seen(list(few.steps(3))) == [[few.order(3)[:4].tolist()], [few.order(3)[4:].tolist()]]
 
 
 def test_accumulation_and_batch_size_do_not_change_the_order():
@@ -157,7 +159,7 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
     monkeypatch.setattr("data.loading.prefetch.stream_of", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
-    ready = made_ahead(batches(), device=torch.device("cuda"))
+    ready = prefetched(batches(), device=torch.device("cuda"))
     assert told == []
     for number in (1, 2):  # the third fails when its turn comes, and not before the step of the second
         assert next(ready)[0].number == number
@@ -168,12 +170,12 @@ def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypat
     second = ["network waits for data", "1 is kept for network", "on data", "2 is made", "off data", "step 1"]
     assert told == [*first, *second, "network waits for data", "2 is kept for network", "on data", "step 2"]
     given = iter([(torch.ones(1),)])
-    assert made_ahead(given, device=CPU) is given
+    assert prefetched(given, device=CPU) is given
 
 
-def test_both_loaders_have_their_batches_made_ahead(monkeypatch):
+def test_both_loaders_prefetch(monkeypatch):
     asked = []
-    monkeypatch.setattr("data.loading.loaders.made_ahead", lambda batches, *, device: asked.append(device) or batches)
+    monkeypatch.setattr("data.loading.loaders.prefetched", lambda batches, *, device: asked.append(device) or batches)
     data = images(8)
     loaders = [train_loader(data).steps(0), EvalLoader(data, batch_size=4, normalisation=NORMALISATION, device=CPU)]
     assert [len(list(loader)) for loader in loaders] == [2, 2] and asked == [CPU, CPU]
@@ -230,8 +232,11 @@ def test_sizes_of_batches_do_not_change_a_sample(steps):
 
 
 class InWorker:
+    def __init__(self) -> None:
+        self.main = os.getpid()
+
     def __call__(self, picture: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(picture, multiprocessing.parent_process() is not None)
+        return torch.full_like(picture, os.getpid() != self.main)
 
 
 def test_transforms_run_in_the_workers():
@@ -253,7 +258,7 @@ def test_a_transform_that_breaks_is_named_also_from_a_worker(num_workers):
         list(train_loader(images(22), augmentations=broken, num_workers=num_workers).steps(0))
     told = "error[config] augment.mine: fails on a picture (1, 6, 6): RuntimeError: on purpose"
     assert str(caught.value) == told
-    assert not multiprocessing.active_children()  # though `caught` holds the frames of the error
+    assert not workers()  # though `caught` holds the frames of the error
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,20 +1,21 @@
 """Losses by hand, in doubles and sums over Python numbers; mixed targets; what auxiliary heads add."""
 
+import json
 import math
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from conftest import built, composed, trained
+from conftest import built, composed, run_to_end, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import ConfigError, NumericalError
 from core.json_lines import read_lines
 from trainer.build.training import build
+from trainer.inference import evaluation
 from trainer.inference.load_run import load_run
-from trainer.monitor import metrics
 from trainer.monitor.metrics import RunningSums
 from trainer.optim.losses import BinaryCrossEntropy, CrossEntropy, Huber, Objective, SquaredError, balanced_weights
 
@@ -102,9 +103,9 @@ def test_balanced_weights(tmp_path):
     labels = torch.tensor([0] * 6 + [1] * 3 + [3])
     found = balanced_weights(labels, 4)
     assert found[:2] == pytest.approx([10 / 24, 10 / 12]) and found[3] == pytest.approx(2.5)
-    trainer = built(tmp_path / "run", "loss.class_weights=balanced")
-    counts = trainer.train_loader.source.labels.bincount()
-    assert trainer.loss_function.class_weights.tolist() == pytest.approx(
+    run = built(tmp_path / "run", "loss.class_weights=balanced")
+    counts = run.training.train_loader.source.labels.bincount()
+    assert run.training.loss_function.class_weights.tolist() == pytest.approx(
         [44 / (4 * count) for count in counts.tolist()]
     )
 
@@ -158,9 +159,11 @@ def test_sums_are_the_same_whenever_they_are_made():
             sums.add(*batch)
             sums.take_back(1, torch.tensor(number == 7))
             if number % every == 0:
-                assert sums.window[2] == sum(len(labels) for _, _, labels in batches[: number + 1]) - 4 * (number >= 7)
+                assert sums.state_dict()["window"][2] == sum(
+                    len(labels) for _, _, labels in batches[: number + 1]
+                ) - 4 * (number >= 7)
         again = RunningSums()
-        again.window = sums.window
+        again.load_state_dict(json.loads(json.dumps(sums.state_dict())))
         assert again.read() == sums.read() == {"loss": total / count, "accuracy": right / count}
 
 
@@ -168,11 +171,11 @@ def test_the_loop_takes_probabilities(tmp_path):
     """One-hot rows are the same training as labels, and halves of two labels another one."""
     runs = []
     for number, share in enumerate((None, 1.0, 0.6)):
-        trainer = built(tmp_path / str(number), "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
+        run = built(tmp_path / str(number), "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
         if share:
-            feed_mixed(trainer, share)
-        trainer.run()
-        runs.append((trainer.model.head.weight.detach().clone(), read_lines(trainer.folder.path / "metrics.jsonl")[-1]))
+            feed_mixed(run, share)
+        run_to_end(run)
+        runs.append((run.state.model.head.weight.detach().clone(), read_lines(run.folder.path / "metrics.jsonl")[-1]))
     (labels, by_label), (rows, by_row), (mixed, _) = runs
     torch.testing.assert_close(rows, labels, rtol=1e-5, atol=1e-7)
     assert by_row["train/accuracy"] == by_label["train/accuracy"]
@@ -180,8 +183,8 @@ def test_the_loop_takes_probabilities(tmp_path):
     assert not torch.allclose(mixed, labels, rtol=1e-2)
 
 
-def feed_mixed(trainer: Any, share: float) -> None:
-    steps = trainer.train_loader.steps
+def feed_mixed(run: Any, share: float) -> None:
+    steps = run.training.train_loader.steps
 
     def mixed(epoch: int, start: int = 0) -> Any:
         for batches in steps(epoch, start):
@@ -189,7 +192,7 @@ def feed_mixed(trainer: Any, share: float) -> None:
             rows = [share * each + (1 - share) * each.roll(1, dims=1) for each in rows]
             yield [(images, row, indices) for (images, _, indices), row in zip(batches, rows)]
 
-    trainer.train_loader.steps = mixed
+    run.training.train_loader.steps = mixed
 
 
 # Auxiliary heads
@@ -249,27 +252,29 @@ def test_torchvision_puts_the_logits_first():
 )
 def test_a_step_minimises_the_heads_losses_too_and_logs_the_logits_alone(tmp_path, given, weight):
     plain = ("optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.accumulate=2", "trainer.max_steps=1")
-    trainer = trained(tmp_path / "run", *HEADS, *plain, *given)
-    model = built(tmp_path / "other", *HEADS, *plain, *given).model
-    (batches,) = [next(iter(trainer.train_loader.steps(0)))]
+    run = trained(tmp_path / "run", *HEADS, *plain, *given)
+    model = built(tmp_path / "other", *HEADS, *plain, *given).state.model
+    (batches,) = [next(iter(run.training.train_loader.steps(0)))]
     images, labels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
     losses = [functional.cross_entropy(logits, labels) for logits in model.train()(images)]
     (losses[0] + weight * losses[1] + weight * losses[2]).backward()
     for name, parameter in model.named_parameters():
         expected = parameter.detach() - 0.05 * parameter.grad
-        torch.testing.assert_close(trainer.model.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-7)
-    (line,) = read_lines(trainer.folder.path / "metrics.jsonl")
+        torch.testing.assert_close(run.state.model.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-7)
+    (line,) = read_lines(run.folder.path / "metrics.jsonl")
     assert line["train/loss"] == pytest.approx(losses[0].item(), rel=1e-6)
-    logits = trainer.model.eval()(torch.cat([images for images, _, _ in trainer.val_loader]))
-    truth = torch.cat([labels for _, labels, _ in trainer.val_loader])
+    logits = run.state.model.eval()(torch.cat([images for images, _, _ in run.training.val_loader]))
+    truth = torch.cat([labels for _, labels, _ in run.training.val_loader])
     assert line["val/loss"] == pytest.approx(functional.cross_entropy(logits, truth).item(), rel=1e-5)
 
 
 def test_an_auxiliary_loss_that_is_not_finite_ends_the_run(tmp_path):
-    trainer = built(tmp_path / "run", *HEADS)
-    trainer.model.second.register_forward_hook(lambda _, __, logits: logits * math.inf if trainer.step == 3 else None)
+    run = built(tmp_path / "run", *HEADS)
+    run.state.model.second.register_forward_hook(
+        lambda _, __, logits: logits * math.inf if run.state.step == 3 else None
+    )
     with pytest.raises(NumericalError, match=r"step 4 .*loss nan"):
-        trainer.run()
+        run_to_end(run)
 
 
 def test_each_heads_classes_are_counted(tmp_path):
@@ -293,11 +298,11 @@ def test_an_evaluation_is_the_same_in_however_many_pieces_it_is_summed_up(monkey
     batches = list(zip(images.split(5), labels.split(5), torch.arange(23).split(5), strict=True))
     found = []
     for noted in (1, 41, 2**24):
-        monkeypatch.setattr(metrics, "NOTED", noted)
-        found.append(metrics.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
+        monkeypatch.setattr(evaluation, "NOTED", noted)
+        found.append(evaluation.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
     assert found[0] == found[1] == found[2] and network.training
     logits = network(images).double()
     assert found[0]["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert found[0]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
     images[7] = math.nan
-    assert math.isnan(metrics.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext())["loss"])
+    assert math.isnan(evaluation.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext())["loss"])

@@ -21,15 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import built, composed, last_state, packed, reopened, trained
+from conftest import built, composed, last_state, packed, reopened, run_to_end, trained
 from PIL import Image
 
-from core.command_line import CONFIGS
+from core.composition import CONFIGS
+from core.config import leaves
 from core.errors import NumericalError, StopSignal
-from core.schema import TRAIN, leaves
+from core.schema import TRAIN
 from core.seeding import fold
-from trainer.loop import Trainer
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+from trainer.run import Run
+from trainer.snapshot import Snapshot
+from trainer.storage.checkpoint import CheckpointFolder
 
 Row = Mapping[str, str]  # factor or switch -> the choice
 GROUPS = ("optimizer", "schedule", "augment", "loss")
@@ -324,35 +326,35 @@ def whole(tmp_path_factory, pictures) -> Callable[[int], Whole]:
 
     @cache
     def run(number: int) -> Whole:
-        trainer = built(tmp_path_factory.mktemp("whole") / "run", *overrides(ROWS[number], pictures), NO_WORKERS)
-        checkpoints = trainer.folder.checkpoints
+        run = built(tmp_path_factory.mktemp("whole") / "run", *overrides(ROWS[number], pictures), NO_WORKERS)
+        checkpoints = run.folder.checkpoints
         start = checkpoints.load("last")[0]
-        trainer.run()
-        return Whole(trainer.folder.path, start, checkpoints.load("last")[0], last_state(trainer.folder.path))
+        run_to_end(run)
+        return Whole(run.folder.path, start, checkpoints.load("last")[0], last_state(run.folder.path))
 
     return run
 
 
-def stopped(folder: Path, step: int, *given: str) -> Trainer:
+def stopped(folder: Path, step: int, *given: str) -> Run:
     """A run that SIGTERM stopped at this step, sent while its first batch was on its way through the network."""
-    trainer = built(folder, *given)
+    run = built(folder, *given)
 
     def stop(*_: Any) -> None:
-        if trainer.model.training and trainer.step == step - 1:
+        if run.state.model.training and run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.model.register_forward_hook(stop)
+    run.state.model.register_forward_hook(stop)
     with pytest.raises(StopSignal):
-        trainer.run()
-    assert trainer.step == step
-    return trainer
+        run_to_end(run)
+    assert run.state.step == step
+    return run
 
 
 def gone_on(folder: Path, *given: str) -> Any:
     """The last state of a run that is resumed."""
-    trainer = reopened(folder, "trust=[test_losses]", *given)
-    assert trainer is not None
-    trainer.run()
+    run = reopened(folder, "trust=[test_losses]", *given)
+    assert run is not None
+    run_to_end(run)
     return last_state(folder)
 
 
@@ -372,11 +374,11 @@ def test_stopped_at_any_step(tmp_path, whole, pictures, full, number):
         # New processes take longer than all the rest.
         before, after = WORKERS[number % 3] if in_workers and (number + step) % 4 == 0 else (0, 0)
         folder = tmp_path / str(step)
-        trainer = stopped(folder, step, *overrides(row, pictures), f"data.num_workers={before}")
+        run = stopped(folder, step, *overrides(row, pictures), f"data.num_workers={before}")
         again = gone_on(folder, f"data.num_workers={after}")
         assert again[1:] == (values, lines), step
         assert again[0] == state, step
-        at_end = step % trainer.train_loader.steps_per_epoch == 0
+        at_end = step % run.training.train_loader.steps_per_epoch == 0
         STOPPED[number].append((step, at_end, row["accumulate"] == "on"))
 
 
@@ -420,8 +422,8 @@ def test_workers_change_nothing(tmp_path, pictures, full, promise):
     streamed = (*given, "data.memory_budget=0")
     states = [last_state(trained(tmp_path / "at once", *given, NO_WORKERS).folder.path)]
     for count in (0, 1, 2):
-        trainer = trained(tmp_path / str(count), *streamed, f"data.num_workers={count}")
-        states.append(last_state(trainer.folder.path))
+        run = trained(tmp_path / str(count), *streamed, f"data.num_workers={count}")
+        states.append(last_state(run.folder.path))
     for before, after in itertools.permutations((0, 1, 2), 2) if full else ((0, 2), (2, 1)):
         for step in (3, 6, 8) if full else (3,):
             folder = tmp_path / f"{before} {after} {step}"
@@ -447,7 +449,7 @@ NO_PIECES = {
     "format": "the file's",
     "data": "a function of the data: the same at each start on the same machine",
     "guard": "how many steps were skipped in a row: tests/test_trainer.py",
-    "optimizer": "plain values, of which no optimizer here has any",
+    "optimizers": "plain values, of which no optimizer here has any",
 }
 
 

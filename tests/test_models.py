@@ -1,6 +1,5 @@
 """The networks against numbers from papers, formulas, torchvision, and second implementations written here."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from analysis import model_table
 from core.errors import ConfigError
 from models.adapter import adapt
 from models.airbench import Airbench
@@ -44,18 +44,6 @@ ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small network of each class
 CHEAP = [name for name in NAMES if GOLDENS[name]["parameters"] < 15e6]
 
 
-def _load_zoo() -> Any:
-    specification = importlib.util.spec_from_file_location("zoo", ROOT / "scripts" / "zoo.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-zoo = _load_zoo()
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -81,7 +69,7 @@ def shake(network: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_has_the_counts_of_its_golden(name: str) -> None:
-    assert zoo.measure(name, GOLDENS[name]) == GOLDENS[name]
+    assert model_table.measure(name, GOLDENS[name]) == GOLDENS[name]
 
 
 def test_goldens_have_no_other_entries() -> None:
@@ -151,7 +139,7 @@ def test_goldens_are_the_numbers_of_the_papers(name: str, parameters: int, multi
 
 
 def test_page_is_up_to_date() -> None:
-    assert zoo.PAGE.read_text() == zoo.page(GOLDENS), "python scripts/zoo.py --write"
+    assert model_table.PAGE.read_text() == model_table.page(GOLDENS), "python scripts/zoo.py --write"
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -159,7 +147,7 @@ def test_config_learns_and_is_head_of_features(name: str) -> None:
     """On real numbers, from the composed node alone, with colour where the golden has grey and grey where colour:
     every parameter gets a finite gradient from a batch."""
     channels, side = 4 - GOLDENS[name]["input"][0], 64 if name == "googlenet" else 32
-    network = zoo.build(name, {"input": [channels, side, side], "num_classes": 7, "overrides": []}).train()
+    network = model_table.build(name, {"input": [channels, side, side], "num_classes": 7, "overrides": []}).train()
     images = torch.randn(2, channels, side, side)
     outputs = network(images)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)  # auxiliary heads answer in training
@@ -291,7 +279,7 @@ def test_resnet_is_torchvisions(depth: str) -> None:
     import torchvision
 
     theirs = shake(getattr(torchvision.models, depth)(num_classes=1000))
-    ours = zoo.build(depth, {"input": [3, 64, 64], "num_classes": 1000, "overrides": []}).eval()
+    ours = model_table.build(depth, {"input": [3, 64, 64], "num_classes": 1000, "overrides": []}).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
@@ -422,7 +410,7 @@ def test_vgg_has_torchvisions_names_and_shapes(name: str) -> None:
 
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)(init_weights=False).state_dict()
-        ours = zoo.build(name, {"input": [3, 224, 224], "num_classes": 1000, "overrides": []}).state_dict()
+        ours = model_table.build(name, {"input": [3, 224, 224], "num_classes": 1000, "overrides": []}).state_dict()
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
 
 
@@ -453,7 +441,7 @@ def test_vgg_is_torchvisions(name: str) -> None:
     for layer in theirs.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-    ours = zoo.build(name, {"input": [3, 64, 64], "num_classes": 10, "overrides": []})
+    ours = model_table.build(name, {"input": [3, 64, 64], "num_classes": 10, "overrides": []})
     assert_same_answers_and_gradients(ours, theirs, 64)
 
 

@@ -1,29 +1,33 @@
 """What makes the network's input of pixels: against numpy and torchvision, and from training to a finished run."""
 
-import runpy
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import built, composed, last_state, reopened, stop_after, trained
+from conftest import built, composed, last_state, reopened, run_to_end, stop_after, trained
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as torchvision
 
+from analysis.evaluate import evaluate_run
 from core.config import Config
 from core.errors import CheckpointError, ConfigError, StopSignal
 from data.loading import normalisation
-from data.loading.normalisation import Normalisation, covariance, fit_normalisation, statistics, whitening
-from data.sources.datasets import Collection
+from data.loading.normalisation import (
+    Normalisation,
+    covariance,
+    exact_mean,
+    fit_normalisation,
+    statistics,
+    whitening,
+)
+from data.sources.collection import Collection
 from data.sources.images import Files, Images
-from data.sources.splits import Splits, measured, prepare
-from trainer.build.training import build_data
-from trainer.inference.load_run import Run, load_run
-from trainer.loop import Trainer
+from data.sources.splits import Splits, measured, prepare, same_mean
+from trainer.build.data import build_data
+from trainer.inference.load_run import LoadedRun, load_run
+from trainer.run import Run
 
-EVALUATE = Path(__file__).resolve().parents[1] / "scripts/evaluate.py"
 CPU = torch.device("cpu")
 
 
@@ -222,18 +226,61 @@ def test_streamed_files_are_measured_as_resident_pixels(tmp_path):
     assert torch.equal(resident, pixels)
 
 
+# ------------------------------------------------------------------------------------------- without another fit
+
+
+@pytest.mark.parametrize("kind", ["per_channel", "pca", "zca"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_exact_mean_has_the_bits_of_the_fit(monkeypatch, kind, channels):
+    pixels = natural(501, channels=channels)
+    expected = fitted(pixels, kind).tensors["mean"]
+    for values in (normalisation.VALUES, 1000, 1):  # in one piece, in several, and one image at a time
+        monkeypatch.setattr(normalisation, "VALUES", values)
+        for chunks in ([pixels], [pixels[:100], pixels[100:101], pixels[101:]]):
+            mean = exact_mean(chunks, per_pixel=kind != "per_channel")
+            assert mean.dtype == expected.dtype and torch.equal(mean, expected)
+
+
+@pytest.mark.parametrize("kind", normalisation.KINDS)
+@pytest.mark.parametrize("stored_size", [None, 9])
+def test_same_mean_notices_one_changed_pixel_and_fits_nothing(monkeypatch, kind, stored_size):
+    images = Images(natural(200, size=9 if stored_size else 5), torch.arange(200) % 2)
+    splits = prepared(Collection(images, None, None, ["a", "b"]), kind, stored_size=stored_size)
+    monkeypatch.setattr(normalisation, "_sums", None)
+    tensors = splits.normalisation.tensors
+    assert same_mean(splits.train, tensors, image_size=5)
+    other = splits.train.pixels.clone()
+    other[17, 0, 2, 3] ^= 255
+    changed = Images(other, splits.train.labels)
+    assert same_mean(changed, tensors, image_size=5) == (kind == "none")
+
+
+def test_same_mean_is_true_for_data_that_is_not_in_memory(tmp_path):
+    files = Images(Files([tmp_path / "missing.png"], image_size=5, channels=3), torch.tensor([0]))
+    assert same_mean(files, fitted(natural(10), "per_channel").tensors, image_size=5)
+
+
+@pytest.mark.parametrize("kind", ["per_channel", "zca"])
+def test_prepare_uses_the_normalisation_it_is_given_and_measures_nothing(monkeypatch, kind):
+    collection = Collection(Images(natural(200), torch.arange(200) % 2), None, None, ["a", "b"])
+    fitted_before = prepared(collection, kind).normalisation
+    monkeypatch.setattr("data.sources.splits.fit_normalisation", None)
+    monkeypatch.setattr("data.sources.splits.measured", None)
+    assert prepared(collection, kind, normalisation=fitted_before).normalisation is fitted_before
+
+
 # --------------------------------------------------------------------------------------------------------- a whole run
 
 ZCA = ("data.normalise=zca", "data.whitening_epsilon=0.02", "trainer.max_epochs=2")
 
 
-def same_input(run: Run, trainer: Trainer) -> bool:
-    """Does the run's transform make of the validation pictures what the trainer evaluated them on?"""
-    [batch] = trainer.val_loader
-    pictures = trainer.val_loader.source.pixels
-    one_by_one = torch.stack([run.transform(picture) for picture in pictures])
+def same_input(loaded: LoadedRun, run: Run) -> bool:
+    """Does the transform of a loaded run make of the validation images what training evaluated them on?"""
+    [batch] = run.training.val_loader
+    images = run.training.val_loader.source.pixels
+    one_by_one = torch.stack([loaded.transform(image) for image in images])
     torch.testing.assert_close(one_by_one, batch.images, rtol=0, atol=1e-5)  # products of one row sum in another order
-    return torch.equal(run.transform.normalisation(pictures), batch.images)
+    return torch.equal(loaded.transform.normalisation(images), batch.images)
 
 
 @pytest.mark.parametrize("kind", ["none", "pca", "zca"])
@@ -243,8 +290,8 @@ def test_run_trains_resumes_to_the_bit_and_is_used_from_its_folder_alone(tmp_pat
     stopped = built(tmp_path / "stopped", *overrides)
     stop_after(stopped, 4)
     with pytest.raises(StopSignal):
-        stopped.run()
-    reopened(tmp_path / "stopped").run()
+        run_to_end(stopped)
+    run_to_end(reopened(tmp_path / "stopped"))
     assert last_state(tmp_path / "stopped") == last_state(tmp_path / "whole")
     run = load_run(tmp_path / "whole")
     assert same_input(run, whole)
@@ -252,34 +299,34 @@ def test_run_trains_resumes_to_the_bit_and_is_used_from_its_folder_alone(tmp_pat
 
 
 def test_evaluation_measures_what_training_measured_and_fits_nothing(tmp_path, monkeypatch, capsys):
-    trainer = trained(tmp_path / "run", *ZCA)
+    run = trained(tmp_path / "run", *ZCA)
     monkeypatch.setattr(normalisation, "whitening", None)
-    evaluate = runpy.run_path(str(EVALUATE))["evaluate"]
     values = {"run": str(tmp_path / "run"), "split": "val", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
-    line = f"accuracy {trainer.best['metrics']['val/accuracy']:.4f}"
+    evaluate_run(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    line = f"accuracy {run.state.best['metrics']['val/accuracy']:.4f}"
     assert line in capsys.readouterr().out
 
 
-def test_resume_goes_on_with_what_was_fitted_first(tmp_path, monkeypatch):
-    """Other threads or another machine may turn eigenvectors: the network knows only the old ones."""
+def test_resume_fits_nothing_and_uses_the_normalisation_of_the_checkpoint(tmp_path, monkeypatch):
+    """Other threads or another machine may turn eigenvectors: the model knows only the first ones."""
     trained(tmp_path / "whole", *ZCA, "data.normalise=pca")
     stopped = built(tmp_path / "stopped", *ZCA, "data.normalise=pca")
     stop_after(stopped, 4)
     with pytest.raises(StopSignal):
-        stopped.run()
-    monkeypatch.setattr(normalisation, "whitening", lambda *given, **named: whitening(*given, **named).flip(0))
+        run_to_end(stopped)
+    monkeypatch.setattr("data.sources.splits.fit_normalisation", None)
+    monkeypatch.setattr(normalisation, "whitening", None)
     resumed = reopened(tmp_path / "stopped")
     assert same_input(load_run(tmp_path / "stopped", checkpoint="last"), resumed)
-    resumed.run()
+    run_to_end(resumed)
     assert last_state(tmp_path / "stopped") == last_state(tmp_path / "whole")
 
 
 def test_resume_on_other_pixels_is_refused(tmp_path, monkeypatch):
     trained(tmp_path / "run", *ZCA)
 
-    def other_pixels(node, *, seed):
-        return build_data({**node, "noise": 0.25}, seed=seed)
+    def other_pixels(node, *, seed, normalisation):
+        return build_data({**node, "noise": 0.25}, seed=seed, normalisation=normalisation)
 
     monkeypatch.setattr("trainer.build.training.build_data", other_pixels)
     with pytest.raises(CheckpointError, match="its mean differs"):
@@ -288,15 +335,15 @@ def test_resume_on_other_pixels_is_refused(tmp_path, monkeypatch):
 
 def test_run_from_before_there_was_a_choice(tmp_path):
     """Its config says nothing of normalisation, and its checkpoints hold mean and standard deviation."""
-    trainer = trained(tmp_path / "run", "trainer.max_epochs=1")
+    run = trained(tmp_path / "run", "trainer.max_epochs=1")
     file = tmp_path / "run/config.yaml"
     config = yaml.safe_load(file.read_text())
     del config["data"]["normalise"], config["data"]["whitening_epsilon"]
     file.write_text(yaml.safe_dump(config))
-    assert same_input(load_run(tmp_path / "run"), trainer)
+    assert same_input(load_run(tmp_path / "run"), run)
     again = reopened(tmp_path / "run", "trainer.max_epochs=2")
-    again.run()
-    assert again.step == 2 * trainer.step
+    run_to_end(again)
+    assert again.state.step == 2 * run.state.step
 
 
 def test_first_batch_is_shown_as_it_was_before_normalisation(tmp_path, monkeypatch):
@@ -305,6 +352,6 @@ def test_first_batch_is_shown_as_it_was_before_normalisation(tmp_path, monkeypat
         "trainer.report.tensorboard_writer.TensorBoard.images", lambda _, tag, images, step: shown.append(images)
     )
     for kind in ("per_channel", "pca"):
-        trainer = built(tmp_path / kind, "trainer.log_images=true", f"data.normalise={kind}")
-        chosen = trainer.train_loader.order(0)[:8]
-        assert torch.equal(shown[-1], trainer.train_loader.source.pixels[chosen] / 255)
+        run = built(tmp_path / kind, "trainer.log_images=true", f"data.normalise={kind}")
+        chosen = run.training.train_loader.order(0)[:8]
+        assert torch.equal(shown[-1], run.training.train_loader.source.pixels[chosen] / 255)

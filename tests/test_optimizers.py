@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import built, composed, trained
+from conftest import built, composed, run_to_end, trained
 from torch import Tensor, nn
 
 from core.errors import ConfigError
@@ -13,9 +13,9 @@ from core.json_lines import read_lines
 from models.googlenet import GoogLeNet
 from models.resnet import ResNet
 from trainer.build.training import build
-from trainer.optim import muon as optimizers
-from trainer.optim.muon import Muon, decayed_parameters, group_parameters, hidden_matrices
-from trainer.state import load_optimizer_tensors, optimizer_tensors
+from trainer.optim.muon import Muon, orthogonalise
+from trainer.optim.parameter_groups import decayed_parameters, group_parameters, hidden_matrices
+from trainer.state import load_optimizer_state, optimizer_state
 
 
 def resnet() -> nn.Module:
@@ -83,7 +83,7 @@ def test_groups_hold_each_parameter_once(on):
     for with_muon, expected in ((False, ["all"]), (True, ["muon", "adamw"])):
         groups = group_parameters(model, decayed=decayed_parameters(model, on), with_muon=with_muon)
         if on == "weights":
-            expected = [expected[0] if with_muon else "weights", *expected[1:], "spared"]
+            expected = [expected[0] if with_muon else "weights", *expected[1:], "no_decay"]
             assert all(parameter.ndim == 1 for parameter in groups[-1]["params"]) and groups[-1]["weight_decay"] == 0
         assert [group["name"] for group in groups] == expected
         assert sorted(map(id, trainable)) == sorted(id(each) for group in groups for each in group["params"])
@@ -106,10 +106,10 @@ def test_one_kernel_updates_all_where_there_is_one(tmp_path, given, fused):
     runs = [
         built(tmp_path / name, *keys) for name, keys in {"a": given, "b": (given[0], "+optimizer.foreach=true")}.items()
     ]
-    assert runs[0].optimizer.defaults.get("fused") is fused
+    assert runs[0].state.optimizer.defaults.get("fused") is fused
     for run in runs:
-        run.run()
-    for ours, plain in zip(*(run.model.parameters() for run in runs), strict=True):
+        run_to_end(run)
+    for ours, plain in zip(*(run.state.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_one_kernel_updates_all_where_there_is_one(tmp_path, given, fused):
 def test_both_rules_are_torchs_to_the_bit(monkeypatch, layout, adjust_lr_fn):
     """A convolution's weight as torch.optim.Muon updates the matrix (out, in x k x k), in 16 bits as it works in;
     everything else as torch.optim.AdamW does."""
-    monkeypatch.setattr(optimizers, "working_type", lambda device: torch.bfloat16)
+    monkeypatch.setattr("trainer.optim.muon.working_type", lambda device: torch.bfloat16)
     ours, theirs = resnet().to(memory_format=layout), resnet()
     groups = group_parameters(ours, decayed=decayed_parameters(ours, "weights"), with_muon=True)
     optimizer = Muon(
@@ -167,7 +167,7 @@ def test_orthogonalise_is_its_polynomial_of_the_singular_values(shape):
     values = values / values.square().sum().sqrt()
     for _ in range(3):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    found = optimizers.orthogonalise(matrix, steps=3, dtype=torch.float64)
+    found = orthogonalise(matrix, steps=3, dtype=torch.float64)
     torch.testing.assert_close(found, left @ values.diag() @ right, rtol=1e-10, atol=1e-12)
 
 
@@ -204,8 +204,8 @@ def test_a_parameter_without_a_gradient_is_left_alone():
 def test_the_state_goes_through_a_checkpoint(tmp_path, name):
     extra = () if name == "adagrad" else ("optimizer.momentum=0.8",)
     extra += ("optimizer.centered=true",) if name == "rmsprop" else ()
-    trainer = trained(tmp_path / "run", f"optimizer={name}", "model.hidden=[16,16]", "trainer.max_epochs=1", *extra)
-    tensors, plain = optimizer_tensors(trainer.model, trainer.optimizer)
+    run = trained(tmp_path / "run", f"optimizer={name}", "model.hidden=[16,16]", "trainer.max_epochs=1", *extra)
+    tensors, plain = optimizer_state(run.state.models, run.state.optimizer)
     kinds = {key.rpartition(".")[2] for key in tensors}
     assert (
         kinds
@@ -217,8 +217,8 @@ def test_the_state_goes_through_a_checkpoint(tmp_path, name):
         and plain == {}
     )
     other = built(tmp_path / "other", f"optimizer={name}", "model.hidden=[16,16]", *extra)
-    load_optimizer_tensors(other.model, other.optimizer, tensors, json.loads(json.dumps(plain)))
-    again, _ = optimizer_tensors(other.model, other.optimizer)
+    load_optimizer_state(other.state.models, other.state.optimizer, tensors, json.loads(json.dumps(plain)))
+    again, _ = optimizer_state(other.state.models, other.state.optimizer)
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
 
 
@@ -226,14 +226,14 @@ def test_the_state_goes_through_a_checkpoint(tmp_path, name):
 
 
 def test_rates_and_momenta_of_each_group(tmp_path):
-    trainer = built(
+    run = built(
         tmp_path / "run",
         *("optimizer=muon", "optimizer.lr=0.02", "optimizer.adamw_lr=0.001", "trainer.weight_decay_on=weights"),
         *("schedule=one_cycle", "model.hidden=[16,16]", "trainer.bias_lr_factor=8"),
     )
-    assert trainer.schedule.base_rates == [0.02, 0.001, 0.008]
-    trainer.run()
-    groups = trainer.optimizer.param_groups
+    assert run.state.schedule.base_lrs == [0.02, 0.001, 0.008]
+    run_to_end(run)
+    groups = run.state.optimizer.param_groups
     share = groups[0]["lr"] / 0.02
     assert 0 < share < 0.01 and [group["lr"] for group in groups] == pytest.approx(
         [0.02 * share, 0.001 * share, 0.008 * share]

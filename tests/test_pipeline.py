@@ -12,7 +12,7 @@ import yaml
 from conftest import built
 from torchvision.transforms import v2
 
-from core.command_line import CONFIGS
+from core.composition import CONFIGS
 from core.errors import ConfigError
 from core.seeding import fold
 from data.augment.color import ColorShift, PCAColor
@@ -269,9 +269,9 @@ def test_every_option_builds_and_names_its_steps_like_no_other(tmp_path):
             assert steps.setdefault(name, node) == node
             assert name == "flip" or sum(node == other for other in steps.values()) == 1
     refuse_untrusted({"augment": steps}, trust=[])  # a resumed run builds them
-    trainer = built(tmp_path / "run", f"augment=[{','.join(options)}]", "data.channels=3")
-    batch = next(trainer.train_loader.steps(0))[0]
-    assert list(trainer.train_loader.augmentations.steps) == list(
+    run = built(tmp_path / "run", f"augment=[{','.join(options)}]", "data.channels=3")
+    batch = next(run.training.train_loader.steps(0))[0]
+    assert list(run.training.train_loader.augmentations.steps) == list(
         dict.fromkeys(
             name
             for option in options
@@ -282,8 +282,8 @@ def test_every_option_builds_and_names_its_steps_like_no_other(tmp_path):
 
 
 def test_the_builder_fits_to_the_training_part_and_wraps_transforms(tmp_path):
-    trainer = built(tmp_path / "run", "augment=[pca_color,erasing,rand_augment]", "augment.erasing.fill=mean")
-    loader = trainer.train_loader
+    run = built(tmp_path / "run", "augment=[pca_color,erasing,rand_augment]", "augment.erasing.fill=mean")
+    loader = run.training.train_loader
     steps, pixels = loader.augmentations.steps, loader.source.images.pixels.double() / 255
     assert steps["pca_color"].components.item() == pytest.approx(255 * pixels.var(correction=0).item(), rel=1e-5)
     assert steps["erasing"].colour.item() == round(255 * pixels.mean().item())

@@ -17,37 +17,36 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import yaml
-from conftest import MLP, built, composed, last_state, packed, reopened, stop_after, trained
+from conftest import MLP, built, composed, last_state, packed, reopened, run_to_end, stop_after, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from core.config import resumed
+from core.composition import resumed
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError
 from core.json_lines import read_lines
 from core.schema import TRAIN
 from models import mlp
-from trainer.build.training import build
-from trainer.loop import Trainer
+from trainer.run import Run
+from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+from trainer.storage.checkpoint import CheckpointFolder
 
 
-def stopped(trainer: Trainer, step: int) -> None:
-    stop_after(trainer, step)
+def stopped(run: Run, step: int) -> None:
+    stop_after(run, step)
     with pytest.raises(StopSignal) as caught:
-        trainer.run()
-    assert caught.value.exit_code == 143 and trainer.step == step
+        run_to_end(run)
+    assert caught.value.exit_code == 143 and run.state.step == step
 
 
-def go_on(folder: Path, *overrides: str) -> Trainer:
-    trainer = reopened(folder, *overrides)
-    assert trainer is not None
-    trainer.run()
-    return trainer
+def go_on(folder: Path, *overrides: str) -> Run:
+    run = reopened(folder, *overrides)
+    assert run is not None
+    run_to_end(run)
+    return run
 
 
 @pytest.fixture
@@ -72,9 +71,9 @@ def test_stopped_before_the_first_step_and_five_times_in_a_row(tmp_path, whole):
         *("trainer.accumulate=2", "trainer.max_epochs=4", "trainer.weight_decay_on=weights"),
     )
     folder = tmp_path / "run"
-    trainer = built(folder, *overrides)  # killed before a step: the folder was born with the state of step 0
-    trainer.tracker.close()
-    trainer.folder.close()
+    run = built(folder, *overrides)  # killed before a step: the folder was born with the state of step 0
+    run.recorder.tensorboard.close()
+    run.folder.close()
     for step in (1, 3, 4, 8, 11):
         again = reopened(folder)
         assert again is not None
@@ -158,7 +157,7 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
     state, write = last_state(reference), checkpoint.write_durably
     for number in itertools.count():
         folder, calls = tmp_path / str(number), itertools.count()
-        trainer = built(folder, *overrides)
+        run = built(folder, *overrides)
 
         def write_or_die(path: Path, *content: Any, calls: Any = calls, number: int = number) -> None:
             call = next(calls)
@@ -171,7 +170,7 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, "write_durably", write_or_die)
             try:
-                trainer.run()
+                run_to_end(run)
             except Killed:
                 assert not (folder / "summary.json").exists()
             else:
@@ -183,12 +182,12 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
 
 @pytest.mark.usefixtures("_event_files_in_order")
 def test_a_signal_during_the_test(tmp_path, whole):
-    trainer = built(tmp_path / "run")
-    trainer.evaluated_model.register_forward_hook(
-        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if trainer.stop_reason else None
+    run = built(tmp_path / "run")
+    run.state.evaluated_model.register_forward_hook(
+        lambda *_: None if run.state.model.training or run.state.settled else os.kill(os.getpid(), signal.SIGTERM)
     )
     with pytest.raises(StopSignal):
-        trainer.run()
+        run_to_end(run)
     go_on(tmp_path / "run")
     reference = whole()
     assert last_state(tmp_path / "run") == last_state(reference)
@@ -218,38 +217,14 @@ def test_all_checkpoints_damaged(tmp_path):
     assert contents(folder) == before
 
 
-OLD = Path(__file__).parent / "run_of_format_1"  # stopped after 8 of 12 steps, by the version before format 2
-
-
-def test_a_run_of_an_older_format_goes_on(tmp_path, whole):
-    """S09: migrated; the keys that have come since mean what was done then."""
-    shutil.copytree(OLD, tmp_path / "run")
-    trainer = reopened(tmp_path / "run")
-    assert trainer is not None and trainer.step == trainer.evaluated == 8
-    (newest,) = (OLD / "checkpoints").glob("last-00000008-*")
-    tensors = safetensors.torch.load_file(newest)
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, tensors[f"model.{name}"])
-    assert trainer.sums.window.tolist() == [*tensors["sums.window"].tolist(), 16.0]  # two batches since the evaluation
-    trainer.run()
-    snapshot = CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0]
-    assert snapshot.step == 12 and snapshot.values["format"] == 2
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [6, 12]
-    # Not to the bit: eight of its steps were made by another processor.
-    reference = whole("model.hidden=[4]", "optimizer=adam", "trainer.ema_decay=0.9", "trainer.log_every=5 steps")
-    for name, tensor in CheckpointFolder(reference / "checkpoints").load("last")[0].tensors.items():
-        torch.testing.assert_close(snapshot.tensors[name], tensor, rtol=1e-3, atol=1e-4)
-
-
-def test_a_newer_format_is_refused(tmp_path):
+@pytest.mark.parametrize("number", [2, 4])
+def test_another_format_is_refused(tmp_path, number):
     folder = trained(tmp_path / "run", "trainer.max_epochs=1").folder
     found = folder.checkpoints.load("last")[0]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "FORMAT", 3)
-        newer = packed(Snapshot(found.tensors, {**found.values, "format": 3, "step": 7}))
-    name = f"last-00000007-{checkpoint.digest(newer)}.safetensors"
-    (folder.checkpoints.path / name).write_bytes(newer)
-    with pytest.raises(CheckpointError, match="format 3; this version reads formats 1 to 2"):
+    other = packed(Snapshot(found.tensors, {**found.values, "format": number, "step": 7}))
+    name = f"last-00000007-{checkpoint.digest(other)}.safetensors"
+    (folder.checkpoints.path / name).write_bytes(other)
+    with pytest.raises(CheckpointError, match=f"format {number}; this version reads format 3"):
         reopened(folder.path)
 
 
@@ -261,23 +236,23 @@ def test_an_evaluation_that_is_put_off_is_told_once(tmp_path, whole):
     """Stopped in the middle of one; killed behind it, before the checkpoint that counts it; and gone on with."""
     overrides = ("trainer.evaluate_every=3 steps", "data.eval_batch_size=4")
     folder = tmp_path / "run"
-    trainer = built(folder, *overrides)
+    run = built(folder, *overrides)
 
     def stop(*_: object) -> None:
-        if trainer.step == 6 and not trainer.model.training:
+        if run.state.step == 6 and not run.state.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.evaluated_model.register_forward_hook(stop)
+    run.state.evaluated_model.register_forward_hook(stop)
     with pytest.raises(StopSignal):
-        trainer.run()
+        run_to_end(run)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [3]
     assert CheckpointFolder(folder / "checkpoints").load("last")[0].values["evaluated"] == 3
     again = reopened(folder)
     assert again is not None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(again, "commit", killed)
+        patched.setattr(again.loop, "commit", killed)
         with pytest.raises(Killed):
-            again.run()
+            run_to_end(again)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [3, 6]
     assert scalars(folder)["val/loss"][-1][0] == 6
     go_on(folder)
@@ -292,21 +267,25 @@ def killed(**_: object) -> None:
 @pytest.mark.parametrize("phase", ["training", "validation", "test"])
 def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
     """D13: the root is gone in the middle of a run; what was done is saved, and goes on when it is back."""
-    trainer = built(tmp_path / "run", "trainer.evaluate_every=4 steps")
-    trainer.train_loader.batches_at_once = 1  # read step by step
-    loader = {"training": trainer.train_loader, "validation": trainer.val_loader, "test": trainer.test_loader}[phase]
+    run = built(tmp_path / "run", "trainer.evaluate_every=4 steps")
+    run.training.train_loader.batches_at_once = 1  # read step by step
+    loader = {
+        "training": run.training.train_loader,
+        "validation": run.training.val_loader,
+        "test": run.training.test_loader,
+    }[phase]
     assert loader is not None
     read, reason = loader.source.read, DataError("a.png", "cannot be read")
 
     def fail(batches: Any, *, augment: Any) -> Any:
         for batch in read(batches, augment=augment):
-            if trainer.step == {"training": 3, "validation": 8, "test": 12}[phase]:
+            if run.state.step == {"training": 3, "validation": 8, "test": 12}[phase]:
                 raise reason
             yield batch
 
     loader.source.read = fail
     with pytest.raises(DataError):
-        trainer.run()
+        run_to_end(run)
     step = {"training": 2, "validation": 8, "test": 12}[phase]
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0].step in (step, step + 1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
@@ -317,13 +296,13 @@ def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
 @pytest.mark.parametrize("method", ["add_event", "flush"])
 def test_tensorboard_that_fails_does_not_stop_training(tmp_path, whole, monkeypatch, capfd, method):
     """P11: told once, by name; the training is the same."""
-    trainer = built(tmp_path / "run")
+    run = built(tmp_path / "run")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer.tracker.events.event_writer, method, fail)
-    trainer.run()
+    monkeypatch.setattr(run.recorder.tensorboard.events.event_writer, method, fail)
+    run_to_end(run)
     assert last_state(tmp_path / "run") == last_state(whole())
     (told,) = [line["text"] for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "warning"]
     assert told.startswith("TensorBoard fails, the run goes on without it: OSError") and "No space left" in told
@@ -353,11 +332,11 @@ def test_a_save_that_fails_is_tried_again_before_a_later_one(tmp_path, monkeypat
 
 
 def test_a_failure_behind_the_failure_does_not_hide_it(tmp_path, monkeypatch):
-    trainer = built(tmp_path / "run")
-    monkeypatch.setattr(trainer.saver, "retry", lambda: 1 // 0)
-    trainer.model.register_forward_pre_hook(broken)
+    run = built(tmp_path / "run")
+    monkeypatch.setattr(run.saver, "retry", lambda: 1 // 0)
+    run.state.model.register_forward_pre_hook(broken)
     with pytest.raises(DataError, match="the first"):
-        trainer.run()
+        run_to_end(run)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
@@ -379,9 +358,9 @@ def test_damaged_logs_are_told_and_lose_only_what_is_damaged(tmp_path):
 
 
 def test_a_mask_of_infinities_is_no_sign_of_divergence(tmp_path):
-    trainer = built(tmp_path / "run", "model._target_=test_resume.Masked")
-    trainer.run()
-    assert trainer.step == 12
+    run = built(tmp_path / "run", "model._target_=test_resume.Masked")
+    run_to_end(run)
+    assert run.state.step == 12
 
 
 class Masked(mlp.MLP):
@@ -522,18 +501,18 @@ def test_turning_a_run_that_is_under_way(tmp_path):
     folder = tmp_path / "run"
     given = ("schedule=constant", "schedule.warmup_epochs=1", "trainer.max_epochs=2", "trainer.checkpoint.monitor=null")
     stopped(built(folder, *given), 4)
-    trainer = reopened(folder, "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.momentum=0.5")
-    assert trainer is not None
-    weight = next(trainer.model.parameters())
+    run = reopened(folder, "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.momentum=0.5")
+    assert run is not None
+    weight = next(run.state.model.parameters())
     seen: list[tuple[float, torch.Tensor]] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
         assert weight.grad is not None
         seen.append((optimizer.param_groups[0]["lr"], weight.grad.clone()))
 
-    before, velocity = weight.detach().clone(), trainer.optimizer.state[weight]["momentum_buffer"].clone()
-    trainer.optimizer.register_step_pre_hook(look)
-    trainer.run()
+    before, velocity = weight.detach().clone(), run.state.optimizer.state[weight]["momentum_buffer"].clone()
+    run.state.optimizer.register_step_pre_hook(look)
+    run_to_end(run)
     assert [rate for rate, _ in seen] == pytest.approx([0.01 * share for share in (5 / 7, 6 / 7, *[1] * 6)])
     for rate, gradient in seen:
         velocity = 0.5 * velocity + gradient + 0.1 * before
@@ -567,10 +546,10 @@ def test_flags_and_other_places(tmp_path):
     moved = tmp_path / "elsewhere" / "run, again=[1]"
     moved.parent.mkdir()
     folder.rename(moved)
-    trainer = build(resumed(moved, [], TRAIN))
-    assert trainer is not None
-    trainer.run()
-    assert trainer.step == 12
+    run = Run.resume(resumed(moved, [], TRAIN))
+    assert run is not None
+    run_to_end(run)
+    assert run.state.step == 12
 
 
 # Picture files
@@ -646,8 +625,8 @@ def test_the_clock_goes_on(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     before = json.loads((folder / "summary.json").read_text())
-    trainer = go_on(folder)
+    run = go_on(folder)
     after = json.loads((folder / "summary.json").read_text())
     assert after["seconds"] > before["seconds"] > 0 and math.isfinite(after["samples_per_second"])
-    assert trainer.clock.samples == 88  # each sample once
+    assert run.state.clock.samples == 88  # each sample once
     assert composed().record["run_dir"] is None  # what tests share is not changed by them

@@ -11,23 +11,20 @@ import torch
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from core.errors import ConfigError
-from trainer.build.durations import due, to_steps, total_steps, warmup_steps
+from trainer.durations import due, to_steps, total_steps, warmup_steps
 from trainer.optim.schedules import (
-    FactorSchedule,
-    Plateau,
-    TorchScheduler,
     constant,
     cosine,
     cosine_restarts,
     exponential,
     inverse_time,
-    momentum_of,
     multistep,
     one_cycle,
     one_cycle_momentum,
     polynomial,
     step_decay,
 )
+from trainer.optim.scheduling import FactorSchedule, Plateau, TorchScheduler, momentum_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")  # nothing is trained
 
@@ -55,7 +52,7 @@ def theirs(scheduler: Any, steps: int) -> list[tuple[list[float], list[float | N
 
 def ours(factor: Any, *, steps: int, warmup: int = 0, momentum: Any = None, kind: type[Optimizer] = SGD) -> list[Any]:
     made = optimizer(kind=kind)
-    schedule = FactorSchedule(factor, base_rates=RATES, total_steps=steps, warmup_steps=warmup, momentum=momentum)
+    schedule = FactorSchedule(factor, base_lrs=RATES, total_steps=steps, warmup_steps=warmup, momentum=momentum)
     seen = []
     for step in range(steps):
         schedule.apply(made, step)
@@ -247,7 +244,7 @@ def test_values_out_of_range_are_named(factor, name):
 def test_plateau_is_reduce_lr_on_plateau(mode, patience):
     made, other = optimizer(), optimizer()
     settings: dict[str, Any] = {"monitor": "val/loss", "mode": mode, "factor": 0.5, "patience": patience}
-    settings |= {"min_delta": 0.01, "minimum": 0.001, "base_rates": RATES, "warmup_steps": 0}
+    settings |= {"min_delta": 0.01, "minimum": 0.001, "base_lrs": RATES, "warmup_steps": 0}
     plateau = Plateau(**settings)
     reference = lr_scheduler.ReduceLROnPlateau(
         other,
@@ -268,14 +265,14 @@ def test_plateau_is_reduce_lr_on_plateau(mode, patience):
         plateau.observe({"val/loss": value, "val/accuracy": 0.0})
         reference.step(value)
         again = Plateau(**settings)  # the state is all there is
-        again.load_state(json.loads(json.dumps(plateau.state())))
+        again.load_state_dict(json.loads(json.dumps(plateau.state_dict())))
         plateau = again
     assert len(seen) == 11 and min(seen) == close(0.3 * 0.001)  # ten falls, to the minimum
 
 
 def test_plateau_warms_up():
     made = optimizer()
-    plateau = Plateau(monitor="a", mode="min", factor=0.5, patience=0, min_delta=0, base_rates=RATES, warmup_steps=3)
+    plateau = Plateau(monitor="a", mode="min", factor=0.5, patience=0, min_delta=0, base_lrs=RATES, warmup_steps=3)
     for value in (1.0, 2.0):
         plateau.observe({"a": value})
     factors = []
@@ -315,9 +312,9 @@ def test_torch_scheduler_is_the_plain_loop_and_goes_on_from_any_step(name, inter
         adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
         for step in range(steps):
             if step == stop:
-                state = json.loads(json.dumps(adapter.state()))
+                state = json.loads(json.dumps(adapter.state_dict()))
                 adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
-                adapter.load_state(state)
+                adapter.load_state_dict(state)
             made = adapter.scheduler.optimizer
             adapter.apply(made, step)
             assert [(group["lr"], group["momentum"]) for group in made.param_groups] == expected[step], (stop, step)
@@ -329,7 +326,7 @@ def test_torch_scheduler_goes_on_at_another_base_rate(name):
     for step in range(4):
         first.apply(first.scheduler.optimizer, step)
     halved = TorchScheduler(TORCH[name](optimizer([rate / 2 for rate in RATES])), interval="step", steps_per_epoch=3)
-    halved.load_state(json.loads(json.dumps(first.state())))
+    halved.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in range(4, 9):
         first.apply(first.scheduler.optimizer, step)
         halved.apply(halved.scheduler.optimizer, step)
@@ -341,9 +338,7 @@ def test_one_cycle_leaves_groups_without_momentum_alone():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = SGD([{"params": [parameter], "momentum": 0.9}, {"params": [], "momentum": 0.0}], lr=1.0)
     momentum = partial(one_cycle_momentum, low=0.8, high=0.95)
-    FactorSchedule(constant, base_rates=[1.0, 1.0], total_steps=9, warmup_steps=0, momentum=momentum).apply(
-        optimizer, 0
-    )
+    FactorSchedule(constant, base_lrs=[1.0, 1.0], total_steps=9, warmup_steps=0, momentum=momentum).apply(optimizer, 0)
     assert [group["momentum"] for group in optimizer.param_groups] == [pytest.approx(0.95), 0.0]
 
 

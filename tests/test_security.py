@@ -32,15 +32,16 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import MLP, SYNTHETIC, composed, last_state, packed, reopened, trained
+from conftest import MLP, SYNTHETIC, composed, last_state, packed, reopened, run_to_end, trained
 from omegaconf import OmegaConf
 
 from core.config import read_run_config
 from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError, PreceptorError, SecurityError
-from trainer.build.training import assemble, build
+from trainer.build.training import build
 from trainer.build.weights import init_from
 from trainer.inference.load_run import load_run
+from trainer.run import Run
 from trainer.storage.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
 from trainer.storage.safetensors_file import LARGEST_HEADER
 
@@ -367,6 +368,8 @@ TARGETS = (
     *(
         "core.config.read_run_config",
         "data.sources.images.decode",
+        "data.sources.decode.decode",
+        "data.sources.image_folder.with_cache",
         "data.sources.datasets.shutil.rmtree",
         "data.loading.loaders.TrainLoader",
     ),
@@ -455,14 +458,16 @@ def test_x05_only_the_caller_trusts_a_package(copy, tmp_path, others_package, mo
             call()
     assert not (tmp_path / "imported").exists()
 
-    assert type(reopened(copy, "trainer.max_epochs=2", "trust=[their_losses]").loss_function).__name__ == "Theirs"
+    assert (
+        type(reopened(copy, "trainer.max_epochs=2", "trust=[their_losses]").training.loss_function).__name__ == "Theirs"
+    )
     load_run(copy, trust=["their_losses"])
     assert (tmp_path / "imported").exists()
 
 
 def test_what_the_user_wrote_runs_freely(others_package):
     config = composed("loss._target_=their_losses.Theirs", "loss.auxiliary_weight=null")
-    assert type(assemble(config)[0].loss_function).__name__ == "Theirs"
+    assert type(build(config)[0].loss_function).__name__ == "Theirs"
 
 
 # X06: values from the environment, and interpolation
@@ -476,8 +481,8 @@ def test_x06_environment_values_are_written_nowhere(tmp_path, run, monkeypatch, 
     monkeypatch.setenv("RATE", "0.0123456789")
     config = composed(*(f"{name}={value}" for name, value in values.items()), "trainer.max_epochs=1")
     place = {"run_dir": str(folder)}
-    trainer = build(replace(config, values=config.values | place, record=config.record | place))
-    trainer.run()
+    run = Run.create(replace(config, values=config.values | place, record=config.record | place))
+    run_to_end(run)
     said = capfd.readouterr()
     for path in folder.rglob("*"):
         for secret in (b"hunter2", b"0.0123456789"):

@@ -64,3 +64,9 @@ def test_training_imports_nothing_that_it_does_not_need(tmp_path):
     _, _, modules = start("scripts/train.py", *arguments)
     assert "torch" in modules
     assert not modules & {"sklearn", "torchvision", "scipy", "pandas", "matplotlib"}
+
+
+def test_a_config_is_read_without_hydra():
+    """A notebook that loads a run needs no more of a config than this."""
+    _, _, modules = start("-c", "import core.config")
+    assert "yaml" in modules and not modules & {"hydra", "omegaconf", "rich", "tensorboard"}

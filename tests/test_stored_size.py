@@ -1,7 +1,6 @@
 """Pictures stored larger than the network sees them: pieces of them, resized as torchvision resizes those of the
 original; the same run to the bit however they are read; evaluation as ever."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,20 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import built, composed, last_state, reopened, stop_after, trained
+from conftest import built, composed, last_state, reopened, run_to_end, stop_after, trained
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.v2 import functional as reference
 
+from analysis import look
+from analysis.evaluate import evaluate_run
 from core.config import Config
 from core.errors import ConfigError, StopSignal
 from core.seeding import fold
 from data.augment.geometry import RandomResizedCrop, rectangles
 from data.loading.loaders import Resident
 from data.loading.normalisation import statistics
-from data.sources.images import Files, decode
-from data.sources.splits import resize
-from trainer.build.training import assemble
+from data.sources.decode import decode
+from data.sources.images import Files
+from data.sources.pixels import resize
+from trainer.build.training import build
 from trainer.inference.load_run import load_run
 
 ORIGINAL, STORED, SEEN = 64, 32, 16  # pixels
@@ -81,9 +83,9 @@ def test_pieces_of_the_right_size_are_copied():
         assert torch.equal(ours, image[:, top : top + 12, left : left + 12].float())
 
 
-def shown(trainer, epoch: int) -> dict[Path, torch.Tensor]:
+def shown(run, epoch: int) -> dict[Path, torch.Tensor]:
     """What an epoch makes of each training picture."""
-    loader = trainer.train_loader
+    loader = run.training.train_loader
     paths = loader.source.images.pixels.paths
     return {paths[row]: image for batch in loader.pictures(epoch) for row, image in zip(batch.indices, batch.images)}
 
@@ -130,10 +132,10 @@ def test_a_training_is_the_same_to_the_bit(root, tmp_path):
     killed = built(tmp_path / "killed", *given(root, cache, *more, "data.memory_budget=0"))
     stop_after(killed, 5)
     with pytest.raises(StopSignal):
-        killed.run()
+        run_to_end(killed)
     resumed = reopened(tmp_path / "killed", "data.num_workers=1")
     assert resumed is not None
-    resumed.run()
+    run_to_end(resumed)
     states.append(last_state(tmp_path / "killed"))
     assert states == states[:1] * 5
     assert len(list(cache.glob("*.npy"))) == 2  # one a size
@@ -150,19 +152,19 @@ def test_only_what_is_trained_on_is_stored_larger(root, tmp_path):
     plain = built(tmp_path / "plain", *given(root, None, "data.stored_size=null"))
     for number, (place, kept) in enumerate([(root, [STORED, SEEN]), (parts, [STORED, SEEN, SEEN])]):
         cache = tmp_path / f"cache{number}"
-        trainer = built(tmp_path / str(number), *given(place, cache, "data.memory_budget=0"))
+        run = built(tmp_path / str(number), *given(place, cache, "data.memory_budget=0"))
         assert sorted((np.load(path).shape[2] for path in cache.glob("*.npy")), reverse=True) == kept
-        train = trainer.train_loader.source.images
+        train = run.training.train_loader.source.images
         assert train.pixels.shape[2:] == (STORED, STORED)
         mean, std = statistics([resize(train.load(), image_size=SEEN, fit="resize")])
-        assert torch.equal(trainer.normalisation.tensors["mean"], mean)
-        assert torch.equal(trainer.normalisation.tensors["std"], std)
-        for loader in (trainer.val_loader, trainer.test_loader):
+        assert torch.equal(run.state.normalisation.tensors["mean"], mean)
+        assert torch.equal(run.state.normalisation.tensors["std"], std)
+        for loader in (run.training.val_loader, run.training.test_loader):
             files = loader.source.images.pixels
             assert isinstance(files, Files) and files.cache is not None
             expected = torch.stack([decode(path, image_size=SEEN, channels=3) for path in files.paths])
             assert torch.equal(loader.source.images.load(), expected)
-    assert (plain.normalisation.tensors["mean"] - mean).abs().max() < 0.01
+    assert (plain.state.normalisation.tensors["mean"] - mean).abs().max() < 0.01
 
 
 def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
@@ -170,8 +172,10 @@ def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
     bytes_needed = 3 * (train * STORED**2 + (val + test) * SEEN**2)
     for spare, resident in ((0, True), (-1, False)):
         budget = f"data.memory_budget={(bytes_needed + spare) / 2**30!r}"
-        trainer = built(tmp_path / str(resident), *given(root, None, budget))
-        sources = [loader.source for loader in (trainer.train_loader, trainer.val_loader, trainer.test_loader)]
+        run = built(tmp_path / str(resident), *given(root, None, budget))
+        sources = [
+            loader.source for loader in (run.training.train_loader, run.training.val_loader, run.training.test_loader)
+        ]
         assert [isinstance(source, Resident) for source in sources] == [resident] * 3
         if resident:
             assert [len(source.pixels) for source in sources] == [train, val, test]
@@ -201,24 +205,21 @@ def test_the_key_is_checked(root):
 
 def test_torchvisions_own_brings_pictures_down(root, tmp_path):
     transform = "{_target_:torchvision.transforms.v2.RandomResizedCrop,size:16,antialias:true}"
-    trainer = built(tmp_path / "run", *given(root, None, "augment=[flip]", f"+augment.theirs={transform}"))
-    assert next(iter(trainer.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+    run = built(tmp_path / "run", *given(root, None, "augment=[flip]", f"+augment.theirs={transform}"))
+    assert next(iter(run.training.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
     shrunk = built(tmp_path / "more", *given(root, None, "augment=[random_resized_crop,trivial_augment,cutmix]"))
-    assert next(iter(shrunk.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+    assert next(iter(shrunk.training.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
 
 
-def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path, monkeypatch):
+def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path):
     """evaluate.py split=train is as of a run without the key; look.py puts pictures of one size side by side."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    look = importlib.import_module("look")
-    trainer, splits, _ = assemble(composed(*given(root, None, "data.memory_budget=0")))
-    pictures = look.augmented_pictures(trainer, splits)["pictures"]
+    training, splits = build(composed(*given(root, None, "data.memory_budget=0")))
+    pictures = look.augmented_images(training.train_loader, splits, image_size=SEEN)["images"]
     assert pictures.shape == (2, 1 + look.EPOCHS, SEEN, SEEN, 3)
 
     run = load_run(trained(tmp_path / "run", *given(root, None)).folder.path)
     values = {"run": str(tmp_path / "run"), "split": "train", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate = importlib.import_module("evaluate").evaluate
-    evaluate(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    evaluate_run(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
     told = json.loads((tmp_path / "run" / "evaluation-train.json").read_text())
     with torch.no_grad():
         logits = run.model(torch.stack([run.transform(path) for path in splits.train.pixels.paths]))

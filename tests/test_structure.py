@@ -1,74 +1,263 @@
-"""The architecture's rules, held by reading the source: import directions, shadowing names, comments in YAML."""
+"""The architecture's rules, checked by reading the source: imports, sizes, maps of packages, assignments, configs.
+
+CONTRIBUTING.md has the rules as text. The last test runs a script, to count the frames of a command.
+"""
 
 import ast
+import re
+import runpy
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {path.name for path in (ROOT / "src").iterdir() if (path / "__init__.py").exists()}
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+from trainer.loop import Loop
 
-# Who may import whom among our packages; `trainer.build` and those that restore and begin runs tie the ends together.
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+SOURCES = sorted(SRC.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+BENCH = sorted((ROOT / "bench").glob("*.py"))
+FOLDERS = sorted(path.parent for path in SRC.rglob("__init__.py"))
+PACKAGES = {path.name for path in FOLDERS if path.parent == SRC}
+MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in SOURCES if path.stem != "__init__"}
+
+# The packages that a package's files may import. `trainer.build` and those below tie the packages together.
 ALLOWED = {
     "core": {"core"},
     "models": {"core", "models"},
     "data": {"core", "data"},
     "trainer": {"core", "trainer"},
-    "analysis": {"core", "analysis"},
     "sweeps": {"core", "sweeps", "trainer"},
+    "analysis": {"core", "analysis", "trainer", "data"},
 }
-MAY_IMPORT_DATA = {"trainer/build/training.py", "trainer/begin.py", "trainer/inference/load_run.py"}
-MAY_IMPORT_HYDRA = {"core/config.py", "core/command_line.py", "trainer/build/training.py"}
-MAY_IMPORT_HYDRA |= {f"sweeps/{name}.py" for name in ("compose", "plan", "best")}
+MAY_IMPORT_DATA = ("trainer/build/", "trainer/inference/", "trainer/run.py")
+LOADERS = ("data.loading.loaders", "data.loading.prefetch", "data.loading.workers", "data.augment")
+MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py")
+SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
+
+MOST_LINES, MOST_LINES_OF_SCRIPT, MOST_LINES_OF_FUNCTION = 300, 40, 60
+MOST_FILES, MOST_MODELS = 15, 20
+OF_OTHERS = {"bias", "state"}  # attributes of torch's modules and Optuna's tables that a class of ours has too
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports anywhere in it, functions included."""
+def place_of(path: Path) -> str:
+    """A file's path below `src`, or below the repository's root for scripts and benchmarks."""
+    return path.relative_to(SRC if path.is_relative_to(SRC) else ROOT).as_posix()
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported anywhere below a node, in functions and under TYPE_CHECKING too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            assert node.level == 0, "relative import"
+            names |= {module_of(node.module or "", alias.name) for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def module_of(module: str, name: str) -> str:
+    """What `from module import name` imports: the module of that name if there is one."""
+    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
+
+
+def is_in(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def each(paths: list[Path]) -> Callable[[Any], Any]:
+    return pytest.mark.parametrize("path", paths, ids=place_of)
+
+
+# Imports
+
+
+@each(SOURCES)
 def test_import_directions(path):
-    place = str(path.relative_to(ROOT / "src"))
-    roots = {name.partition(".")[0] for name in imported(path)}
-    allowed = ALLOWED[place.partition("/")[0]] | ({"data"} if place in MAY_IMPORT_DATA else set())
-    assert roots & (PACKAGES | {"scripts"}) <= allowed
-    assert place in MAY_IMPORT_HYDRA or not roots & {"hydra", "omegaconf"}
+    place, modules = place_of(path), imported(tree_of(path))
+    allowed = set(ALLOWED[place.partition("/")[0]])
+    if place.startswith(MAY_IMPORT_DATA):
+        allowed.add("data")
+    assert {module.partition(".")[0] for module in modules} & (PACKAGES | {"scripts", "bench"}) <= allowed
+    if place.startswith("trainer/") and not place.startswith("trainer/build/"):
+        assert not [module for module in modules if is_in(module, *LOADERS)]
+    if place == "trainer/loop.py":
+        assert not [module for module in modules if is_in(module, "trainer.build", "trainer.storage", "trainer.run")]
 
 
-def test_core_needs_no_torch():
-    for path in (ROOT / "src/core").glob("*.py"):
-        assert not {name.partition(".")[0] for name in imported(path)} & {"torch", "torchvision", "numpy", "sklearn"}
+@each(SOURCES + SCRIPTS + BENCH)
+def test_hydra_only_where_configs_are_composed(path):
+    if not place_of(path).startswith(MAY_IMPORT_HYDRA):
+        assert not [module for module in imported(tree_of(path)) if is_in(module, "hydra", "omegaconf")]
 
 
-def test_scripts_import_torch_only_inside_main():
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    for path in (ROOT / "scripts").glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-                allowed = PACKAGES & {"core"} | scripts | set(sys.stdlib_module_names)
-                assert str(module).partition(".")[0] in allowed, f"{path.name} imports {module} at its top"
+@each(list(MODULES.values()))
+def test_no_import_circle(path):
+    """No module imports itself through others; the shortest circle is reported."""
+    (start,) = (name for name, file in MODULES.items() if file == path)
+    chains, reached = [[start]], {start}
+    for chain in chains:  # grows: breadth first
+        for module in sorted(imported(tree_of(MODULES[chain[-1]])) & set(MODULES)):
+            assert module != start, f"import circle: {' -> '.join([*chain, start])}"
+            if module not in reached:
+                reached.add(module)
+                chains.append([*chain, module])
 
 
-def test_package_inits_import_nothing():
-    for package in PACKAGES:
-        assert (ROOT / "src" / package / "__init__.py").read_text().strip() == ""
+@each([path for path in SOURCES if place_of(path).startswith("core/")])
+def test_core_needs_no_torch(path):
+    assert not {module.partition(".")[0] for module in imported(tree_of(path))} & {
+        *("torch", "torchvision", "numpy", "sklearn", "rich", "matplotlib", "tensorboard"),
+    }
+
+
+@each(SCRIPTS + BENCH)
+def test_scripts_import_only_core_at_their_top(path):
+    """Torch takes seconds: help and mistakes in a command line come before it is imported."""
+    allowed = {"core", *sys.stdlib_module_names, *(sibling.stem for sibling in path.parent.glob("*.py"))}
+    top = [node for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {module.partition(".")[0] for node in top for module in imported(node)} <= allowed
+
+
+@each(SCRIPTS)
+def test_scripts_call_analysis_sweeps_and_the_run(path):
+    modules = [module for module in imported(tree_of(path)) if module.partition(".")[0] in PACKAGES]
+    for call in ast.walk(tree_of(path)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "launch":
+            module, _, name = ast.literal_eval(call.args[0]).rpartition(".")
+            assert name in {node.name for node in tree_of(MODULES[module]).body if isinstance(node, ast.FunctionDef)}
+            modules.append(module)
+    assert modules and all(is_in(module, *SCRIPTS_CALL) for module in modules), modules
+
+
+# Sizes
+
+
+@each(SOURCES + SCRIPTS + BENCH)
+def test_files_and_functions_are_short(path):
+    limit = MOST_LINES_OF_SCRIPT if path in SCRIPTS else MOST_LINES
+    lines = len(path.read_text().splitlines())
+    assert lines <= limit, f"{lines} lines; at most {limit}"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MOST_LINES_OF_FUNCTION, f"{node.name}: {lines} lines; at most {MOST_LINES_OF_FUNCTION}"
+
+
+@each(FOLDERS)
+def test_folders_are_small(path):
+    files = [file.name for file in path.glob("*.py") if file.name != "__init__.py"]
+    assert len(files) <= (MOST_MODELS if path.name == "models" else MOST_FILES), files
+
+
+# Packages
+
+
+@each(FOLDERS)
+def test_package_init_is_a_map_and_imports_nothing(path):
+    """Its docstring names every file and folder of the package, and no file that does not exist."""
+    tree = tree_of(path / "__init__.py")
+    assert [type(node) for node in tree.body] in ([], [ast.Expr])
+    text = ast.get_docstring(tree) or ""
+    files = {file.name for file in path.glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"\b\w+\.py\b", text))
+    assert files <= named, f"not in the docstring: {sorted(files - named)}"
+    assert named <= {file.name for file in path.rglob("*.py")}, "names files that do not exist"
+    folders = {folder.name for folder in FOLDERS if folder.parent == path}
+    assert folders <= set(re.findall(r"\b(\w+)/", text)), f"the docstring must name each of {sorted(folders)} as NAME/"
 
 
 def test_no_file_shadows_a_module():
     taken = set(sys.stdlib_module_names) | PACKAGES
-    for folder in ("scripts", "tests"):
+    for folder in ("scripts", "bench", "tests"):
         assert not {path.stem for path in (ROOT / folder).glob("*.py")} & taken
     assert not [path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name in PACKAGES]
+
+
+# Objects
+
+
+def targets(node: ast.AST) -> Iterator[ast.Attribute]:
+    """The attributes that a statement assigns or deletes, in tuples too."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        waiting = list(node.targets)
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor | ast.NamedExpr):
+        waiting = [node.target]
+    elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+        waiting = [node.optional_vars]
+    else:
+        return
+    while waiting:
+        target = waiting.pop()
+        if isinstance(target, ast.Tuple | ast.List):
+            waiting += target.elts
+        elif isinstance(target, ast.Starred):
+            waiting.append(target.value)
+        elif isinstance(target, ast.Attribute):
+            yield target
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def assigned_to_others(path: Path) -> list[tuple[str, int]]:
+    """Name and line of each attribute that a file assigns to an object other than `self`; setattr counts."""
+    found = []
+    for node in ast.walk(tree_of(path)):
+        found += [(target.attr, target.lineno) for target in targets(node) if not is_self(target.value)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr", "object.__setattr__"):
+            owner, name = node.args[:2]
+            if not is_self(owner) and isinstance(name, ast.Constant):
+                found.append((str(name.value), node.lineno))
+    return found
+
+
+@cache
+def defined(path: Path) -> dict[str, str]:
+    """Each attribute that a file's classes define, with its class: fields, `self.x = ...`, parameters and buffers."""
+    found = {}
+    for owner in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)):
+        for node in owner.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                names = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {name.id: owner.name for name in names if isinstance(name, ast.Name)}
+        for node in ast.walk(owner):
+            found |= {target.attr: owner.name for target in targets(node) if is_self(target.value)}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "self.register_buffer",
+                "self.register_parameter",
+                "self.add_module",
+            ):
+                found |= {name.value: owner.name for name in node.args[:1] if isinstance(name, ast.Constant)}
+    return found
+
+
+@each(SOURCES)
+def test_attributes_are_assigned_only_in_the_file_of_their_class(path):
+    """An object changes its own state: another file calls a method."""
+    owners: dict[str, list[str]] = {}
+    for other in SOURCES:
+        if other != path:
+            for name, owner in defined(other).items():
+                owners.setdefault(name, []).append(f"{owner} ({place_of(other)})")
+    names = [(name, line) for name, line in assigned_to_others(path) if name in owners and name not in OF_OTHERS]
+    wrong = [f"line {line}: {name} of {owners[name]}" for name, line in names]
+    assert not wrong, "; ".join(wrong)
+
+
+# Configs
 
 
 def test_every_yaml_key_has_a_comment():
@@ -86,3 +275,49 @@ def test_every_yaml_key_has_a_comment():
             opens_section = line.split("#")[0].rstrip().endswith(":")
             above = lines[number - 1].lstrip() if number else ""
             assert "#" in line or above.startswith("#") or opens_section, f"{path.name}: {key} has no comment"
+
+
+# Frames
+
+
+def test_at_most_four_frames_lead_from_a_command_to_the_loop(tmp_path, monkeypatch):
+    """`Loop.fit` is entered from `execute`, of a new run, of a resumed one and of the jobs of a grid."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[list[str]] = []
+
+    def fit(loop: Loop, real: Any = Loop.fit) -> str:
+        frame, names = sys._getframe(1), []
+        while frame:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(SRC) or path.parent == ROOT / "scripts":
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        seen.append(names[::-1])
+        return real(loop)
+
+    def train(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["scripts/train.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+
+    monkeypatch.setattr(Loop, "fit", fit)
+    small = ("data.limit_train=40", "data.limit_eval=20", "model=mlp", "data.batch_size=20", "trainer.threads=1")
+    train(*small, "trainer.max_epochs=1", "run_dir=run")
+    train("resume=run", "trainer.max_epochs=2")
+    train(*small, "trainer.max_epochs=1", "run_dir=grid", "-m", "seed=1,2")
+    single, job = ["<module>", "launch", "execute"], ["<module>", "launch", "job", "execute"]
+    assert seen == [single, single, job, job]
+
+
+# CONTRIBUTING's walks
+
+
+@pytest.mark.parametrize("walk", ["one batch", "`optimizer.lr`"])
+def test_the_walks_of_contributing_name_what_is_there(walk):
+    """At most twelve stops; each names a file, and the code words after it occur in that file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## The walk of {walk}\n")[2].partition("\n## ")[0]
+    stops = re.findall(r"^(\d+)\. `([^`]+)`: (.*)$", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in stops] == list(range(1, len(stops) + 1)) and 8 <= len(stops) <= 12
+    for _, name, told in stops:
+        content = (ROOT / name).read_text()
+        for word in re.findall(r"`([A-Za-z_.]+)`", told):
+            assert word.rpartition(".")[2] in content, f"{name} has no {word}"

@@ -13,7 +13,6 @@ import random
 import runpy
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,21 +27,21 @@ import optuna
 import pytest
 import torch._inductor  # noqa: F401  which each trial would import anew
 import yaml
-from conftest import SYNTHETIC, ended, forked, last_state, reopened
+from conftest import SYNTHETIC, ended, forked, last_state, reopened, run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import TrialState
 from PIL import Image
 from scipy import stats
 from sqlalchemy import Engine, event, text
 
-from core import command_line as entry
-from core.command_line import CONFIGS
+from core.composition import CONFIGS, compose_config
+from core.fork_server import ForkServer
 from core.json_lines import read_lines
 from core.schema import SWEEP
 from sweeps.define.compose import compose_trial
-from sweeps.define.plan import Plan, read_plan
+from sweeps.define.plan import read_plan
 from sweeps.define.space import draw, grid, overrides, read_space
-from sweeps.execute import pool, worker
+from sweeps.execute import trial as trial_process
 from sweeps.execute.store import Store
 
 SWEEP_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
@@ -55,58 +54,11 @@ QUICK = (
 # The command line, forked
 
 
-class ForkedServer:
-    """Stands for the Popen of a server: a fork of this process, as it has torch."""
-
-    def __init__(self, control: socket.socket, lock: int) -> None:
-        parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            worker.die_with(parent)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            os.setsid()
-            for descriptor in [
-                int(path.name) for path in Path("/proc/self/fd").iterdir()
-            ]:  # as Popen does: none of the store's above all
-                if descriptor not in (0, 1, 2, control.fileno(), lock):
-                    with contextlib.suppress(OSError):
-                        os.close(descriptor)
-            with contextlib.suppress(BaseException):
-                worker.serve(control, warm=True)
-            os._exit(0)
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if found else None
-        return self.code
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> None:
-        while self.poll() is None:
-            time.sleep(0.005)
-
-
-def forked_server(self: pool.Pool) -> tuple[Any, socket.socket]:
-    if self.warm and self.servers and self.servers[0][0].poll() is None:
-        return self.servers[0]
-    ours, theirs = socket.socketpair()
-    server: Any = ForkedServer(theirs, self.lock)
-    theirs.close()
-    self.servers = [*(each for each in self.servers if not self.warm), (server, ours)]
-    return server, ours
-
-
 def started(folder: Path, *arguments: str, patch: Callable[[pytest.MonkeyPatch], None] = lambda _: None) -> int:
     """scripts/sweep.py in a process of its own, its pid; what it says goes to FOLDER.out."""
 
     def with_forks(patched: pytest.MonkeyPatch) -> None:
-        patched.setattr(pool.Pool, "_server", forked_server)
+        patched.setattr(ForkServer, "_execute", ForkServer._fork)
         patch(patched)
 
     return forked(SWEEP_SCRIPT, f"sweep.dir={folder}", *arguments, output=folder.with_suffix(".out"), patch=with_forks)
@@ -203,14 +155,14 @@ def test_killed_again_and_again(tmp_path, full, promise):
     enough = tmp_path / "enough"
 
     def patch(patched: pytest.MonkeyPatch) -> None:
-        real = worker.train
+        real = trial_process.train
 
         def train(job: Any, run: Path, *others: Any) -> Any:
             if run.name == f"trial-{count - 1:04}":  # however fast the machine, somebody is left to be killed
                 wait_for(enough.exists, within=400)
             return real(job, run, *others)
 
-        patched.setattr(worker, "train", train)
+        patched.setattr(trial_process, "train", train)
 
     while killed.total() < kills:
         child = started(folder, *arguments, patch=patch)
@@ -262,7 +214,7 @@ def test_a_trial_that_always_fails(tmp_path):
     folder = tmp_path / "sweep"
 
     def patch(patched: pytest.MonkeyPatch) -> None:
-        real = worker.train
+        real = trial_process.train
 
         def train(job: Any, run: Path, *others: Any) -> Any:
             if run.name == "trial-0001":
@@ -271,7 +223,7 @@ def test_a_trial_that_always_fails(tmp_path):
                 raise OSError(28, "No space left on device", str(run))
             return real(job, run, *others)
 
-        patched.setattr(worker, "train", train)
+        patched.setattr(trial_process, "train", train)
 
     code, out = swept(folder, *QUICK, LR, "sweep.trials=3", patch=patch)
     assert code == 5
@@ -286,7 +238,7 @@ def test_a_trial_that_always_fails(tmp_path):
 
 def test_on_error_stop(tmp_path):
     def patch(patched: pytest.MonkeyPatch) -> None:
-        patched.setattr(worker, "train", lambda *_: 1 / 0)
+        patched.setattr(trial_process, "train", lambda *_: 1 / 0)
 
     arguments = (*QUICK, LR, "sweep.trials=4", "sweep.on_error=stop", "sweep.retries=0")
     code, out = swept(tmp_path / "sweep", *arguments, patch=patch)
@@ -349,7 +301,7 @@ def test_what_fails_after_the_time_is_over_waits_for_the_next_launch(tmp_path):
             time.sleep(3)
             raise MemoryError
 
-        patched.setattr(worker, "train", train)
+        patched.setattr(trial_process, "train", train)
 
     code, out = swept(tmp_path / "sweep", *QUICK, LR, "sweep.trials=2", "sweep.minutes=0.02", patch=patch)
     assert code == 0 and "to be tried again by the next sweep (1 of 2)" in out.replace("\n", " "), out
@@ -360,7 +312,7 @@ def test_a_metric_that_was_not_finite_is_left_out(tmp_path):
     """summary.json has null for it: it is no part of a mean, and breaks every constraint."""
 
     def patch(patched: pytest.MonkeyPatch) -> None:
-        real = worker.train
+        real = trial_process.train
 
         def train(*arguments: Any) -> Any:
             result = real(*arguments)
@@ -368,7 +320,7 @@ def test_a_metric_that_was_not_finite_is_left_out(tmp_path):
                 result["metrics"]["val/loss"] = None
             return result
 
-        patched.setattr(worker, "train", train)
+        patched.setattr(trial_process, "train", train)
 
     given = ("sweep.trials=1", "sweep.seeds=2", "sweep.constraints=['val/loss > 0','val/accuracy >= 0']")
     code, out = swept(tmp_path / "sweep", *QUICK, LR, *given, patch=patch)
@@ -468,12 +420,9 @@ def test_a_space_that_cannot_be_is_told_at_once(tmp_path, space):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("[!_]*.yaml")))
-def test_every_sweep_that_comes_with_the_code_can_be_drawn_from(name, monkeypatch):
+def test_every_sweep_that_comes_with_the_code_can_be_drawn_from(name):
     """Every option and bound of its space composes, as at the start of a sweep, and so do points by its sampler."""
-    plans: list[Plan] = []
-    monkeypatch.setattr(sys, "argv", ["sweep.py", f"sweep={name}"])
-    entry.run(lambda config: plans.append(read_plan(config)), config_name="sweep", rules=SWEEP)
-    plan = plans[0]
+    plan = read_plan(compose_config("sweep", [f"sweep={name}"], SWEEP))
     study = optuna.create_study(directions=[direction for direction, _ in plan.objectives])
     for number in range(min(3, plan.trials)):
         study.sampler = plan.sampler(number)
@@ -651,7 +600,7 @@ def test_pruning_ends_the_poor_ones_and_they_can_go_on(tmp_path):
         assert list(trial.intermediate_values.values()) == told
     went_on = reopened(folder / f"trial-{pruned[0].number:04}")
     assert went_on is not None
-    went_on.run()
+    run_to_end(went_on)
     summary = went_on.folder.read_summary()
     assert summary["status"] == "finished" and summary["step"] == 54 and summary["test"]
 
@@ -666,7 +615,7 @@ def test_samplers_learn_from_trials_and_constraints(tmp_path, sampler):
             metrics = {"val/accuracy": lr, "parameters": 1000 * lr, "seconds": 1.0}
             return {"metrics": metrics, "test": {}, "pruned": False, "step": 1}
 
-        patched.setattr(worker, "train", train)
+        patched.setattr(trial_process, "train", train)
 
     space = ("~sweep.space", "+sweep.space={optimizer:{lr:{uniform:[0.01,1.0]},momentum:{uniform:[0,0.9]}}}")
     given = (*QUICK, *space, f"sweep.sampler={sampler}", "sweep.startup=8", "sweep.trials=30")
@@ -681,14 +630,12 @@ def test_samplers_learn_from_trials_and_constraints(tmp_path, sampler):
         assert statistics.median(late_rates("bound", "sweep.constraints=['parameters < 300']")) < 0.4
 
 
-def test_grace(monkeypatch):
+def test_grace():
     """No pruner ends a trial before so many evaluations, and each may at that one."""
     for pruner in ("median", "asha", "hyperband"):
-        given = ["sweep.py", "sweep=random", f"sweep.pruner={pruner}", "sweep.grace=3", "sweep.startup=1"]
-        monkeypatch.setattr(sys, "argv", given)
-        plans: list[Plan] = []
-        entry.run(lambda config, plans=plans: plans.append(read_plan(config)), config_name="sweep", rules=SWEEP)
-        study = optuna.create_study(direction="maximize", pruner=plans[0].pruner())
+        given = ["sweep=random", f"sweep.pruner={pruner}", "sweep.grace=3", "sweep.startup=1"]
+        plan = read_plan(compose_config("sweep", given, SWEEP))
+        study = optuna.create_study(direction="maximize", pruner=plan.pruner())
         ended_at = []
         for quality in (0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.1):
             trial = study.ask()

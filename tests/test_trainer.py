@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,30 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import built, composed, reopened, trained
+from conftest import built, composed, reopened, run_to_end, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
 from core.errors import ConfigError, DataError, NumericalError, StopSignal, StorageError
 from core.json_lines import read_lines
 from trainer.build.training import build
-from trainer.device import configure_torch
-from trainer.loop import Trainer
+from trainer.device import configure_tf32, configure_torch
 from trainer.monitor import clock
 from trainer.monitor.early_stopping import EarlyStopping
+from trainer.run import Run
 from trainer.storage.checkpoint import CheckpointFolder
 
 
-def metrics(trainer: Trainer) -> list[dict[str, Any]]:
-    return read_lines(trainer.folder.path / "metrics.jsonl")
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return read_lines(run.folder.path / "metrics.jsonl")
 
 
-def summary(trainer: Trainer) -> dict[str, Any]:
-    return json.loads((trainer.folder.path / "summary.json").read_text())
+def summary(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder.path / "summary.json").read_text())
 
 
-def steps_on_disk(trainer: Trainer, kind: str) -> list[int]:
-    return [file.step for file in trainer.folder.checkpoints.files(kind)]
+def steps_on_disk(run: Run, kind: str) -> list[int]:
+    return [file.step for file in run.folder.checkpoints.files(kind)]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -58,10 +59,10 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance
 # A plain loop, from torch's operations alone
 
 
-def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The training part in the epoch's order, cut and standardised by hand."""
-    loader, order = trainer.train_loader, trainer.train_loader.order(epoch)
-    mean, std = (trainer.normalisation.tensors[name][:, None, None] for name in ("mean", "std"))
+    loader, order = run.training.train_loader, run.training.train_loader.order(epoch)
+    mean, std = (run.state.normalisation.tensors[name][:, None, None] for name in ("mean", "std"))
     for start in range(0, len(order), loader.batch_size):
         chosen = order[start : start + loader.batch_size]
         scale, bias = (1 / (255 * std.double())).float(), (-mean.double() / std.double()).float()
@@ -69,17 +70,17 @@ def batches(trainer: Trainer, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def plain_loop(
-    trainer: Trainer, *, epochs: int, lr: float, momentum: float, decay: float, clip: float | None, l1: float = 0
+    run: Run, *, epochs: int, lr: float, momentum: float, decay: float, clip: float | None, l1: float = 0
 ) -> Any:
     """SGD with momentum under a cosine, in a few lines: the last weights, the gradients' norms, the moving average."""
-    model, names = trainer.model, [name for name, _ in trainer.model.named_parameters()]
+    model, names = run.state.model, [name for name, _ in run.state.model.named_parameters()]
     velocity: dict[str, Tensor] = {}
     average = weights(model)
-    steps_per_epoch = math.ceil(len(trainer.train_loader.order(0)) / trainer.train_loader.batch_size)
+    steps_per_epoch = math.ceil(len(run.training.train_loader.order(0)) / run.training.train_loader.batch_size)
     norms, step = [], 0
     model.train()
     for epoch in range(epochs):
-        for images, labels in batches(trainer, epoch):
+        for images, labels in batches(run, epoch):
             rate = lr * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch))) / 2
             model.zero_grad()
             functional.cross_entropy(model(images), labels).backward()
@@ -107,24 +108,27 @@ SGD = ("optimizer=sgd", "optimizer.lr=0.2", "optimizer.momentum=0.8", "optimizer
 def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip, l1):
     clipping = f"trainer.clip_norm={'null' if clip is None else clip}"
     given = (*SGD, clipping, f"trainer.l1={l1}", "trainer.checkpoint.monitor=null")
-    trainer = built(tmp_path / "run", *given)
+    run = built(tmp_path / "run", *given)
     seen: list[float] = []
-    log_step = trainer.log_step
-    trainer.log_step = lambda norm: (seen.append(norm.item()), log_step(norm))  # type: ignore[method-assign]
-    trainer.run()
+    log_step = run.loop.log_step
+    run.loop.log_step = lambda result: (  # type: ignore[method-assign]
+        seen.append(result.metrics["gradient_norm"].item()),
+        log_step(result),
+    )
+    run_to_end(run)
     other = built(tmp_path / "other", *given)
     expected, norms, _ = plain_loop(other, epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=clip, l1=l1)
-    assert len(norms) == 12 == trainer.step and len(set(norms)) == 12
+    assert len(norms) == 12 == run.state.step and len(set(norms)) == 12
     assert seen == norms  # before clipping
     assert clip is None or max(norms) > clip > min(norms) or min(norms) > clip
-    assert_equal(weights(trainer.model), expected)
-    assert_equal(trainer.folder.checkpoints.load("last")[0].weights, expected)
+    assert_equal(weights(run.state.model), expected)
+    assert_equal(run.folder.checkpoints.load("last")[0].weights, expected)
 
 
 def test_the_plain_loop_notices_another_order(tmp_path):
     """The reference is no tautology: another seed gives other weights."""
     one, two = (trained(tmp_path / str(seed), *SGD, f"seed={seed}") for seed in (0, 1))
-    assert not torch.equal(one.model.head.weight, two.model.head.weight)
+    assert not torch.equal(one.state.model.head.weight, two.state.model.head.weight)
 
 
 @pytest.mark.parametrize("samples", [60, 55, 54])  # 48: even; 44: a tail of 12, 8 + 4; 43: 11, 8 + 3
@@ -132,9 +136,9 @@ def test_accumulation_is_a_larger_batch(tmp_path, samples):
     data = f"data.train_samples={samples}"
     small = trained(tmp_path / "small", *SGD, data, "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
     large = trained(tmp_path / "large", *SGD, data, "data.batch_size=16", "trainer.checkpoint.monitor=null")
-    assert small.step == large.step == 6
-    assert small.train_loader.samples_per_epoch == large.train_loader.samples_per_epoch
-    assert_close(weights(small.model), weights(large.model), rtol=1e-4, atol=1e-6)
+    assert small.state.step == large.state.step == 6
+    assert small.training.train_loader.samples_per_epoch == large.training.train_loader.samples_per_epoch
+    assert_close(weights(small.state.model), weights(large.state.model), rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(metrics(small), metrics(large)):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
         assert ours["train/accuracy"] == theirs["train/accuracy"]
@@ -142,44 +146,46 @@ def test_accumulation_is_a_larger_batch(tmp_path, samples):
 
 def test_the_moving_average_is_its_formula_and_is_what_is_evaluated(tmp_path):
     given = (*SGD, "trainer.ema_decay=0.9", "trainer.clip_norm=2", "trainer.checkpoint.monitor=null")
-    trainer = trained(tmp_path / "run", *given)
+    run = trained(tmp_path / "run", *given)
     expected, _, average = plain_loop(
         built(tmp_path / "other", *given), epochs=2, lr=0.2, momentum=0.8, decay=0.01, clip=2
     )
-    assert trainer.ema is not None
-    assert_equal(weights(trainer.model), expected)
-    assert_close(weights(trainer.ema.average), average, rtol=1e-5, atol=1e-7)
-    assert_equal(trainer.folder.checkpoints.load("last")[0].weights, weights(trainer.ema.average))
-    by_average, by_model = (measured(network, trainer.val_loader) for network in (trainer.ema.average, trainer.model))
-    assert metrics(trainer)[-1]["val/loss"] == pytest.approx(by_average["loss"]) != pytest.approx(by_model["loss"])
-    assert summary(trainer)["test"]["loss"] == pytest.approx(measured(trainer.ema.average, trainer.test_loader)["loss"])
+    assert run.state.ema is not None
+    assert_equal(weights(run.state.model), expected)
+    assert_close(weights(run.state.models["ema"]), average, rtol=1e-5, atol=1e-7)
+    assert_equal(run.folder.checkpoints.load("last")[0].weights, weights(run.state.models["ema"]))
+    by_average, by_model = (
+        measured(network, run.training.val_loader) for network in (run.state.models["ema"], run.state.model)
+    )
+    assert metrics(run)[-1]["val/loss"] == pytest.approx(by_average["loss"]) != pytest.approx(by_model["loss"])
+    assert summary(run)["test"]["loss"] == pytest.approx(
+        measured(run.state.models["ema"], run.training.test_loader)["loss"]
+    )
 
 
 def test_the_average_copies_batch_norms_statistics(tmp_path):
-    trainer = trained(
-        tmp_path / "run", "model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.checkpoint.monitor=null"
-    )
-    assert trainer.ema is not None
-    buffers = dict(trainer.model.named_buffers())
+    run = trained(tmp_path / "run", "model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.checkpoint.monitor=null")
+    assert run.state.ema is not None
+    buffers = dict(run.state.model.named_buffers())
     assert len(buffers) == 3 and buffers["features.2.num_batches_tracked"] == 12
-    assert_equal(dict(trainer.ema.average.named_buffers()), buffers)
+    assert_equal(dict(run.state.models["ema"].named_buffers()), buffers)
 
 
 def test_weight_decay_on_weights_spares_biases_and_norms(tmp_path):
     """With a zero gradient, SGD without momentum shrinks a decayed tensor by 1 - lr x decay and leaves others alone."""
     given = ("optimizer.momentum=0", "optimizer.weight_decay=0.5", "optimizer.lr=0.1", "model.batch_norm=true")
     for where in ("weights", "all"):
-        trainer = built(tmp_path / where, *given, f"trainer.weight_decay_on={where}")
+        run = built(tmp_path / where, *given, f"trainer.weight_decay_on={where}")
         with torch.no_grad():
-            for parameter in trainer.model.parameters():
+            for parameter in run.state.model.parameters():
                 parameter.fill_(2.0)
                 parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()
-        for name, parameter in trainer.model.named_parameters():
+        run.state.optimizer.step()
+        for name, parameter in run.state.model.named_parameters():
             is_decayed = where == "all" or parameter.ndim > 1
             assert parameter.unique().tolist() == pytest.approx([2 * (1 - 0.1 * 0.5) if is_decayed else 2.0]), name
-        assert {group["name"] for group in trainer.optimizer.param_groups} == (
-            {"all"} if where == "all" else {"weights", "spared"}
+        assert {group["name"] for group in run.state.optimizer.param_groups} == (
+            {"all"} if where == "all" else {"weights", "no_decay"}
         )
 
 
@@ -191,15 +197,15 @@ def test_an_l1_step_by_hand(tmp_path, where):
     plain += ("trainer.checkpoint.monitor=null", "trainer.early_stopping.monitor=train/loss")
     without, with_l1 = (built(tmp_path / str(l1), *plain, f"trainer.l1={l1}") for l1 in (0, 0.25))
     with torch.no_grad():
-        for trainer in (without, with_l1):
-            trainer.model.head.weight[0] = 0
-    first = weights(with_l1.model)
-    without.run()
-    with_l1.run()
-    for name, tensor in weights(without.model).items():
+        for run in (without, with_l1):
+            run.state.model.head.weight[0] = 0
+    first = weights(with_l1.state.model)
+    run_to_end(without)
+    run_to_end(with_l1)
+    for name, tensor in weights(without.state.model).items():
         is_penalised = where == "all" or tensor.ndim > 1
         expected = tensor - 0.5 * 0.25 * torch.sign(first[name]) * is_penalised
-        torch.testing.assert_close(with_l1.model.state_dict()[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(with_l1.state.model.state_dict()[name], expected, rtol=1e-5, atol=1e-7, msg=name)
     assert metrics(with_l1)[0]["train/loss"] == metrics(without)[0]["train/loss"]
 
 
@@ -221,35 +227,33 @@ def measured(model: nn.Module, loader: Any) -> dict[str, float]:
 
 def test_metrics_against_recomputation(tmp_path):
     """Each epoch's checkpoint gives that line's val figures; the logits seen in training give its train figures."""
-    trainer = built(
-        tmp_path / "run", "trainer.max_epochs=4", "trainer.checkpoint.every_steps=6", "data.eval_batch_size=4"
-    )
-    trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "checkpoint_keep": None})
+    run = built(tmp_path / "run", "trainer.max_epochs=4", "trainer.checkpoint.every_steps=6", "data.eval_batch_size=4")
+    run.loop.settings = replace(run.loop.settings, checkpoint_keep=None)
     seen: list[tuple[float, bool]] = []
 
     def note(_: nn.Module, given: tuple[Tensor, Tensor], result: Tensor) -> None:
         logits, labels = given
-        if trainer.model.training:
+        if run.state.model.training:
             scores = logits.detach().double()
             each = torch.logsumexp(scores, 1) - scores[torch.arange(len(labels)), labels]
             seen.extend(zip(each.tolist(), (scores.argmax(1) == labels).tolist()))
 
-    trainer.loss_function.register_forward_hook(note)
-    trainer.run()
-    lines = metrics(trainer)
+    run.training.loss_function.register_forward_hook(note)
+    run_to_end(run)
+    lines = metrics(run)
     assert [line["step"] for line in lines] == [6, 12, 18, 24] and [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert len(seen) == 4 * 44
-    model = built(tmp_path / "other").model
+    model = built(tmp_path / "other").state.model
     for epoch, line in enumerate(lines):
         part = seen[44 * epoch : 44 * (epoch + 1)]
         assert line["train/loss"] == pytest.approx(sum(loss for loss, _ in part) / 44, rel=1e-5)
         assert line["train/accuracy"] == pytest.approx(sum(hit for _, hit in part) / 44, rel=1e-12)
-        file = next(file for file in trainer.folder.checkpoints.files("step") if file.step == line["step"])
+        file = next(file for file in run.folder.checkpoints.files("step") if file.step == line["step"])
         content = safetensors.torch.load_file(file.path)
         model.load_state_dict(
             {key.removeprefix("model."): value for key, value in content.items() if key[:6] == "model."}
         )
-        expected = measured(model, trainer.val_loader)
+        expected = measured(model, run.training.val_loader)
         assert line["val/loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["val/accuracy"] == pytest.approx(expected["accuracy"], rel=1e-12)
         assert line["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * (line["step"] - 1) / 24)) / 2)
@@ -258,41 +262,41 @@ def test_metrics_against_recomputation(tmp_path):
 
 def test_the_best_weights_are_what_is_tested(tmp_path):
     given = ("optimizer.lr=2", "trainer.max_epochs=6", "schedule=constant", "trainer.checkpoint.monitor=val/loss")
-    trainer = trained(tmp_path / "run", *given)
-    lines, told = metrics(trainer), summary(trainer)
+    run = trained(tmp_path / "run", *given)
+    lines, told = metrics(run), summary(run)
     best = min(lines, key=lambda line: line["val/loss"])
     assert 0 < best["step"] < 36  # else this shows nothing
     assert told["best"]["step"] == best["step"] and told["best"]["epoch"] == best["epoch"]
     assert told["best"]["metrics"] == {key: best[key] for key in best if key[:4] in ("trai", "val/")}
-    assert steps_on_disk(trainer, "best")[0] == best["step"]
-    found = CheckpointFolder(trainer.folder.path / "checkpoints").load("best")[0]
-    other = built(tmp_path / "other").model
+    assert steps_on_disk(run, "best")[0] == best["step"]
+    found = CheckpointFolder(run.folder.path / "checkpoints").load("best")[0]
+    other = built(tmp_path / "other").state.model
     other.load_state_dict(found.weights)
-    expected = measured(other, trainer.test_loader)
+    expected = measured(other, run.training.test_loader)
     assert told["test"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert told["test"]["accuracy"] == pytest.approx(expected["accuracy"])
-    assert told["test"]["loss"] != pytest.approx(measured(last_model(trainer, other), trainer.test_loader)["loss"])
+    assert told["test"]["loss"] != pytest.approx(measured(last_model(run, other), run.training.test_loader)["loss"])
 
 
-def last_model(trainer: Trainer, model: nn.Module) -> nn.Module:
-    model.load_state_dict(trainer.folder.checkpoints.load("last")[0].weights)
+def last_model(run: Run, model: nn.Module) -> nn.Module:
+    model.load_state_dict(run.folder.checkpoints.load("last")[0].weights)
     return model
 
 
 def test_summary_and_files(tmp_path):
-    trainer = trained(tmp_path / "run")
-    told = summary(trainer)
+    run = trained(tmp_path / "run")
+    told = summary(run)
     assert (told["status"], told["stop_reason"], told["step"], told["epoch"]) == ("finished", "max_epochs", 12, 2)
     assert told["parameters"] == 64 * 16 + 16 + 16 * 4 + 4 and told["seed"] == 0
     assert torch.__version__.startswith(told["provenance"]["versions"]["torch"])
     assert told["provenance"]["device"] == "cpu" and told["provenance"]["threads"] == 1
     assert set(told["test"]) == {"loss", "accuracy"} and told["seconds"] > 0 and told["samples_per_second"] > 0
-    names = {path.name for path in trainer.folder.path.iterdir() if not path.name.startswith("events.out")}
+    names = {path.name for path in run.folder.path.iterdir() if not path.name.startswith("events.out")}
     assert names == {
         *(".lock", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "summary.json", "train.log"),
     }
-    assert yaml.safe_load((trainer.folder.path / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
-    assert steps_on_disk(trainer, "last") == [12, 6]
+    assert yaml.safe_load((run.folder.path / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert steps_on_disk(run, "last") == [12, 6]
 
 
 # What ends it
@@ -308,22 +312,22 @@ def test_summary_and_files(tmp_path):
     ],
 )
 def test_budgets(tmp_path, given, step, reason):
-    trainer = trained(tmp_path / "run", *given)
-    assert (trainer.step, summary(trainer)["stop_reason"], summary(trainer)["status"]) == (step, reason, "finished")
-    assert metrics(trainer)[-1]["step"] == step == steps_on_disk(trainer, "last")[0]
+    run = trained(tmp_path / "run", *given)
+    assert (run.state.step, summary(run)["stop_reason"], summary(run)["status"]) == (step, reason, "finished")
+    assert metrics(run)[-1]["step"] == step == steps_on_disk(run, "last")[0]
 
 
 def test_max_minutes(tmp_path, monkeypatch):
-    trainer = built(tmp_path / "run", "trainer.max_minutes=2")
-    start = trainer.clock.born
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: start + 24.2 * trainer.step)  # 121 s after the fifth
-    trainer.run()
-    assert (trainer.step, summary(trainer)["stop_reason"], summary(trainer)["status"]) == (
+    run = built(tmp_path / "run", "trainer.max_minutes=2")
+    start = run.state.clock.born
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: start + 24.2 * run.state.step)  # 121 s after the fifth
+    run_to_end(run)
+    assert (run.state.step, summary(run)["stop_reason"], summary(run)["status"]) == (
         5,
         "max_minutes",
         "stopped_early",
     )
-    assert steps_on_disk(trainer, "last")[0] == 5
+    assert steps_on_disk(run, "last")[0] == 5
 
 
 def test_no_budget_is_an_error():
@@ -343,42 +347,47 @@ def test_no_budget_is_an_error():
 def test_early_stopping_is_the_machine_fed_with_metrics(tmp_path, monitor, given, every):
     stopping = [f"trainer.early_stopping.{item}" for item in (f"monitor={monitor}", *given)]
     common = ("optimizer.lr=1", "schedule=constant", "trainer.max_epochs=30", f"trainer.evaluate_every={every}")
-    trainer = trained(tmp_path / "run", *common, *stopping)
+    run = trained(tmp_path / "run", *common, *stopping)
     settings: dict[str, Any] = {"monitor": monitor, "mode": "min" if "loss" in monitor else "max"}
     settings |= {item.partition("=")[0]: float(item.partition("=")[2]) for item in given}
-    machine, lines = EarlyStopping(**settings), metrics(trainer)
-    answers = [machine.observe(line[monitor], line["step"] / 6) for line in lines]
-    assert answers == [False] * (len(lines) - 1) + [True] and 1 < len(lines)
-    told = summary(trainer)
+    machine, lines = EarlyStopping(**settings), metrics(run)
+    stops = []
+    for line in lines:
+        machine.observe(line[monitor], line["step"] / 6)
+        stops.append(machine.stopped)
+    assert stops == [False] * (len(lines) - 1) + [True] and 1 < len(lines)
+    told = summary(run)
     assert (told["status"], told["stop_reason"], told["step"]) == ("stopped_early", "early_stopping", lines[-1]["step"])
-    assert trainer.step < 180 and steps_on_disk(trainer, "last")[0] == trainer.step
+    assert run.state.step < 180 and steps_on_disk(run, "last")[0] == run.state.step
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops(tmp_path, number, code):
     before = signal.getsignal(number)
-    trainer = built(tmp_path / "run")
-    trainer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), number) if trainer.step == 3 else None)
+    run = built(tmp_path / "run")
+    run.state.optimizer.register_step_post_hook(
+        lambda *_: os.kill(os.getpid(), number) if run.state.step == 3 else None
+    )
     with pytest.raises(StopSignal) as caught:
-        trainer.run()
+        run_to_end(run)
     assert caught.value.exit_code == code and signal.getsignal(number) is before
-    assert trainer.step == 4 == steps_on_disk(trainer, "last")[0]
-    told = summary(trainer)
+    assert run.state.step == 4 == steps_on_disk(run, "last")[0]
+    told = summary(run)
     assert (told["status"], told["stop_reason"], told["test"]) == ("interrupted", number.name, {})
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
-    trainer = built(tmp_path / "run")
+    run = built(tmp_path / "run")
 
     def twice(*_: object) -> None:
-        if trainer.step == 3:
+        if run.state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer.optimizer.register_step_post_hook(twice)
+    run.state.optimizer.register_step_post_hook(twice)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert steps_on_disk(trainer, "last") == [0]
+        run_to_end(run)
+    assert steps_on_disk(run, "last") == [0]
 
 
 # Memory and disk
@@ -390,46 +399,46 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] DefaultCPUAllocator: x")],
 )
 def test_out_of_memory(tmp_path, error, training):
-    trainer = built(tmp_path / "run")
+    run = built(tmp_path / "run")
 
     def fail(*_: object) -> None:
-        if trainer.step == 6 and trainer.model.training is training:
+        if run.state.step == 6 and run.state.model.training is training:
             raise error
 
-    trainer.model.register_forward_pre_hook(fail)
+    run.state.model.register_forward_pre_hook(fail)
     with pytest.raises(NumericalError, match=r"out of memory.*data.batch_size"):
-        trainer.run()
-    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == 6
+        run_to_end(run)
+    assert summary(run)["status"] == "failed" and steps_on_disk(run, "last")[0] == 6
 
 
 def test_other_errors_are_not_disguised(tmp_path):
-    trainer = built(tmp_path / "run")
-    trainer.model.register_forward_pre_hook(lambda *_: 1 // 0)
+    run = built(tmp_path / "run")
+    run.state.model.register_forward_pre_hook(lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        trainer.run()
+        run_to_end(run)
 
 
 @pytest.mark.parametrize("fails", ["metrics.jsonl", "checkpoints", "summary.json"])
 def test_a_full_disk(tmp_path, monkeypatch, fails):
-    trainer = built(tmp_path / "run", "trainer.max_epochs=3")
+    run = built(tmp_path / "run", "trainer.max_epochs=3")
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if fails in path and ("-00000012-" in path if fails == "checkpoints" else trainer.step == 12):
+        if fails in path and ("-00000012-" in path if fails == "checkpoints" else run.state.step == 12):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
     if fails == "summary.json":
-        trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "total_steps": 12})
+        run.loop.settings = replace(run.loop.settings, total_steps=12)
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(StorageError, match="No space left"):
-        trainer.run()
+        run_to_end(run)
     monkeypatch.undo()
-    assert steps_on_disk(trainer, "last")[0] == (12 if fails == "summary.json" else 6)
-    again = reopened(trainer.folder.path)
+    assert steps_on_disk(run, "last")[0] == (12 if fails == "summary.json" else 6)
+    again = reopened(run.folder.path)
     assert again is not None
-    again.run()
+    run_to_end(again)
     whole = trained(tmp_path / "whole", "trainer.max_epochs=3")
     assert_equal(again.folder.checkpoints.load("last")[0].weights, whole.folder.checkpoints.load("last")[0].weights)
     assert [line["step"] for line in metrics(again)] == [6, 12, 18]
@@ -440,39 +449,39 @@ def test_a_full_disk(tmp_path, monkeypatch, fails):
 
 def test_bf16_runs_and_is_another_training(tmp_path):
     low, full = trained(tmp_path / "low", "trainer.precision=bf16"), trained(tmp_path / "full")
-    assert low.model.head.weight.dtype == torch.float32
-    assert not torch.equal(low.model.head.weight, full.model.head.weight)
-    assert_close(weights(low.model), weights(full.model), rtol=0.1, atol=0.02)
+    assert low.state.model.head.weight.dtype == torch.float32
+    assert not torch.equal(low.state.model.head.weight, full.state.model.head.weight)
+    assert_close(weights(low.state.model), weights(full.state.model), rtol=0.1, atol=0.02)
 
 
 def test_overfit_learns_a_batch_by_heart(tmp_path):
-    trainer = trained(tmp_path / "run", "debug=overfit", "data.val_fraction=0", "trainer.max_epochs=200")
-    lines = metrics(trainer)
-    assert lines[-1]["train/loss"] < 0.01 and lines[-1]["train/accuracy"] == 1 and trainer.step == 200
+    run = trained(tmp_path / "run", "debug=overfit", "data.val_fraction=0", "trainer.max_epochs=200")
+    lines = metrics(run)
+    assert lines[-1]["train/loss"] < 0.01 and lines[-1]["train/accuracy"] == 1 and run.state.step == 200
     assert "val/loss" not in lines[-1]
 
 
 def test_steps_preset_goes_through_everything(tmp_path):
-    trainer = trained(tmp_path / "run", "debug=steps")
-    assert [line["step"] for line in metrics(trainer)] == [2, 4] and summary(trainer)["test"]
+    run = trained(tmp_path / "run", "debug=steps")
+    assert [line["step"] for line in metrics(run)] == [2, 4] and summary(run)["test"]
 
 
 def test_dropout_is_a_function_of_seed_and_step(tmp_path):
     """Whatever else draws from the global generator."""
     one, two = (built(tmp_path / name, "model.dropout=0.5", "trainer.checkpoint.monitor=null") for name in "ab")
-    two.optimizer.register_step_post_hook(lambda *_: torch.rand(7))
-    one.run()
-    two.run()
-    assert_equal(weights(one.model), weights(two.model))
+    two.state.optimizer.register_step_post_hook(lambda *_: torch.rand(7))
+    run_to_end(one)
+    run_to_end(two)
+    assert_equal(weights(one.state.model), weights(two.state.model))
     none = trained(tmp_path / "none", "trainer.checkpoint.monitor=null")
-    assert not torch.equal(one.model.head.weight, none.model.head.weight)
+    assert not torch.equal(one.state.model.head.weight, none.state.model.head.weight)
 
 
 def test_too_few_samples(tmp_path):
     with pytest.raises(DataError, match=r"data.batch_size = 45.*at most 44"):
         built(tmp_path / "run", "data.batch_size=45")
-    trainer = trained(tmp_path / "limited", "data.limit_train=9", "data.batch_size=9")
-    assert trainer.step == 2 and trainer.train_loader.samples == 9
+    run = trained(tmp_path / "limited", "data.limit_train=9", "data.batch_size=9")
+    assert run.state.step == 2 and run.training.train_loader.samples == 9
     assert not (tmp_path / "run").exists()
 
 
@@ -486,18 +495,18 @@ def test_a_monitor_that_is_not_produced():
 
 def test_a_folder_with_its_data_on_the_way(tmp_path):
     """An unhappy path in the middle: what the loader raises keeps its class, and the last state stays."""
-    trainer = built(tmp_path / "run")
-    steps = trainer.train_loader.steps
+    run = built(tmp_path / "run")
+    steps = run.training.train_loader.steps
 
     def broken(epoch: int, start: int = 0) -> Iterator[Any]:
         if epoch == 1:
             raise DataError(str(Path("picture.png")), "is gone")
         yield from steps(epoch, start)
 
-    trainer.train_loader.steps = broken  # type: ignore[method-assign]
+    run.training.train_loader.steps = broken  # type: ignore[method-assign]
     with pytest.raises(DataError, match="is gone"):
-        trainer.run()
-    assert summary(trainer)["status"] == "failed" and steps_on_disk(trainer, "last")[0] == 6
+        run_to_end(run)
+    assert summary(run)["status"] == "failed" and steps_on_disk(run, "last")[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -508,11 +517,11 @@ def test_tf32_is_told_to_torch_where_there_is_cuda(tf32, expected):
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     before = told()
-    settings = {"threads": None, "deterministic": False, "tf32": tf32}
+    settings = {"threads": None, "deterministic": False, "tf32": tf32, "precision": "fp32"}
     try:
-        configure_torch(settings, torch.device("cpu"))
+        configure_torch({**settings, "device": "cpu"})
         assert told() == before
-        configure_torch(settings, torch.device("cuda"))
+        configure_tf32(tf32, torch.device("cuda"))
         assert told() == expected
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]

@@ -18,8 +18,8 @@ from trainer.inference.tta import with_tta
 @pytest.mark.parametrize("average", [(), ("trainer.ema_decay=0.9",)])
 def test_what_is_told_is_the_mean_of_both_sides(tmp_path, average):
     folder = tmp_path / "run"
-    trainer = trained(folder, "trainer.tta=mirror", "trainer.checkpoint.monitor=null", *average)
-    network = trainer.ema.average if average else trainer.model
+    run = trained(folder, "trainer.tta=mirror", "trainer.checkpoint.monitor=null", *average)
+    network = run.state.models["ema"] if average else run.state.model
     network.eval()
 
     def measured(loader):
@@ -29,25 +29,23 @@ def test_what_is_told_is_the_mean_of_both_sides(tmp_path, average):
         hits = (logits.argmax(1) == labels).double().mean().item()
         return logits, functional.cross_entropy(logits, labels).item(), hits
 
-    logits, loss, accuracy = measured(trainer.test_loader)
+    logits, loss, accuracy = measured(run.training.test_loader)
     assert json.loads((folder / "summary.json").read_text())["test"] == pytest.approx(
         {"loss": loss, "accuracy": accuracy}, rel=1e-6
     )
     line = read_lines(folder / "metrics.jsonl")[-1]
-    assert (line["val/loss"], line["val/accuracy"]) == pytest.approx(measured(trainer.val_loader)[1:], rel=1e-6)
+    assert (line["val/loss"], line["val/accuracy"]) == pytest.approx(measured(run.training.val_loader)[1:], rel=1e-6)
     # evaluate.py, predict.py and notebooks use the run as it is loaded.
-    run = load_run(folder)
-    assert torch.equal(predict(run.model, trainer.test_loader)[0], logits)
+    assert torch.equal(predict(load_run(folder).model, run.training.test_loader)[0], logits)
     with torch.no_grad():
-        plain = network(next(iter(trainer.test_loader)).images)
+        plain = network(next(iter(run.training.test_loader)).images)
     assert (plain - logits).abs().max() > 0.01  # it makes a difference
 
 
 def test_training_is_the_same_with_and_without(tmp_path):
-    states = [
-        trained(tmp_path / tta, f"trainer.tta={tta}", "model.dropout=0.3", "model.batch_norm=true").model.state_dict()
-        for tta in ("none", "mirror")
-    ]
+    given = ("model.dropout=0.3", "model.batch_norm=true")
+    runs = [trained(tmp_path / tta, f"trainer.tta={tta}", *given) for tta in ("none", "mirror")]
+    states = [run.state.model.state_dict() for run in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

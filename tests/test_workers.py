@@ -1,14 +1,19 @@
 """What may happen to the processes that make batches: each test ends real ones, by real signals."""
 
+import contextlib
 import faulthandler
+import gc
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,26 +24,70 @@ from data.augment.per_sample import ASampleAtATime
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import TrainLoader
 from data.loading.normalisation import Normalisation
-from data.sources.images import Images
+from data.loading.parcels import pack, unpack
+from data.loading.server import worker_server
+from data.sources.images import Files, Images
 
 CPU = torch.device("cpu")
 LAUNCHER = """
-import multiprocessing, sys, torch
-from data.loading.workers import fetched
+import sys, torch
+sys.path.append({tests!r})
+from data.loading.workers import WorkerPool
+from test_workers import {fetch}, children
 
-def fetch(rows):
-    images = (torch.arange({numbers}, dtype=torch.float32) * (1 + rows[0])).view(1, 1, -1, 1)
-    return (images, rows, rows), {{}}
-
-batches = list(torch.arange(12).split(1))
-results = fetched(fetch, batches, num_workers=3, timeout_s=60, pin_memory=False)
+if __name__ == "__main__":
+    batches = list(torch.arange(12).split(1))
+    pool = WorkerPool({fetch}, num_workers=3, timeout_s=60, pin_memory=False)
+    results = pool.read({task}, batches)
 """
+
+
+def launcher(fetch: str, task: object, then: str) -> str:
+    program = LAUNCHER.format(tests=str(Path(__file__).parent), fetch=fetch, task=task)
+    return program + "".join(f"    {line}\n" for line in then.splitlines())
+
+
+def multiples(numbers: int, rows: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[int, str]]:
+    images = (torch.arange(numbers, dtype=torch.float32) * (1 + rows[0])).view(1, 1, -1, 1)
+    return (images, rows, rows), {}
+
+
+def fails(error: str, rows: Tensor) -> None:
+    if error == "MemoryError":
+        raise MemoryError("on purpose")
+    raise ValueError(1 / 0)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == process and fields[0] != "Z":
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def workers() -> list[int]:
+    """The loader workers of this process."""
+    server = worker_server().pid
+    return children(server) if server is not None else []
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """Those of a loader end with it."""
+    gc.collect()
+    assert workers() == []
+    yield
+    gc.collect()
+    assert workers() == []
 
 
 def read(do: object, **changes: object) -> list[bytes]:
     """The pictures of an epoch of eight batches, as three workers give them while `do` happens to one of a worker."""
-    pixels = torch.randint(0, 256, (32, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return [batch.images.numpy().tobytes() for [batch] in loader(pixels, do, **changes).steps(0)]
+    return [batch.images.numpy().tobytes() for [batch] in loader(pixels_of(32), do, **changes).steps(0)]
 
 
 def loader(pixels: Tensor, do: object, **changes: object) -> TrainLoader:
@@ -56,16 +105,21 @@ class Faulty:
     """Mirrors a picture; a worker that comes first to some of them does something else."""
 
     def __init__(self, folder: Path, *, times: int, fault: object) -> None:
-        self.folder, self.times, self.fault = folder, times, fault
+        self.folder, self.times, self.fault, self.main = folder, times, fault, os.getpid()
 
     def __call__(self, picture: Tensor) -> Tensor:
-        for number in range(self.times if multiprocessing.parent_process() else 0):
+        for number in range(self.times if os.getpid() != self.main else 0):
             try:
                 (self.folder / str(number)).touch(exist_ok=False)
             except FileExistsError:
                 continue
             self.fault()
         return picture.flip(2)
+
+
+def pixels_of(count: int, side: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 1, side, side), generator=generator, dtype=torch.uint8)
 
 
 def die(number: signal.Signals) -> None:
@@ -91,37 +145,36 @@ def test_p07_a_worker_that_dies_is_replaced_and_no_bit_changes(tmp_path, caplog,
     assert read(mirror) == expected and not caplog.records
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "preceptor.data"):
-        assert read(Faulty(tmp_path, times=1, fault=lambda: die(number))) == expected
+        assert read(Faulty(tmp_path, times=1, fault=partial(die, number))) == expected
     assert time.monotonic() - start < 2
     [record] = caplog.records
     assert record.name == "preceptor.data"
     assert record.getMessage().startswith("loader worker (pid ")
     assert f") was killed by {number.name}; the workers are replaced" in record.getMessage()
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_p07_a_worker_killed_from_outside_in_the_middle(tmp_path, caplog):
-    mirror = Faulty(tmp_path, times=0, fault=None)
-    expected = read(mirror, num_workers=0)
+    mirror, pixels = Faulty(tmp_path, times=0, fault=None), pixels_of(96)  # more batches than are made before
+    expected = [batch.images.numpy().tobytes() for [batch] in loader(pixels, mirror, num_workers=0).steps(0)]
     for victims in (slice(1), slice(None)):
-        pixels = torch.randint(0, 256, (32, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         given = []
         for [batch] in loader(pixels, mirror).steps(0):
             given.append(batch.images.numpy().tobytes())
             if len(given) == 2:
-                for worker in multiprocessing.active_children()[victims]:
-                    os.kill(worker.pid, signal.SIGKILL)
+                for worker in workers()[victims]:
+                    os.kill(worker, signal.SIGKILL)
         assert given == expected
-    assert 1 <= len(caplog.records) <= 2  # the last batches may have been made before
+    assert len(caplog.records) == 2
 
 
 def test_p07_workers_that_go_on_dying_are_an_error(tmp_path, caplog):
     with pytest.raises(DataError) as caught:
-        read(Faulty(tmp_path, times=100, fault=lambda: die(signal.SIGBUS)))
+        read(Faulty(tmp_path, times=100, fault=partial(die, signal.SIGBUS)))
     assert caught.value.subject.startswith("loader worker (pid ")
     assert "killed by SIGBUS, and so were 3 before it" in str(caught.value) and "memory" in str(caught.value)
     assert len(caplog.records) == 3
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_p07_the_main_process_has_no_handler_for_the_death_of_a_child(tmp_path):
@@ -131,41 +184,40 @@ def test_p07_the_main_process_has_no_handler_for_the_death_of_a_child(tmp_path):
 
 
 def test_a_worker_that_exits_is_told_with_its_code(tmp_path, caplog):
-    read(Faulty(tmp_path, times=1, fault=lambda: os._exit(7)))
+    read(Faulty(tmp_path, times=1, fault=partial(os._exit, 7)))
     assert "was gone, with exit code 7" in caplog.text
 
 
 def test_p08_a_worker_that_hangs(tmp_path):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"data.timeout_s = 0.3: a loader worker \(pid \d+\) has taken longer"):
-        read(Faulty(tmp_path, times=1, fault=lambda: time.sleep(600)), timeout_s=0.3)
+        read(Faulty(tmp_path, times=1, fault=partial(time.sleep, 600)), timeout_s=0.3)
     assert time.monotonic() - start < 5
-    assert not multiprocessing.active_children()
+    assert not workers()
     with pytest.raises(ConfigError, match="timeout_s = 0: must be > 0"):
         read(Faulty(tmp_path, times=0, fault=None), timeout_s=0)
 
 
 def test_an_error_in_a_worker_comes_with_its_place(tmp_path):
-    for error, do in ((MemoryError, "raise MemoryError('on purpose')"), (RuntimeError, "1 / 0")):
-        program = LAUNCHER.format(numbers=9).replace("    return", f"    {do}\n    return") + "next(results)"
+    for error in (MemoryError, RuntimeError):
+        program = launcher("fails", repr(error.__name__), "next(results)")
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
         last = done.stderr.strip().splitlines()
         assert any(line.startswith(f"{error.__name__}: in a loader worker: Traceback") for line in last), done.stderr
-        assert "in fetch" in done.stderr
+        assert "in fails" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_p06_workers_go_with_a_parent_that_is_killed():
-    program = LAUNCHER.format(numbers=9) + (
-        "next(results)\nprint(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
-        "sys.stdin.read()"
-    )
+    own = "next(results), next(results), next(results)\nimport os\n[server] = children(os.getpid())\n"
+    own += "print(server, *children(server), flush=True)\n"
+    program = launcher("multiples", 9, own + "sys.stdin.read()")
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 3 and not gone(pids, within=0.1)
+        assert len(pids) == 4 and not gone(pids, within=0.1)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         assert gone(pids, within=2)
@@ -174,11 +226,13 @@ def test_p06_workers_go_with_a_parent_that_is_killed():
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 def test_p09_a_small_dev_shm_does_not_matter():
     """Batches of 4 MB, where there is 1 MB; they do not go through it."""
-    program = LAUNCHER.format(numbers=1_000_000) + (
+    program = launcher(
+        "multiples",
+        1_000_000,
         "import os, hashlib\nspace = os.statvfs('/dev/shm')\n"
         "for (images, labels, rows), _ in results:\n"
         "    print(hashlib.sha256(images.numpy()).hexdigest(), *rows.tolist())\n"
-        "print(space.f_blocks * space.f_frsize, file=sys.stderr)\n"
+        "print(space.f_blocks * space.f_frsize, file=sys.stderr)\n",
     )
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$1"']
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
@@ -190,3 +244,163 @@ def test_p09_a_small_dev_shm_does_not_matter():
     assert plain.returncode == small.returncode == 0, small.stderr
     assert small.stderr == "1048576\n"  # and no warning
     assert plain.stdout == small.stdout and len(plain.stdout.splitlines()) == 12
+
+
+# Workers persist
+
+
+def mirror(folder: Path) -> Faulty:
+    return Faulty(folder, times=0, fault=None)
+
+
+def test_workers_persist_over_epochs_and_end_with_their_loader(tmp_path):
+    streamed = loader(pixels_of(32), mirror(tmp_path))
+    expected = loader(pixels_of(32), mirror(tmp_path), num_workers=0)
+    seen = []
+    for epoch in range(3):
+        given = [batch.images for [batch] in streamed.steps(epoch)]
+        assert all(torch.equal(ours, batch.images) for ours, [batch] in zip(given, expected.steps(epoch), strict=True))
+        seen.append(workers())
+    assert len(seen[0]) == 3 and seen[0] == seen[1] == seen[2]
+    list(streamed.steps(3, 7))  # one batch needs one worker; the others stay
+    assert workers() == seen[0]
+    server = worker_server().pid
+    del streamed
+    gc.collect()
+    assert workers() == [] and worker_server().pid == server and worker_server().is_alive()
+
+
+def test_an_abandoned_reading_ends_its_workers_and_the_next_one_starts_others(tmp_path):
+    streamed = loader(pixels_of(32), mirror(tmp_path))
+    steps = streamed.steps(0)
+    for _ in range(3):
+        next(steps)
+    before = workers()
+    steps.close()
+    assert len(before) == 3 and workers() == []
+    whole = [batch.images for [batch] in streamed.steps(0)]
+    assert len(whole) == 8 and len(workers()) == 3 and not set(workers()) & set(before)
+
+
+def test_workers_of_an_executed_server_give_the_same_bits(tmp_path, monkeypatch):
+    """As they come in a process that has threads or CUDA."""
+    expected = read(mirror(tmp_path), num_workers=0)
+    monkeypatch.setattr("core.fork_server.can_fork", lambda: False)
+    for _ in range(2):
+        worker_server().close()  # the next one starts in the other way
+        assert read(mirror(tmp_path)) == expected
+        monkeypatch.undo()
+
+
+def test_two_readings_of_one_loader_at_once(tmp_path):
+    streamed = loader(pixels_of(32), mirror(tmp_path), num_workers=2)
+    alone = [[batch.images for [batch] in streamed.steps(epoch)] for epoch in (0, 1)]
+    pairs = list(zip(streamed.steps(0), streamed.steps(1), strict=True))
+    for number, ([first], [second]) in enumerate(pairs):
+        assert torch.equal(first.images, alone[0][number]) and torch.equal(second.images, alone[1][number])
+    assert len(workers()) == 2
+
+
+def test_a_worker_that_is_killed_between_two_epochs_is_replaced(tmp_path, caplog):
+    streamed = loader(pixels_of(32), mirror(tmp_path))
+    list(streamed.steps(0))
+    os.kill(workers()[1], signal.SIGKILL)
+    given = [batch.images for [batch] in streamed.steps(1)]
+    expected = loader(pixels_of(32), mirror(tmp_path), num_workers=0).steps(1)
+    assert all(torch.equal(images, batch.images) for images, [batch] in zip(given, expected, strict=True))
+    assert "was killed by SIGKILL; the workers are replaced" in caplog.text
+
+
+def test_the_server_that_is_killed_is_replaced(tmp_path, caplog):
+    streamed = loader(pixels_of(96), mirror(tmp_path))
+    steps = streamed.steps(0)
+    given = [next(steps)]
+    before = worker_server().pid
+    os.kill(before, signal.SIGKILL)
+    while worker_server().is_alive():
+        time.sleep(0.001)
+    given += list(steps)
+    expected = loader(pixels_of(96), mirror(tmp_path), num_workers=0).steps(0)
+    assert all(torch.equal(ours.images, theirs.images) for [ours], [theirs] in zip(given, expected, strict=True))
+    assert worker_server().pid != before and len(caplog.records) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_pixels_in_memory_are_shared_with_the_workers_and_not_copied(tmp_path):
+    pixels = pixels_of(64, side=1024)  # 64 MiB
+    streamed = loader(pixels, mirror(tmp_path), num_workers=2)
+    given = {int(row): image for [batch] in streamed.steps(0) for row, image in zip(batch.indices, batch.images)}
+    assert len(given) == 64
+    for worker in workers():
+        maps = Path(f"/proc/{worker}/smaps").read_text().split("VmFlags")
+        [sizes] = [
+            {line.split(":")[0]: int(line.split()[1]) for line in part.splitlines() if line.endswith(" kB")}
+            for part in maps
+            if "memfd:parcel" in part and int(part.partition("Size:")[2].split()[0]) >= 64 * 1024
+        ]
+        assert sizes["Anonymous"] == 0 and sizes["Rss"] > 0
+
+
+class Kept:
+    """A transform that holds what no other process can get."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, picture: Tensor) -> Tensor:
+        return picture
+
+
+def test_a_transform_that_cannot_be_pickled_names_its_key():
+    assert len(list(loader(pixels_of(8), Kept(), num_workers=0).steps(0))) == 2
+    with pytest.raises(ConfigError) as caught:
+        list(loader(pixels_of(8), Kept()).steps(0))
+    assert caught.value.subject == "augment.mine"
+    assert "cannot be sent to loader workers: cannot pickle '_thread.lock' object" in str(caught.value)
+    assert str(caught.value).endswith("; set data.num_workers=0")
+
+
+def test_a_transform_that_workers_cannot_import_is_a_config_error(monkeypatch):
+    worker_server().warm_up()  # before there is such a module
+    module = ModuleType("only_here")
+    exec("class Here:\n    def __call__(self, picture):\n        return picture", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    streamed = loader(pixels_of(8), module.Here())
+    with pytest.raises(ConfigError, match="augment: cannot be sent to loader workers: ModuleNotFoundError.*only_here"):
+        list(streamed.steps(0))
+
+
+def test_importing_the_workers_has_no_side_effect():
+    program = (
+        "import atexit, os, signal, sys, torch, PIL.Image\n"  # Pillow has a hook of its own
+        "before = atexit._ncallbacks(), [signal.getsignal(n) for n in signal.valid_signals()]\n"
+        "import data.loading.workers, data.loading.loaders, core.fork_server\n"
+        "assert before == (atexit._ncallbacks(), [signal.getsignal(n) for n in signal.valid_signals()])\n"
+        "from test_workers import children\n"
+        "assert children(os.getpid()) == []\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parcels_keep_every_kind_of_tensor():
+    base = torch.arange(24).view(4, 6)
+    content = {
+        "transposed": base.t(),
+        "twice": base.t(),
+        "empty": torch.empty(0, 3),
+        "bits": torch.tensor([True, False]),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "number": torch.tensor(7),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "files": Files([Path("a/ä.png"), Path("b.png")], image_size=4, channels=1),
+    }
+    with pack(content) as parcel:
+        found = unpack(parcel.fileno())
+    files, was = found.pop("files"), content.pop("files")
+    assert list(files.paths) == was.paths and len(files) == 2 and files.image_size == 4
+    for name, tensor in content.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
+    found["transposed"].zero_()  # a copy of its own
+    assert base.sum() == 276

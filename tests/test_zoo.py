@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import composed
 
-from trainer.build.training import build
+from trainer.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "goldens.json").read_text())
@@ -100,19 +100,17 @@ def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
     constant = {"_target_": "trainer.optim.schedules.constant", "_partial_": True, "warmup_epochs": 0}
     changes = {"run_dir": str(folder), "augment": {}, "schedule": constant}
     changes["model"] = {key: 0.0 if key == "dropout" else value for key, value in config.values["model"].items()}
-    trainer = build(replace(config, values=config.values | changes, record=config.record | changes))
-    assert trainer is not None
+    run = Run.create(replace(config, values=config.values | changes, record=config.record | changes))
     started = time.monotonic()
-    goes_on = trainer.reason_to_stop
     enough = 0.1 * math.log(CLASSES)
-    trainer.reason_to_stop = lambda: (
-        "learnt" if trainer.best.get("metrics", {}).get("train/loss", math.inf) < enough else goes_on()
-    )
-    trainer.run()
+    run.loop.judge = lambda line, settings: run.state.best["metrics"]["train/loss"] < enough
+    with run:
+        reason = run.loop.fit()
+        run.finish(reason)
     return {
-        "reason": trainer.stop_reason,
-        "step": trainer.step,
-        "loss": trainer.best["metrics"]["train/loss"],
+        "reason": "learnt" if reason == "pruned" else reason,
+        "step": run.state.step,
+        "loss": run.state.best["metrics"]["train/loss"],
         "seconds": time.monotonic() - started,
         "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -1,4 +1,4 @@
-"""Figures of runs and of data, as matplotlib draws them; `save` writes one as a picture file."""
+"""Figures of runs and of data, drawn with matplotlib; `save` writes one as an image file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ WIDTH = 9.0  # inches
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write it; the ending says the format (.png, .svg, .pdf)."""
+    """Write a figure; the suffix chooses the format (.png, .svg, .pdf)."""
     figure.savefig(path, dpi=100, facecolor="white")
 
 
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Figure:
-    """train/NAME (thin) and val/NAME (bold) of runs over their steps, from the lines of their metrics.jsonl."""
+    """Draw train/NAME (thin) and val/NAME (bold) of runs over their steps, from the lines of their metrics.jsonl."""
     figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = figure.subplots()
     for index, (run, lines) in enumerate(runs.items()):
@@ -30,16 +30,16 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) 
     return figure
 
 
-def picture_table(pictures: np.ndarray, *, rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """Pictures uint8 (R, K, H, W, C) as a table with names to the left and above; C is 1 or 3."""
+def image_table(images: np.ndarray, *, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Draw images uint8 (R, K, H, W, C) as a table with names to the left and above; C is 1 or 3."""
     count = len(columns)
     side = WIDTH / (count + 1)
     figure = Figure(figsize=(WIDTH, side * len(rows) + 0.4), layout="constrained")
     for row, axes_of_row in enumerate(figure.subplots(len(rows), count, squeeze=False)):
         for column, axes in enumerate(axes_of_row):
-            picture = pictures[row, column]  # (H, W, C)
+            image = images[row, column]  # (H, W, C)
             axes.imshow(
-                picture if picture.shape[2] == 3 else picture[:, :, 0],
+                image if image.shape[2] == 3 else image[:, :, 0],
                 cmap="gray",
                 vmin=0,
                 vmax=255,
@@ -54,7 +54,7 @@ def picture_table(pictures: np.ndarray, *, rows: Sequence[str], columns: Sequenc
 
 
 def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Samples of each class (K numbers a split), a panel a split."""
+    """Draw the samples of each class (K numbers per split), one panel per split."""
     figure = Figure(figsize=(WIDTH, 1.8 * len(counts) + 0.6), layout="constrained")
     panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (split, numbers) in zip(panels, counts.items(), strict=True):
@@ -70,7 +70,7 @@ def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]
 
 
 def rate_curve(rates: Mapping[str, Sequence[float]], *, steps_per_epoch: int) -> Figure:
-    """The learning rate of each group of parameters over the steps of a run."""
+    """Draw the learning rate of each parameter group over the steps of a run."""
     figure = Figure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()
     for group, values in rates.items():

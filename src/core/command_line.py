@@ -1,14 +1,17 @@
 """How every script starts: Hydra composes, the schema checks, the script's function runs, errors become exit codes.
 
-    command line -> compose (or, with resume=RUN, the run's own config) -> check -> main(config) -> exit code
+    command line -> compose (or, with resume=RUN, read the run's own config) -> check -> function(config) -> exit code
 
-Nothing here imports torch, so a mistake in a config is told in under a second.
+Nothing here imports torch, so a mistake in a config is reported in under a second. The frames of a single run are the
+script, `launch` and the function; in a grid (-m) Hydra calls the function, through `job`.
 """
 
 import contextlib
 import gc
+import importlib
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -16,18 +19,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from types import FrameType
+from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from core.config import Config, resumed, resumed_folder, settle
+from core.composition import CONFIGS, as_error, facts_of, resumed, resumed_folder, settle
+from core.config import Config
 from core.errors import (
     STOP_SIGNALS,
     ConfigError,
@@ -37,9 +41,8 @@ from core.errors import (
     is_hung_up_in_vain,
     suggest,
 )
-from core.schema import Rule, leaves
+from core.rules import Rule
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HELP = {"--help", "-h"}
 FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
     *sorted(HELP),
@@ -49,16 +52,126 @@ FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
 )
 
 
-def launch(main: Callable[[Config], object], *, config_name: str, rules: Mapping[str, Rule]) -> None:
-    """Run a script to its exit code (DESIGN.md: exit codes and errors)."""
+def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], first: str | None = None) -> None:
+    """Call the function with the dotted name `main` with a checked config, and exit.
+
+    The function's module is imported after the check, because it imports torch. Before that the function `first` gets
+    the config too: it starts what can run while torch is imported. A grid (-m) calls both once per job.
+    """
+    with _exit_code(rules):
+        _prepare_environment()
+        folder = resumed_folder(sys.argv[1:])
+        wants_help = asks_for_help(sys.argv[1:])
+        if folder is not None and not wants_help:
+            config: Config | None = resumed(folder, sys.argv[1:], rules)
+        else:
+            jobs = Jobs()
+            with _argv_for_hydra() as scratch:
+                task = _help if wants_help else _job(main, first, rules, jobs, scratch=scratch)
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+            if jobs.failures:
+                raise jobs.failures[0]
+            config = jobs.single
+            os.environ.update(jobs.environment)
+        if config is not None:
+            with _function(main, first, config) as function:
+                function(config)
+
+
+@dataclass
+class Jobs:
+    """What Hydra's calls of `job` leave for `launch`."""
+
+    single: Config | None = None  # the config of a single run; None for a grid, and if Hydra only shows something
+    environment: dict[str, str] = field(default_factory=dict)  # hydra.job.env_set of a single run
+    failures: list[Exception] = field(default_factory=list)
+
+
+def _job(
+    main: str, first: str | None, rules: Mapping[str, Rule], jobs: Jobs, *, scratch: str
+) -> Callable[[DictConfig], object]:
+    """Return what Hydra calls with a composed config: it keeps that of a single run, and runs one of a grid."""
+
+    def job(composed: DictConfig) -> object:
+        # Hydra would report what is raised here in its own words, and only after all jobs.
+        hydra_config = HydraConfig.get()
+        shutil.rmtree(scratch, ignore_errors=True)  # a kill during the job must not leave it
+        number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
+        try:
+            config = settle(composed, rules, **facts_of(hydra_config), job=number)
+            if number is not None:
+                with _function(main, first, config) as function:
+                    return function(config)
+            jobs.single = config
+            jobs.environment |= hydra_config.job.env_set
+        except Exception as exception:
+            if _asked_for is not None:
+                raise StopSignal(_asked_for) from None
+            if number is None:
+                jobs.failures.append(exception)
+                return None
+            error = as_error(exception, rules)
+            _trace(exception)
+            print(f"job {number}: {error}", file=sys.stderr, flush=True)
+            # Without its traceback, which holds on to all that the job had: the next one needs the memory.
+            jobs.failures.append(type(error)(error.subject, error.explanation, value=error.value))
+            jobs.failures[-1].reported = True  # type: ignore[attr-defined]
+            if "BasicLauncher" not in hydra_config.launcher["_target_"]:
+                raise jobs.failures[-1] from None  # from another process Hydra brings it here, when all jobs are done
+        gc.collect()
+        return None
+
+    return job
+
+
+@contextlib.contextmanager
+def _function(main: str, first: str | None, config: Config) -> Iterator[Callable[[Config], Any]]:
+    """Call the function `first` and import the function `main` by their dotted names, for a call within `with`.
+
+    What it raises besides our own errors comes from the machine's storage or memory, or is an internal error.
+    """
+    try:
+        if first is not None:
+            _imported(first)(config)
+        yield _imported(main)
+    except PreceptorError:
+        raise
+    except Exception as exception:
+        if (error := as_ours(exception)) is not exception:
+            raise error from exception
+        what = f"{type(exception).__name__}: {exception}"
+        raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
+
+
+def _imported(dotted_name: str) -> Callable[[Config], Any]:
+    module, _, name = dotted_name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _prepare_environment() -> None:
+    """Set the process's umask and the variables that libraries read when they are loaded."""
+    os.umask(os.umask(0o022) | 0o022)  # what a run leaves is written by its user alone
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; `_exit_code` puts them in one line
+    # OpenMP's threads wait by spinning, so two runs that share cores slow each other down a hundredfold. (An MLP's step
+    # on two cores: 2 ms alone, 184 ms beside another; with 10,000 spins 2.2 and 17 ms.) Torch reads it when it loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # NumPy's OpenBLAS starts a thread per core when it is loaded. Without them this process has one thread until torch
+    # starts its own, so that worker processes can be forked before that. Built-in code computes with torch, which uses
+    # MKL here; elsewhere torch may use OpenBLAS itself.
+    if platform.machine() in ("x86_64", "AMD64"):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@contextlib.contextmanager
+def _exit_code(rules: Mapping[str, Rule]) -> Iterator[None]:
+    """Handle stop signals, and turn what is raised within `with` into a line on stderr and the exit code."""
     global _asked_for
     _asked_for = None
     for number in STOP_SIGNALS:
         if not is_hung_up_in_vain(number):
             signal.signal(number, _end)
-    os.umask(os.umask(0o022) | 0o022)  # what a run leaves is written by its user alone
     try:
-        run(main, config_name=config_name, rules=rules)
+        yield
     except StopSignal as stop:
         _ignore_signals()
         sys.exit(stop.exit_code)
@@ -101,53 +214,6 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _ignore_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def run(main: Callable[[Config], object], *, config_name: str, rules: Mapping[str, Rule]) -> None:
-    """Compose and run; a grid (-m) runs `main` once for each job."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; `launch` puts them in one line
-    # OpenMP's threads wait by spinning, so two runs that share cores slow each other down a hundredfold. (An MLP's step
-    # on two cores: 2 ms alone, 184 ms beside another; with 10,000 spins 2.2 and 17 ms.) Torch reads it when it loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if asks_for_help(sys.argv[1:]):
-        with _argv_for_hydra():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_help)()
-        return
-    folder = resumed_folder(sys.argv[1:])
-    if folder is not None:
-        _run_one(main, resumed(folder, sys.argv[1:], rules))
-        return
-
-    failures: list[Exception] = []
-
-    def job(composed: DictConfig) -> object:
-        # What is raised here Hydra would report in its own words, and only when all jobs are done.
-        hydra_config = HydraConfig.get()
-        shutil.rmtree(scratch, ignore_errors=True)  # a kill during the job must not leave it
-        number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
-        try:
-            return _run_one(main, settle(composed, rules, choices=hydra_config.runtime.choices, job=number))
-        except Exception as exception:
-            if _asked_for is not None:
-                raise StopSignal(_asked_for) from None
-            if number is None:
-                failures.append(exception)
-                return None
-            error = as_error(exception, rules)
-            _trace(exception)
-            print(f"job {number}: {error}", file=sys.stderr, flush=True)
-            # Without its traceback, which holds on to all that the job had: the next one needs the memory.
-            failures.append(type(error)(error.subject, error.explanation, value=error.value))
-            failures[-1].reported = True  # type: ignore[attr-defined]
-            if "BasicLauncher" not in hydra_config.launcher["_target_"]:
-                raise failures[-1] from None  # from another process Hydra brings it here, when all jobs are done
-        gc.collect()
-        return None
-
-    with _argv_for_hydra() as scratch:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
-    if failures:
-        raise failures[0]
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -194,61 +260,3 @@ def _argv_for_hydra() -> Iterator[str]:
             yield scratch
         finally:
             sys.argv[:] = before
-
-
-def _run_one(main: Callable[[Config], object], config: Config) -> object:
-    """Call `main`; what it raises beside our own errors is the machine's storage or memory, or a bug of ours."""
-    try:
-        return main(config)
-    except PreceptorError:
-        raise
-    except Exception as exception:
-        if (error := as_ours(exception)) is not exception:
-            raise error from exception
-        what = f"{type(exception).__name__}: {exception}"
-        raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
-
-
-def _hint(name: str, rules: Mapping[str, Rule]) -> str:
-    """The known key nearest to a misspelt one, or those of its section; the groups' files know more than the rules."""
-    known = set(rules)
-    for path in CONFIGS.glob("*/*.yaml"):
-        known |= {f"{path.parent.name}.{key}" for key, _ in leaves(yaml.safe_load(path.read_text()) or {})}
-    section = name.partition(".")[0] + "." if "." in name else ""
-    if name in known:
-        return f"not in the options chosen; add it as +{name}=..."
-    near = sorted(key for key in known if key.startswith(section) and ("." in key) == ("." in name))
-    return suggest(name, near) or f"known there: {', '.join(key for key in near if key in rules)}"
-
-
-def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
-    """What Hydra says of a command line or a YAML file, in one line: key first, the nearest match behind."""
-    if isinstance(exception, PreceptorError):
-        return exception
-    message = str(exception)
-    if isinstance(exception, MissingConfigException) and "/" in str(exception.missing_cfg_file):
-        group, _, option = str(exception.missing_cfg_file).rpartition("/")
-        found = exception.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
-        options = sorted(name for name in found if not name.startswith("_"))
-        hint = suggest(option, options)
-        return ConfigError(group, f"no such option; {hint} One of: {', '.join(options)}", value=option)
-    name = message.split("'")[1].lstrip("+~") if message.startswith("Could not") and "'" in message else ""
-    if name:
-        name = name.partition("=")[0].partition("@")[0]
-        given = next((item for item in sys.argv[1:] if item.lstrip("+~").startswith(f"{name}=")), None)
-        hint = _hint(name, rules)
-        value = {} if given is None else {"value": given.partition("=")[2]}
-        if "not in struct" in f"{message} {exception.__cause__}" or "No match" in message:
-            return ConfigError(name, f"unknown key; {hint}", **value)
-        return ConfigError(name, str(exception.__cause__ or message), **value)
-    if message.startswith("Config group override") or isinstance(exception, TypeError):  # model=null, trainer=[3]
-        for group, given in (item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item.lstrip("+")[1:]):
-            if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
-                options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
-                return ConfigError(group, f"must name one of {', '.join(options)}", value=given)
-    if message.startswith("Error merging override "):  # trainer.early_stopping=[0]
-        name, _, given = message.removeprefix("Error merging override ").partition("=")
-        return ConfigError(name.lstrip("+"), str(exception.__cause__ or "does not fit there"), value=given)
-    key = getattr(exception, "full_key", None) or getattr(exception, "override", None)
-    told = message.partition("\n")[0] if key else message
-    return ConfigError(key or "command line", told.strip() or f"cannot be read ({type(exception).__name__})")

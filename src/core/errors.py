@@ -75,6 +75,16 @@ class SecurityError(PreceptorError):
     kind, exit_code = "security", 7
 
 
+class TrialError(PreceptorError):
+    """A trial of a sweep failed; the exit code is the one of its training."""
+
+    kind = "trial"
+
+    def __init__(self, subject: str, explanation: str, *, exit_code: int) -> None:
+        super().__init__(subject, explanation)
+        self.exit_code = exit_code
+
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal or a connection is gone
 
 

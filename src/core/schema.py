@@ -1,117 +1,31 @@
-"""What each key of a config may hold; checked before torch is imported.
+"""Tables of the keys that each script's config may hold, and the check that applies them; no torch.
 
-A rule takes a value and returns None, or what is allowed instead. Sections that name a `_target_` hold that class's
-arguments as well; those the builder checks against its signature.
+A section that names a `_target_` also holds the arguments of that class. The builder checks those against the class's
+signature.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from core.config import leaves
 from core.errors import ConfigError, suggest
-
-Rule = Callable[[Any], str | None]
+from core.rules import (
+    Rule,
+    duration,
+    either,
+    flag,
+    like,
+    list_of,
+    number,
+    one_of,
+    optional,
+    section,
+    text,
+    whole,
+)
 
 SPLITS = ("train", "val", "test")
-DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?|samples?|%)\s*$")
-
-
-# Rules: what is allowed
-
-
-def whole(low: int, high: int = 2**53) -> Rule:
-    """An integer in [low, high]."""
-    allowed = f"must be an integer >= {low}" + (f" and <= {high}" if high < 2**53 else "")
-    return lambda value: None if type(value) is int and low <= value <= high else allowed
-
-
-def number(low: float = -math.inf, high: float = math.inf, *, without: str = "") -> Rule:
-    """A finite number in an interval; `without` names the ends that are not in it: `low`, `high` or `low high`."""
-    above, below = ("low" in without), ("high" in without)
-
-    def rule(value: Any) -> str | None:
-        real = type(value) in (int, float) and math.isfinite(value)
-        if real and (value > low if above else value >= low) and (value < high if below else value <= high):
-            return None
-        if high == math.inf:
-            return f"must be a number {'>' if above else '>='} {low:g}"
-        return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
-
-    return rule
-
-
-def one_of(*choices: Any) -> Rule:
-    """One of a few values."""
-    spelled = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
-
-    def rule(value: Any) -> str | None:
-        if any(value == choice and type(value) is type(choice) for choice in choices):
-            return None
-        hint = suggest(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
-        return f"must be one of {spelled}" + (f"; {hint}" if hint else "")
-
-    return rule
-
-
-def optional(rule: Rule) -> Rule:
-    """Null, or what the rule allows."""
-
-    def checked(value: Any) -> str | None:
-        allowed = None if value is None else rule(value)
-        return allowed and f"{allowed}, or null"
-
-    return checked
-
-
-def either(first: Rule, second: Rule) -> Rule:
-    """What one of two rules allows."""
-
-    def rule(value: Any) -> str | None:
-        one, other = first(value), second(value)
-        return f"{one}, or {other.removeprefix('must be ')}" if one and other else None
-
-    return rule
-
-
-def list_of(rule: Rule, *, length: int | None = None) -> Rule:
-    """A list whose items obey a rule."""
-
-    def checked(value: Any) -> str | None:
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            return "must be a list" + (f" of {length}" if length else "")
-        wrong = next((allowed for item in value if (allowed := rule(item))), None)
-        return wrong and f"each item {wrong}"
-
-    return checked
-
-
-def text(value: Any) -> str | None:
-    """Text that is not empty."""
-    return None if isinstance(value, str) and value else "must be text"
-
-
-def like(pattern: re.Pattern[str], allowed: str) -> Rule:
-    """Text of a pattern."""
-    return lambda value: None if isinstance(value, str) and pattern.match(value) else f"must be {allowed}"
-
-
-def flag(value: Any) -> str | None:
-    """True or false."""
-    return None if isinstance(value, bool) else "must be true or false"
-
-
-def section(value: Any) -> str | None:
-    """A mapping: one of the config's groups."""
-    return None if isinstance(value, dict) else "must be a section of keys (a config group)"
-
-
-def duration(value: Any) -> str | None:
-    """A length of training such as `1 epoch`."""
-    right = isinstance(value, str) and (match := DURATION.match(value)) and 0 < float(match[1]) <= 2**53
-    return None if right else 'must be a duration > 0: "N steps", "N epochs", "N samples" or "N%"'
-
-
 METRIC = one_of(*(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy")))
 MODE = one_of("auto", "min", "max")
 NAMED = ("model", "data", "optimizer", "schedule", "loss")  # sections that hold the arguments of their `_target_`
@@ -288,26 +202,6 @@ FREE_ON_RESUME = (
         "data.download",
     ),
 )
-
-# Keys that came after the first runs were made, with the value that means what was done before they were there: a run
-# that lacks them is read as if it had them.
-ADDED_LATER = {
-    "trainer.l1": 0.0,
-    "trainer.on_nonfinite": "stop",
-    "trainer.bias_lr_factor": 1.0,
-    "trainer.tf32": "auto",
-    "trainer.tta": "none",
-    "data.timeout_s": 300,
-    "data.stored_size": None,
-}
-
-
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its dotted name, sections before what is in them."""
-    for key, value in config.items():
-        yield prefix + str(key), value
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
 
 
 def check(config: dict[str, Any], rules: Mapping[str, Rule], *, shown: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
-def configure_torch(settings: Mapping[str, Any], device: torch.device) -> None:
-    """Process-wide settings of torch."""
+def configure_torch(settings: Mapping[str, Any]) -> None:
+    """Set what is process-wide in torch as the section `trainer` of a config says. For commands and runs only."""
     keep_freed_memory()
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
@@ -38,7 +38,7 @@ def configure_torch(settings: Mapping[str, Any], device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for reproducible sums
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.backends.cudnn.benchmark = not settings["deterministic"]
-    configure_tf32(settings["tf32"], device)
+    configure_tf32(settings["tf32"], choose_device(settings["device"], settings["precision"]))
 
 
 def configure_tf32(tf32: bool | str, device: torch.device) -> None:

@@ -1,112 +1,185 @@
-"""Whatever survives a restart, and nothing else: `snapshot` takes it, `load` puts it back.
+"""The state of a training: whatever survives a restart, in one object; nothing outside it is saved.
 
-    model.*  ema.*  optimizer.<parameter>.<state>  sums.window  data.* (normalisation)  tensors
-    step, evaluated, best, schedule, scaler, guard, early stopping, sums, data, clock   plain values
+    model.*  ema.*                            tensors of each named model
+    optimizer.<model>.<parameter>.<state>     tensors of each named optimizer
+    data.*                                    tensors of the normalisation
+    step, evaluated, best, data, clock, ...   plain values, one entry for each component
 
-Randomness is not in it: that is a function of seed and step.
+Random values are not part of it: they are functions of the seed and the step.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from core.errors import CheckpointError, NumericalError
-from trainer.storage.checkpoint import Snapshot
+from trainer.durations import epochs_at
+from trainer.interfaces import Normalisation, Stateful
+from trainer.monitor.clock import Clock
+from trainer.monitor.early_stopping import EarlyStopping
+from trainer.monitor.metrics import RunningSums, improves
+from trainer.monitor.nonfinite import NonFiniteGuard
+from trainer.optim.ema import ExponentialMovingAverage
+from trainer.optim.scheduling import Schedule
+from trainer.snapshot import Snapshot
 
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
 
+class TrainState:
+    """Models, optimizers, progress and the components that have state.
 
-def snapshot(trainer: "Trainer") -> Snapshot:
-    """All that a resumed run needs, copied to the host: training may go on while it is written.
-
-    Raises NumericalError, before anything is written, where a tensor holds NaN or an infinity.
+    `models` and `optimizers` are named, so that a training may have several of each. The model named "model" is the one
+    that is trained, and "ema" is its moving average.
     """
-    own_tensors, plain = optimizer_tensors(trainer.model, trainer.optimizer)
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "model": trainer.model.state_dict(),
-        "ema": trainer.ema.average.state_dict() if trainer.ema else {},
-        "optimizer": own_tensors,
-        "sums": {"window": trainer.sums.window},
-        "data": trainer.normalisation.tensors,
-    }
-    tensors = {
-        f"{part}.{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for part, state in parts.items()
-        for name, tensor in state.items()
-    }
-    constants = {f"{part}.{name}" for name in trainer.constants for part in ("model", "ema")}
-    checked = {name: tensor for name, tensor in tensors.items() if name not in constants}
-    refuse_not_finite(checked, step=f"step {trainer.step} (epoch {trainer.epoch})")
-    values = {
-        "step": trainer.step,
-        "evaluated": trainer.evaluated,
-        "best": trainer.best,
-        "optimizer": plain,
-        "schedule": trainer.schedule.state(),
-        "scaler": trainer.scaler.state_dict(),
-        "guard": trainer.guard.state(),
-        "early_stopping": trainer.early_stopping.state(),
-        "sums": {"total": trainer.sums.total},
-        "data": dict(trainer.data_values),
-        "clock": {
-            "seconds": trainer.clock.seconds,
-            "training": trainer.clock.training,
-            "samples": trainer.clock.samples,
-        },
-    }
-    return Snapshot(tensors, values)
+
+    def __init__(
+        self,
+        *,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        schedule: Schedule,
+        scaler: torch.amp.GradScaler,
+        guard: NonFiniteGuard,
+        sums: RunningSums,
+        early_stopping: EarlyStopping,
+        ema: ExponentialMovingAverage | None,
+        normalisation: Normalisation,
+        data: Mapping[str, Any],
+        steps_per_epoch: int,
+    ) -> None:
+        self.models = {**models, **({"ema": ema.average} if ema else {})}
+        self.optimizers = dict(optimizers)
+        self.schedule, self.scaler, self.guard, self.sums = schedule, scaler, guard, sums
+        self.early_stopping, self.ema = early_stopping, ema
+        self.clock = Clock()
+        self.normalisation = normalisation  # the one that all loaders use
+        self.data = data  # class names, fingerprint, counts: what a checkpoint must record of its data
+        self.steps_per_epoch = steps_per_epoch
+        self.step = 0
+        self.evaluated = 0  # the step of the last evaluation
+        self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
+        self.settled = True  # may a checkpoint hold this state? Not within a step or an evaluation
+        # Masks hold infinities on purpose: those buffers are not checked before a save.
+        self._unchecked = {
+            f"{part}.{name}"
+            for part, model in self.models.items()
+            for name, buffer in model.named_buffers()
+            if not torch.isfinite(buffer).all()
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.models["model"]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the model."""
+        return self.optimizers["optimizer"]
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated: the moving average if there is one."""
+        return self.models.get("ema", self.model)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done: 3 after the third, 2.5 in the middle of the third."""
+        return epochs_at(self.step, self.steps_per_epoch)
+
+    # Changes
+
+    def unsettle(self) -> None:
+        """Begin a change: until `settle`, no checkpoint may hold the state."""
+        self.settled = False
+
+    def settle(self) -> None:
+        """End a change: the state is one that a checkpoint may hold."""
+        self.settled = True
+
+    def advance(self, samples: int) -> None:
+        """Count a step."""
+        self.step += 1
+        self.clock.count(samples)
+
+    def note_evaluation(self, metrics: dict[str, float], *, monitor: str | None, mode: str) -> bool:
+        """Record an evaluation at this step, and return whether it is the best so far."""
+        self.evaluated = self.step
+        improved = monitor is not None and improves(
+            metrics[monitor], self.best.get("metrics", {}).get(monitor), mode=mode
+        )
+        if improved:
+            self.best = {"step": self.step, "epoch": self.epoch, "metrics": metrics}
+        return improved
+
+    # Saving and loading
+
+    @property
+    def _components(self) -> dict[str, Stateful]:
+        """What holds plain values, by the name in a checkpoint."""
+        return {
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+            "guard": self.guard,
+            "early_stopping": self.early_stopping,
+            "sums": self.sums,
+            "clock": self.clock,
+        }
+
+    def state_dict(self) -> Snapshot:
+        """Return all that a resumed run needs, copied to the host: training may continue while it is written.
+
+        Raises NumericalError, before anything is written, if a tensor holds NaN or an infinity.
+        """
+        parts: dict[str, Mapping[str, Tensor]] = {name: model.state_dict() for name, model in self.models.items()}
+        plain = {}
+        for name, optimizer in self.optimizers.items():
+            parts[name], plain[name] = optimizer_state(self.models, optimizer)
+        parts["data"] = self.normalisation.tensors
+        tensors = {
+            f"{part}.{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for part, state in parts.items()
+            for name, tensor in state.items()
+        }
+        checked = {name: tensor for name, tensor in tensors.items() if name not in self._unchecked}
+        refuse_nonfinite(checked, step=f"step {self.step} (epoch {self.epoch})")
+        values = {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "data": dict(self.data),
+            "optimizers": plain,
+            **{name: component.state_dict() for name, component in self._components.items()},
+        }
+        return Snapshot(tensors, values)
+
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Continue from `state_dict()`.
+
+        Raises CheckpointError if the snapshot is of other data or another model.
+        """
+        values = snapshot.values
+        if values["data"]["fingerprint"] != self.data["fingerprint"]:
+            raise CheckpointError("data", changed_data(values["data"], self.data))
+        saved = snapshot.part("data")
+        if any(not torch.equal(tensor, saved[name]) for name, tensor in self.normalisation.tensors.items()):
+            raise CheckpointError("data", "its normalisation is not the one that this state was built with")
+        try:
+            for name, model in self.models.items():
+                model.load_state_dict(snapshot.part(name))
+        except RuntimeError as exception:
+            raise CheckpointError("model", f"is not the one that this run trained: {exception}") from None
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_state(self.models, optimizer, snapshot.part(name), values["optimizers"][name])
+        for name, component in self._components.items():
+            component.load_state_dict(values[name])
+        self.step, self.evaluated, self.best = snapshot.step, values["evaluated"], values["best"]
 
 
-def load(trainer: "Trainer", snapshot: Snapshot) -> None:
-    """Go on from a snapshot: the inverse of `snapshot`."""
-    snapshot = migrated(snapshot)
-    values = snapshot.values
-    if values["data"]["fingerprint"] != trainer.data_values["fingerprint"]:
-        raise CheckpointError("data", changed_data(values["data"], trainer.data_values))
-    kept = snapshot.part("data")
-    for name, tensor in trainer.normalisation.tensors.items():
-        # Eigenvectors depend on the machine and its threads in their last bits, or more where eigenvalues are equal:
-        # what was fitted first is gone on with. Mean and standard deviation have the same bits everywhere.
-        if name != "whitening" and not torch.equal(tensor, kept[name]):
-            raise CheckpointError("data", f"its {name} differs from that of the data this run was trained on")
-    trainer.normalisation.load(kept)
-    try:
-        trainer.model.load_state_dict(snapshot.part("model"))
-        if trainer.ema:
-            trainer.ema.average.load_state_dict(snapshot.part("ema"))
-    except RuntimeError as exception:
-        raise CheckpointError("model", f"is not the one that this run trained: {exception}") from None
-    load_optimizer_tensors(trainer.model, trainer.optimizer, snapshot.part("optimizer"), values["optimizer"])
-    trainer.schedule.load_state(values["schedule"])
-    if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(values["scaler"])
-    trainer.early_stopping.load_state(values["early_stopping"])
-    trainer.sums.window = snapshot.tensors["sums.window"]
-    trainer.sums.total = tuple(values["sums"]["total"])
-    trainer.guard.load_state(values["guard"])
-    trainer.step, trainer.evaluated, trainer.best = snapshot.step, values["evaluated"], values["best"]
-    clock = values["clock"]
-    trainer.clock.resume(seconds=clock["seconds"], training=clock["training"], samples=clock["samples"])
-
-
-def migrated(snapshot: Snapshot) -> Snapshot:
-    """A snapshot of an older format as one of this.
-
-    1 -> 2  the window's count of samples stands behind its sums; no evaluation was ever put off; no step was skipped.
-    """
-    if snapshot.values["format"] > 1:
-        return snapshot
-    sums = snapshot.values["sums"]
-    window = torch.cat([snapshot.tensors["sums.window"], torch.tensor([sums["window_count"]], dtype=torch.float64)])
-    new = {"format": 2, "evaluated": snapshot.step, "guard": {"in_a_row": 0}, "sums": {"total": sums["total"]}}
-    return Snapshot({**snapshot.tensors, "sums.window": window}, {**snapshot.values, **new})
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: str) -> None:
-    """What is not finite is never saved: an update may overflow though loss and gradient were finite."""
+def refuse_nonfinite(tensors: Mapping[str, Tensor], *, step: str) -> None:
+    """Raise NumericalError for a tensor with NaN or infinity: an update may overflow though its gradient was finite."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):  # the sum first: it reads memory once
             continue
@@ -115,24 +188,30 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], *, step: str) -> None:
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is not as it was in data of another fingerprint, and what can be done."""
-    old, new = before.get("counts", {}), now["counts"]  # older runs have none
-    parts = [part for part in ("train", "val", "test") if old and old.get(part) != new.get(part)]
-    counts = ", ".join(f"{part} {old.get(part, 'none')} -> {new.get(part, 'none')} pictures" for part in parts)
-    what = counts or ("the same number of pictures" if old else "pictures added, removed") + ", other names or labels"
+    """Return how data of another fingerprint differs, and what to do."""
+    old, new = before["counts"], now["counts"]
+    splits = [split for split in ("train", "val", "test") if old.get(split) != new.get(split)]
+    counts = ", ".join(f"{split} {old.get(split, 'none')} -> {new.get(split, 'none')} pictures" for split in splits)
+    what = counts or "the same number of pictures, other names or labels"
     return (
         f"is not the data that this run was trained on (fingerprint): {what}; put it back,"
         " or start a new run from these weights with init_from=RUN"
     )
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
+def _named_parameters(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {
+        f"{part}.{name}": parameter for part, model in models.items() for name, parameter in model.named_parameters()
+    }
+
+
+def optimizer_state(
+    models: Mapping[str, nn.Module], optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """An optimizer's state by parameter name: tensors as `<parameter>.<state>`, plain values apart."""
+    """Return the state of an optimizer: tensors by `<model>.<parameter>.<state>`, plain values by parameter."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named_parameters(models).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}.{key}"] = value
@@ -145,24 +224,24 @@ def optimizer_tensors(
     return tensors, plain
 
 
-def load_optimizer_tensors(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+def load_optimizer_state(
+    models: Mapping[str, nn.Module],
+    optimizer: Optimizer,
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Put back what `optimizer_tensors` took out, each tensor where and laid out as its parameter is."""
-    for name, parameter in model.named_parameters():
-        state: dict[str, Any] = dict(plain.get(name, {}))
-        for full_name, tensor in tensors.items():
-            owner, _, key = full_name.rpartition(".")
-            if owner != name:
-                continue
-            if tensor.shape == parameter.shape:
-                state[key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-            else:  # Adam's count of steps stays on the host, unless the optimizer is fused or capturable
-                on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-                on_host = tensor.ndim == 0 and key in ("step", "mu_product") and not on_device
-                state[key] = tensor.clone() if on_host else tensor.to(parameter.device, copy=True)
-        if state:
-            optimizer.state[parameter] = state
+    """Restore what `optimizer_state` returned, each tensor on the device and in the layout of its parameter."""
+    parameters = _named_parameters(models)
+    states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain.items()}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        parameter = parameters[name]
+        if tensor.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        else:  # Adam's count of steps stays on the host, unless the optimizer is fused or capturable
+            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+            on_host = tensor.ndim == 0 and key in ("step", "mu_product") and not on_device
+            value = tensor.clone() if on_host else tensor.to(parameter.device, copy=True)
+        states.setdefault(name, {})[key] = value
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state

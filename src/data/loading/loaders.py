@@ -8,7 +8,7 @@ cut into A micro-batches of B. So a run can go on at any step, and the number of
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -21,8 +21,10 @@ from core.errors import ConfigError, DataError
 from core.seeding import fold
 from data.augment.pipeline import Augmentations
 from data.loading.normalisation import Normalisation
-from data.loading.prefetch import made_ahead
-from data.loading.workers import fetched
+from data.loading.parcels import CannotPack, pack
+from data.loading.prefetch import prefetched
+from data.loading.worker_process import Bad, Parts
+from data.loading.workers import WorkerPool
 from data.sources.images import Files, Images
 
 # Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
@@ -57,7 +59,6 @@ class TrainLoader:
         num_workers: int = 0,
         timeout_s: float = 300,
         drop_last: bool | str = "auto",
-        shuffle: bool = True,
     ) -> None:
         _check_sizes(batch_size=batch_size, accumulate=accumulate, num_workers=num_workers)
         if drop_last not in ("auto", True, False):
@@ -75,7 +76,6 @@ class TrainLoader:
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.seed = seed
-        self.shuffle = shuffle
         self.device = device
         self.augmentations = augmentations
         self.normalisation = normalisation
@@ -101,8 +101,6 @@ class TrainLoader:
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
-        if not self.shuffle:
-            return torch.arange(self.samples_per_epoch)
         generator = torch.Generator().manual_seed(fold(self.seed, "order", epoch))
         return torch.randperm(self.samples, generator=generator)[: self.samples_per_epoch]
 
@@ -113,7 +111,7 @@ class TrainLoader:
         first = start - start % self.batches_at_once
         rest = self.order(epoch)[first * self.batch_size :]
         batches = self.show(rest.split(self.batch_size), epoch, then=self.normalisation) if len(rest) else iter(())
-        batches = made_ahead(islice(batches, start - first, None), device=self.device)
+        batches = prefetched(islice(batches, start - first, None), device=self.device)
         while step := list(islice(batches, self.accumulate)):
             yield step
 
@@ -164,7 +162,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = self.source.read(self.batches, augment=_unchanged)
         ready = (batch._replace(images=self.normalisation(batch.images)) for batch in batches)
-        yield from made_ahead(ready, device=self.device)
+        yield from prefetched(ready, device=self.device)
 
 
 class Resident:
@@ -180,7 +178,7 @@ class Resident:
 
 
 class Streamed:
-    """Pictures that are decoded, or only fetched, when their batch is due: by this process or by workers.
+    """Images that are decoded, or only fetched, when their batch is due: by this process or by workers.
 
     They are augmented there too, or else on the device.
     """
@@ -190,15 +188,18 @@ class Streamed:
     ) -> None:
         self.images, self.device, self.num_workers, self.timeout_s = images, device, num_workers, timeout_s
         self.augment_in_workers = augment_in_workers
+        self.pin_memory = device.type == "cuda"
+        self.workers: WorkerPool | None = None
+        if num_workers:
+            fetch = partial(_fetch_in_worker, images)
+            self.workers = WorkerPool(fetch, num_workers=num_workers, timeout_s=timeout_s, pin_memory=self.pin_memory)
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
         there, here = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)
-        results = fetched(
-            partial(_fetch, self.images, there),
-            batches,
-            num_workers=self.num_workers,
-            timeout_s=self.timeout_s,
-            pin_memory=self.device.type == "cuda",
+        results = (
+            self._by_workers(self.workers, batches, there)
+            if self.workers is not None
+            else self._by_itself(batches, there)
         )
         # Closing ends the workers: an error that is raised keeps what is here until garbage is collected.
         with closing(results):
@@ -206,11 +207,46 @@ class Streamed:
                 self.images.tell(bad)
                 yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in parts)))
 
+    def _by_itself(self, batches: Sequence[Tensor], augment: Augment) -> Generator[tuple[Parts, Bad], None, None]:
+        for rows in batches:
+            (images, labels, rows), bad = _fetch(self.images, augment, rows)
+            if self.pin_memory:
+                images, labels, rows = images.pin_memory(), labels.pin_memory(), rows.pin_memory()
+            yield (images, labels, rows), bad
 
-def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[int, str]]:
-    """What a worker does: fetch or decode the pictures of a batch, and augment them."""
+    def _by_workers(
+        self, workers: WorkerPool, batches: Sequence[Tensor], augment: Augment
+    ) -> Generator[tuple[Parts, Bad], None, None]:
+        known = self.images.pixels.bad if isinstance(self.images.pixels, Files) else {}
+        try:
+            yield from workers.read((augment, known), batches)
+        except CannotPack as error:
+            explanation = f"cannot be sent to loader workers: {error}; set data.num_workers=0"
+            raise ConfigError(_unpicklable(augment), explanation) from error
+
+
+def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[Parts, Bad]:
+    """Fetch or decode the images of a batch, and augment them."""
     pixels, bad = images.fetch(rows)
     return augment(pixels, images.labels[rows], rows), bad
+
+
+def _fetch_in_worker(images: Images, task: tuple[Augment, Bad], rows: Tensor) -> tuple[Parts, Bad]:
+    """What a worker does with its own copy of the images; the task has the bad images that were known before it."""
+    augment, known = task
+    if isinstance(images.pixels, Files):
+        images.pixels.bad.update(known)
+    return _fetch(images, augment, rows)
+
+
+def _unpicklable(augment: Augment) -> str:
+    """The config key of the augmentation step that cannot be pickled."""
+    for name, step in getattr(augment, "steps", {}).items():
+        try:
+            pack(step).close()
+        except CannotPack:
+            return f"augment.{name}"
+    return "augment"
 
 
 def _unchanged(images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

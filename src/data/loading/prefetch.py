@@ -1,4 +1,4 @@
-"""On CUDA the next batch is made while a step computes: on a stream of its own, from pinned memory where it is read.
+"""Prefetch on CUDA: the next batch is made while a step computes, on a stream of its own and from pinned memory.
 
     stream of the data       batch 1   batch 2      batch 3      ...
     stream of the network              step 1       step 2       ...
@@ -16,9 +16,9 @@ from torch import Tensor
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
-def made_ahead(batches: Iterator[Tensors], *, device: torch.device) -> Iterator[Tensors]:
-    """The same batches, each begun before the one in front of it is given out."""
-    return _by_another_stream(batches, device) if device.type == "cuda" else batches
+def prefetched(batches: Iterator[Tensors], *, device: torch.device) -> Iterator[Tensors]:
+    """Give the same batches; on CUDA each is begun before the one in front of it is given out."""
+    return _on_another_stream(batches, device) if device.type == "cuda" else batches
 
 
 @cache
@@ -27,7 +27,7 @@ def stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _by_another_stream(batches: Iterator[Tensors], device: torch.device) -> Iterator[Tensors]:
+def _on_another_stream(batches: Iterator[Tensors], device: torch.device) -> Iterator[Tensors]:
     stream = stream_of(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # what batches are made of may still be on its way
 

@@ -1,45 +1,49 @@
-"""Processes that make batches for the loop, and what may happen to them.
+"""Processes that make batches for the loop, and what happens if one of them fails.
 
-    worker w of W    makes batches w, w + W, w + 2W, ...  ->  writes them to its slots, files in memory, in turn
-                     and sends a word through its pipe    ->  the main process copies the batch out, and answers
+    worker w of W    makes batches w, w + W, w + 2W, ...    ->  writes them to its slots, files in memory, in turn
+                     and reports each over its socket       ->  the main process copies it out, and frees the slot
 
-A batch is a pure function of its rows, so nothing is lost with a worker: when one dies, all are replaced, and go on
-from the first batch that was not given out. Each has a pipe of its own and shares no lock, so that none can hold up
+Workers are forked by a server (core/fork_server.py says why). They get their source once and persist over epochs;
+each reading sends them its rows and its augmentation. Between readings they wait. A reading that is abandoned kills its
+workers.
+
+A batch is a pure function of its rows, so nothing is lost with a worker: if one dies, all are replaced, and continue
+with the first batch that was not given out. Each has a socket of its own and shares no lock, so that none can hold up
 another; and its slots are not in /dev/shm, which is small in many containers. (torch's DataLoader does both, and sets
 a handler for SIGCHLD that would raise an error in the middle of an optimizer's step.)
 """
 
-import atexit
 import contextlib
+import json
 import logging
-import multiprocessing
 import os
-import signal
+import pickle
+import select
+import socket
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Sequence
 from io import FileIO
-from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
-from core.errors import STOP_SIGNALS, DataError, PreceptorError, is_out_of_memory
-from core.processes import death, die_with
-
-Parts = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), labels (B,) or (B, K), rows (B,)
-Bad = dict[int, str]  # pictures that could not be used, by position
-Fetch = Callable[[Tensor], tuple[Parts, Bad]]
+from core.errors import DataError
+from core.processes import death
+from core.server_process import receive_message, send_message
+from data.loading.parcels import file_in_memory, pack
+from data.loading.server import worker_server
+from data.loading.worker_process import SLOT_IS_FREE, Bad, Fetch, Parts
 
 AHEAD = 2  # batches that a worker makes before the first of them is taken
-REPLACEMENTS = 3  # in one reading; who dies more often does so for a reason
-FORK = multiprocessing.get_context("fork")
+REPLACEMENTS = 3  # in one reading; workers that die more often do so for a reason
+# Imported by the server if the process has imported it: it takes a second, and each worker would need it again.
+COSTLY = "torchvision.transforms.v2"
 log = logging.getLogger("preceptor.data")
 
 
 class WorkerDied(Exception):
-    """A worker ended before its batch was there."""
+    """A worker ended before its batch was made."""
 
     def __init__(self, pid: int | None, exit_code: int | None) -> None:
         self.worker = f"loader worker (pid {pid})"
@@ -47,63 +51,89 @@ class WorkerDied(Exception):
         super().__init__(f"{self.worker} was {self.how}")
 
 
-def fetched(
-    fetch: Fetch, batches: Sequence[Tensor], *, num_workers: int, timeout_s: float, pin_memory: bool
-) -> Generator[tuple[Parts, Bad], None, None]:
-    """What `fetch` makes of each batch of rows, in their order; by this process if `num_workers` is 0."""
-    if num_workers == 0:
-        for rows in batches:
-            (images, labels, rows), bad = fetch(rows)
-            if pin_memory:
-                images, labels, rows = images.pin_memory(), labels.pin_memory(), rows.pin_memory()
-            yield (images, labels, rows), bad
-        return
-    given, replaced = 0, 0
-    while given < len(batches):
-        rest = batches[given:]
-        workers: list[Worker] = []
-        try:
-            for number in range(min(num_workers, len(rest))):
-                workers.append(Worker(fetch, rest[number::num_workers]))
-            for number in range(len(rest)):
-                batch = workers[number % num_workers].take(timeout_s=timeout_s, pin_memory=pin_memory)
-                given += 1
-                yield batch
-        except WorkerDied as death:
-            replaced += 1
-            if replaced > REPLACEMENTS:
-                explanation = f"{death.how}, and so were {REPLACEMENTS} before it; if memory runs out, the system kills"
-                hint = "workers: fewer of them (data.num_workers) or smaller batches (data.batch_size) need less"
-                raise DataError(death.worker, f"{explanation} {hint}") from None
-            log.warning(f"{death}; the workers are replaced, and no batch is lost or changed")
-        finally:
-            for worker in workers:
-                worker.end()
+class WorkerPool:
+    """The workers of one source: `fetch` and all that it holds is sent to each of them once."""
+
+    def __init__(self, fetch: Fetch, *, num_workers: int, timeout_s: float, pin_memory: bool) -> None:
+        self.fetch, self.num_workers, self.timeout_s, self.pin_memory = fetch, num_workers, timeout_s, pin_memory
+        self._source: list[FileIO] = []  # the parcel of `fetch`, as soon as there is one
+        self._idle: list[Worker] = []
+        self._owner = os.getpid()
+        weakref.finalize(self, _close, self._idle, self._source)
+
+    def read(self, task: object, batches: Sequence[Tensor]) -> Generator[tuple[Parts, Bad], None, None]:
+        """Give what `fetch(task, rows)` makes of each batch of rows, in their order."""
+        if not batches:
+            return
+        given, replaced = 0, 0
+        with pack((task, torch.cat(list(batches)), [len(rows) for rows in batches])) as parcel:
+            while given < len(batches):
+                workers: list[Worker] = []
+                try:
+                    for number in range(min(self.num_workers, len(batches) - given)):
+                        workers.append(self._idle_or_new())
+                        workers[-1].begin(parcel, first=given + number, stride=self.num_workers)
+                    for number in range(len(batches) - given):
+                        worker = workers[number % self.num_workers]
+                        batch = worker.take(timeout_s=self.timeout_s, pin_memory=self.pin_memory)
+                        given += 1
+                        yield batch
+                    while workers and len(self._idle) < self.num_workers:  # more, if two readings ran at once
+                        self._idle.append(workers.pop())
+                except WorkerDied as death:
+                    replaced += 1
+                    if replaced > REPLACEMENTS:
+                        explanation = f"{death.how}, and so were {REPLACEMENTS} before it; if memory runs out, the"
+                        hint = "system kills workers: fewer of them (data.num_workers) or smaller batches"
+                        raise DataError(death.worker, f"{explanation} {hint} (data.batch_size) need less") from None
+                    log.warning(f"{death}; the workers are replaced, and no batch is lost or changed")
+                finally:
+                    _end(workers)
+
+    def _idle_or_new(self) -> "Worker":
+        if self._owner != os.getpid():  # in a fork of the process that has started them
+            _end(self._idle)
+            self._owner = os.getpid()
+        if self._idle:
+            return self._idle.pop()
+        if not self._source:
+            self._source.append(pack(self.fetch))
+        return Worker(self._source[0])
 
 
 class Worker:
     """A process that makes batches, seen from the main process."""
 
-    def __init__(self, fetch: Fetch, batches: Sequence[Tensor]) -> None:
-        self.slots = [_file_in_memory() for _ in range(AHEAD)]
+    def __init__(self, source: FileIO) -> None:
+        self.slots = [file_in_memory("batch") for _ in range(AHEAD)]
         self.taken = 0
-        self.pipe, theirs = FORK.Pipe()
-        arguments = (fetch, batches, self.slots, theirs, os.getpid())
-        self.process = FORK.Process(target=_work, args=arguments, daemon=True)
-        with _signals_held():
-            self.process.start()
-        theirs.close()  # now the worker alone holds that end: if it dies, the pipe says so
+        self.pipe, theirs = socket.socketpair()
+        descriptors = [theirs.fileno(), source.fileno(), *(slot.fileno() for slot in self.slots)]
+        preload = [COSTLY] if COSTLY in sys.modules else []
+        with theirs:  # then the worker alone holds that end: if it dies, the socket reports it
+            self.child = worker_server().start("data.loading.worker_process.work", b"", descriptors, preload=preload)
+
+    def begin(self, parcel: FileIO, *, first: int, stride: int) -> None:
+        """Have it make each `stride`-th batch of a reading, from the batch `first` on."""
+        self.taken = 0
+        with contextlib.suppress(OSError):  # it is dead: seen when its first batch is due
+            send_message(self.pipe, json.dumps({"first": first, "stride": stride}).encode(), [parcel.fileno()])
 
     def take(self, *, timeout_s: float, pin_memory: bool) -> tuple[Parts, Bad]:
         """Its next batch, copied out of its slot."""
-        if not self.pipe.poll(timeout_s):
-            explanation = f"a loader worker (pid {self.process.pid}) has taken longer for a batch: is the data's place"
+        pid = self.child.pid  # waits until the server has started, which takes as long as an import of torch
+        poll = select.poll()
+        poll.register(self.pipe, select.POLLIN)
+        if not poll.poll(1000 * timeout_s):
+            explanation = f"a loader worker (pid {pid}) has taken longer for a batch: is the data's place"
             raise DataError("data.timeout_s", f"{explanation} reachable? Or allow more", value=timeout_s)
         try:
-            answer = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(1)
-            raise WorkerDied(self.process.pid, self.process.exitcode) from None
+            message = receive_message(self.pipe)
+        except OSError:
+            message = None
+        if message is None:
+            raise WorkerDied(pid, self.child.exit_code(1)) from None
+        answer = pickle.loads(message[0])  # noqa: S301  our own process has sent it
         if isinstance(answer, Exception):
             raise answer
         kinds, bad = answer
@@ -111,74 +141,34 @@ class Worker:
         slot.seek(0)
         images, labels, rows = (_copied(slot, *kind, pin_memory=pin_memory) for kind in kinds)
         self.taken += 1
-        with contextlib.suppress(OSError):  # it is done, or dead: seen when its next batch is due
-            self.pipe.send_bytes(b"taken")
+        with contextlib.suppress(OSError):  # it is dead: seen when its next batch is due
+            send_message(self.pipe, SLOT_IS_FREE)
         return (images, labels, rows), bad
 
-    def end(self) -> None:
-        """Kill it, as SIGTERM is blocked there; there is nothing in it to be saved."""
-        self.process.kill()
-        self.process.join(5)  # not for ever: one that waits for a dead network drive cannot even be killed
-        self.pipe.close()
-        for slot in self.slots:
+
+def _end(workers: list[Worker]) -> None:
+    """Kill them, as SIGTERM is blocked in them; there is nothing in them to be saved."""
+    for worker in workers:
+        worker.child.kill()
+    while workers:
+        worker = workers.pop()
+        worker.child.end()
+        worker.pipe.close()
+        for slot in worker.slots:
             slot.close()
 
 
-def _work(fetch: Fetch, batches: Sequence[Tensor], slots: Sequence[FileIO], pipe: Connection, parent: int) -> None:
-    """What a worker does."""
-    die_with(parent)
-    torch.set_num_threads(1)
-    for turn, rows in enumerate(batches):
-        if turn >= AHEAD:
-            pipe.recv_bytes()  # the slot is free again
-        try:
-            parts, bad = fetch(rows)
-            slot = slots[turn % AHEAD]
-            slot.seek(0)
-            for part in parts:
-                content = part.contiguous().numpy().data.cast("B")
-                while content:
-                    content = content[slot.write(content) :]
-            pipe.send(([(part.shape, part.dtype) for part in parts], bad))
-        except PreceptorError as error:
-            pipe.send(error)
-            return
-        except Exception as error:  # where it happened would be lost on the way
-            kind = MemoryError if is_out_of_memory(error) else RuntimeError
-            is_storage = isinstance(error, OSError)  # told as such, as where there are no workers
-            pipe.send(error if is_storage else kind(f"in a loader worker: {traceback.format_exc()}"))
-            return
+def _close(workers: list[Worker], source: list[FileIO]) -> None:
+    """End what a pool has, when it is garbage or the process exits."""
+    _end(workers)
+    for parcel in source:
+        parcel.close()
 
 
 def _copied(slot: FileIO, shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     """The slot's next tensor."""
     part = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
-    content = part.numpy().data.cast("B")
+    content = part.numpy().data.cast("B") if part.numel() else memoryview(b"")
     while content:
         content = content[slot.readinto(content) :]
     return part
-
-
-def _file_in_memory() -> FileIO:
-    """Without a name, and not in /dev/shm: bounded by the memory alone."""
-    if sys.platform == "linux":
-        return FileIO(os.memfd_create("batch"), "r+b")
-    return tempfile.TemporaryFile(buffering=0)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Workers are born with them blocked: one to the whole process group asks the run to save and stop, and they serve
-    it until it has. Here they are only held up meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """Those that are left when the process ends; multiprocessing would send SIGTERM, and wait for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()

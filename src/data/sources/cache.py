@@ -24,19 +24,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from core.durable import sync_folder, write_durably
 from core.errors import StorageError
-from data.sources.images import PAUSES, BadImage, Files, decode
+from data.sources.decode import PAUSES, BadImage, decode
 
-RULE = 1  # of data.sources.images.decode; another rule makes other pixels
+RULE = 1  # of data.sources.decode; another rule makes other pixels
 PIECE = 64  # pictures that a thread decodes before the next piece
 ROOM = 0.9  # share of the free disk that a cache may take
 ABANDONED = 60  # seconds after which an unfinished cache that nobody writes is removed
@@ -45,11 +43,15 @@ log = logging.getLogger("preceptor.data")
 
 @dataclass(frozen=True)
 class Cache:
-    """Decoded pictures on the disk, or some of them."""
+    """Decoded images on the disk, or some of them. A pickled one holds the file's path, and maps it again."""
 
-    pixels: Tensor  # uint8 (M, C, H, W), mapped
+    path: Path  # absolute: <digest>.npy
+    pixels: Tensor  # uint8 (M, C, H, W), the mapped file
     bad: dict[int, str]  # row -> why it could not be decoded
-    rows: Tensor  # int64 (N,): where in `pixels` the pictures are
+    rows: Tensor  # int64 (N,): where in `pixels` the images are
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _mapped, (self.path, self.bad, self.rows)
 
     def take(self, indices: Tensor) -> "Cache":
         """Those at these positions."""
@@ -60,44 +62,50 @@ class Cache:
         return not self.bad or self.bad.keys().isdisjoint(self.rows[indices].tolist())
 
     def read(self, indices: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), copied."""
+        """Images (B, C, H, W), copied."""
         return self.pixels.index_select(0, self.rows[indices])
 
 
-def with_cache(files: Files, folder: Path) -> Files:
-    """The same files, read from their cache of this size in this folder, which is made where it is not there.
+def _mapped(path: Path, bad: dict[int, str], rows: Tensor) -> Cache:
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    return Cache(path, pixels, bad, rows)
 
-    Where it cannot be made, a warning says why, and each picture is decoded whenever it is read.
+
+def open_cache(
+    paths: Sequence[Path], folder: Path, *, shape: tuple[int, int, int, int], max_pixels: int, skip_bad: bool
+) -> Cache | None:
+    """Return the cache in a folder of these files, decoded to this shape (N, C, H, W). Create it if it does not exist.
+
+    None if it cannot be created: a warning gives the reason, unless that is a file which nobody can read. Raises
+    BadImage for a bad image, unless `skip_bad`.
     """
-    if not files.paths:
-        return files
+    if not paths:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) and not any(folder.glob("*.npy")):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         _remove_abandoned(folder)
-        contents = Contents(files.paths, folder)
+        contents = Contents(paths, folder)
         if None in contents.hashes:
-            return files  # whoever reads that one tells what is wrong with it
-        path = folder / f"{fingerprint(files, contents)}.npy"
+            return None  # whoever reads that one tells what is wrong with it
+        path = folder.absolute() / f"{fingerprint(contents, shape=shape, max_pixels=max_pixels)}.npy"
         if not path.exists():
-            needed = int(np.prod(files.shape))
+            needed = int(np.prod(shape))
             if needed > ROOM * (free := shutil.disk_usage(folder).free):
                 raise OSError(None, f"it needs {needed:,} bytes, and {free:,} are free")
-            _make(files, path, contents)
+            _make(path, contents, shape=shape, max_pixels=max_pixels, skip_bad=skip_bad)
     except (OSError, StorageError) as error:
         reason = error.explanation if isinstance(error, StorageError) else error.strerror
         log.warning(f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)")
-        return files
-    pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        return None
     bad = json.loads(path.with_suffix(".json").read_text())
-    made = Cache(pixels, {int(row): why for row, why in bad.items()}, torch.arange(len(files)))
-    return replace(files, caches={**files.caches, files.image_size: made})
+    return _mapped(path, {int(row): why for row, why in bad.items()}, torch.arange(len(paths)))
 
 
-def fingerprint(files: Files, contents: "Contents") -> str:
-    """What the decoded pixels depend on."""
-    digest = hashlib.blake2b(repr((RULE, files.shape, files.max_pixels)).encode(), digest_size=12)
+def fingerprint(contents: "Contents", *, shape: tuple[int, int, int, int], max_pixels: int) -> str:
+    """Return a hash of everything that the decoded pixels depend on."""
+    digest = hashlib.blake2b(repr((RULE, shape, max_pixels)).encode(), digest_size=12)
     for name, content in zip(contents.names, contents.hashes, strict=True):
         digest.update(repr((name, content)).encode())
     return digest.hexdigest()
@@ -160,7 +168,10 @@ def _content(path: Path) -> str | None:
 
 
 def _by_threads(task: Callable[[int], None], count: int, *, text: str) -> None:
-    """The task for each PIECE of so many pictures, by as many threads as there are cores; with a bar on a terminal."""
+    """Run the task for each PIECE of `count` images, in one thread per core. Show a bar on a terminal."""
+    from rich.console import Console  # here, so that importing this module does not import rich
+    from rich.progress import track
+
     pool = ThreadPoolExecutor()
     try:
         pieces = [pool.submit(task, start) for start in range(0, count, PIECE)]
@@ -173,33 +184,29 @@ def _by_threads(task: Callable[[int], None], count: int, *, text: str) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _make(files: Files, path: Path, contents: Contents) -> None:
-    """Decode all pictures: Pillow's decoders let other threads run meanwhile."""
+def _make(path: Path, contents: Contents, *, shape: tuple[int, int, int, int], max_pixels: int, skip_bad: bool) -> None:
+    """Decode all images, in threads: Pillow's decoders release the GIL."""
+    count, channels, image_size, _ = shape
     bad: dict[int, str] = {}
 
     def decode_piece(start: int) -> None:
-        for row in range(start, min(start + PIECE, len(files))):
+        for row in range(start, min(start + PIECE, count)):
             try:
-                picture = decode(
-                    files.paths[row],
-                    image_size=files.image_size,
-                    channels=files.channels,
-                    max_pixels=files.max_pixels,
-                )
-                pixels[row] = picture.numpy()
+                image = decode(contents.paths[row], image_size=image_size, channels=channels, max_pixels=max_pixels)
+                pixels[row] = image.numpy()
             except BadImage as error:
-                if files.on_bad_image == "error":
+                if not skip_bad:
                     raise
                 bad[row] = error.explanation
 
     with _unfinished(path) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": files.shape}
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         # A full disk is an error here; behind the map it would end the process.
-        os.posix_fallocate(file.fileno(), 0, start + int(np.prod(files.shape)))
-        pixels = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=files.shape)
-        _by_threads(decode_piece, len(files), text=f"decoding {len(files):,} pictures, once")
+        os.posix_fallocate(file.fileno(), 0, start + int(np.prod(shape)))
+        pixels = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=shape)
+        _by_threads(decode_piece, count, text=f"decoding {count:,} pictures, once")
         pixels.flush()
         os.fsync(file.fileno())
         if not contents.are_as_they_were():

@@ -1,4 +1,4 @@
-"""The data sets: each function returns a Collection, with the parts that its source brings.
+"""The embedded digits and torchvision's official data sets: each function returns a Collection.
 
     digits                  1,797 digits of 8 x 8, embedded here (UCI Optical Recognition of Handwritten Digits,
                             Alpaydin and Kaynak, 1998, CC BY 4.0; the part that scikit-learn carries, in its order)
@@ -6,7 +6,6 @@
     kmnist                  the same of cursive Japanese (Clanuwat et al., 2018)
     cifar10, cifar100       50,000 + 10,000 of 32 x 32 RGB (Krizhevsky, 2009)
     svhn                    73,257 + 26,032 of 32 x 32 RGB, house numbers (Netzer et al., 2011)
-    image_folder            one's own pictures, a folder for each class; ImageNet too
 
 torchvision downloads and reads the official archives. It is imported only there: the import takes seconds.
 """
@@ -16,45 +15,24 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from core.errors import ConfigError, DataError
-from core.seeding import fold
-from data.sources.cache import with_cache
-from data.sources.images import MAX_PIXELS, SUFFIXES, Files, Images
-from data.sources.stratification import split
+from core.errors import DataError
+from data.sources.collection import Collection, with_test
+from data.sources.images import Images
 
 DIGITS = Path(__file__).with_name("digits.npz")  # pixels uint8 (1797, 8, 8), 0 to 16; labels uint8 (1797,)
 DIGITS_TEST_FRACTION = 0.2
 DIGIT_NAMES = [str(label) for label in range(10)]
-TEST_SEED = fold(0, "test")  # the test part never depends on a run's seed
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
 CIFAR100_FILES = ("train", "test", "meta")
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
-
-CACHE_NAME = ".preceptor"  # in the folder of the pictures; hidden, so that nobody takes it for a class
-FOLDER_LAYOUT = (
-    "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
-    "with one for each class in them (val and test may be left out); set data.root"
-)
-
-
-@dataclass(frozen=True)
-class Collection:
-    """A data set as its source brings it."""
-
-    train: Images
-    val: Images | None  # None: a share of train is taken for it
-    test: Images | None  # None: there is none
-    class_names: list[str]
 
 
 def digits() -> Collection:
@@ -62,7 +40,7 @@ def digits() -> Collection:
     with np.load(DIGITS, allow_pickle=False) as file:
         levels, labels = torch.from_numpy(file["pixels"]), torch.from_numpy(file["labels"]).long()
     pixels = (levels * (255 / 16)).round().to(torch.uint8)[:, None]  # (N, 1, 8, 8)
-    return _with_test(Images(pixels=pixels, labels=labels), fraction=DIGITS_TEST_FRACTION, class_names=DIGIT_NAMES)
+    return with_test(Images(pixels=pixels, labels=labels), fraction=DIGITS_TEST_FRACTION, class_names=DIGIT_NAMES)
 
 
 def mnist(*, root: str, download: bool) -> Collection:
@@ -91,104 +69,6 @@ def svhn(*, root: str, download: bool) -> Collection:
     scikit-learn brings along; and it would have them in ROOT itself, where nobody could tell whose they are."""
     place, parts = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
     return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
-
-
-def image_folder(
-    *,
-    root: str,
-    image_size: int,
-    channels: int,
-    test_fraction: float,
-    empty_class: str,
-    on_bad_image: str = "error",
-    max_pixels: int = MAX_PIXELS,
-    cache_dir: str | None = None,
-    stored_size: int | None = None,
-    limit_train: int | None = None,
-) -> Collection:
-    """Pictures in class folders, in sorted order, read from their cache; not where only some of them are wanted.
-
-    Those to train on are kept at `stored_size`, and at `image_size` too where other parts are taken from them.
-
-    With ROOT/train, the parts are the folders given: no ROOT/test means no test part, and no ROOT/val means that
-    `val_fraction` of train is taken. Without it, ROOT holds the classes, and `test_fraction` is put aside for the test.
-    """
-    if empty_class not in ("error", "keep"):
-        raise ConfigError("empty_class", "must be error or keep", value=empty_class)
-    if on_bad_image not in ("error", "skip"):
-        raise ConfigError("on_bad_image", "must be error or skip", value=on_bad_image)
-    if max_pixels < 1:
-        raise ConfigError("max_pixels", "must be >= 1", value=max_pixels)
-    if not 0 <= test_fraction < 1:
-        raise ConfigError("test_fraction", "must be >= 0 and < 1", value=test_fraction)
-    base = Path(root).expanduser()
-    if not base.is_dir():
-        reason = "is not a folder" if base.exists() else "does not exist"
-        raise DataError(str(base), f"{reason}; {FOLDER_LAYOUT}")
-    given = [part for part in ("train", "val", "test") if (base / part).is_dir()]
-    folders = {part: base / part for part in given} if "train" in given else {"train": base}
-    class_names = _class_names(folders["train"])
-    if "train" not in given and set(class_names) <= {"val", "test"}:
-        raise DataError(str(base), f"has {' and '.join(given) or 'no class folders'} but no train; {FOLDER_LAYOUT}")
-    if len(class_names) < 2:
-        raise DataError(str(folders["train"]), f"has one class only, {class_names[0]}; {FOLDER_LAYOUT}")
-
-    found: dict[str, tuple[Files, Tensor]] = {}
-    for part, folder in folders.items():
-        _same_classes(folder, expected=class_names, found=_class_names(folder))
-        paths = [pictures_in(folder / name) for name in class_names]
-        empty = [name for name, found in zip(class_names, paths, strict=True) if not found]
-        if empty and (empty_class == "error" or len(empty) == len(class_names)):
-            explanation = f"has no pictures for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
-            raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
-        labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in paths]))
-        files = Files(
-            [path for found in paths for path in found],
-            image_size=image_size,
-            channels=channels,
-            on_bad_image=on_bad_image,
-            max_pixels=max_pixels,
-        )
-        found[part] = files, labels
-    if cache_dir is not None and limit_train is None:  # when all else is known to be right
-        place = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
-        to_train_on = {stored_size or image_size} | (set() if "val" in found else {image_size})
-        for part, (files, labels) in found.items():
-            for size in sorted(to_train_on if part == "train" else {image_size}):
-                files = with_cache(replace(files, image_size=size), place)
-            found[part] = files, labels
-    parts = {part: Images(files, labels) for part, (files, labels) in found.items()}
-    if "train" in given:
-        return Collection(train=parts["train"], val=parts.get("val"), test=parts.get("test"), class_names=class_names)
-    return _with_test(parts["train"], fraction=test_fraction, class_names=class_names)
-
-
-def _with_test(images: Images, *, fraction: float, class_names: list[str]) -> Collection:
-    """A stratified share put aside as the test part, the same whatever the run's seed."""
-    if fraction == 0:
-        return Collection(train=images, val=None, test=None, class_names=class_names)
-    train, test = split(images, fraction=fraction, seed=TEST_SEED, part="test")
-    return Collection(train=train, val=None, test=test, class_names=class_names)
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(str(folder), f"has no class folders; {FOLDER_LAYOUT}")
-    return names
-
-
-def _same_classes(folder: Path, *, expected: list[str], found: list[str]) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or extra:
-        said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)} besides"] * bool(extra)
-        raise DataError(str(folder), f"{' and '.join(said)}: must have the same class folders as train")
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """All picture files below a folder, hidden ones left out, sorted by their path in it."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _official(

@@ -1,70 +1,52 @@
-"""Labelled pictures: already in memory as uint8, or as files that are decoded on demand.
+"""Labelled images: in memory as uint8, or as files that are decoded on demand.
 
-Any picture becomes uint8 (C, H, W) by one rule:
-
-    stored as                           becomes
-    1 bit, grey, palette, CMYK, ...     8-bit grey or RGB, by Pillow; colour to grey is ITU-R 601 luma
-    with transparency                   composited on white
-    16-bit grey                         value / 257, rounded: 65535 becomes 255, nothing is clipped
-    with an EXIF orientation            turned upright
-    an animation                        its first frame
-    any size                            the centre square, resized to image_size (bilinear, antialiased),
-                                        those to train on to data.stored_size, where there is one
-
-That is "shorter side to image_size, then centre crop", to the pixel; but only the square is ever resized, so that a
-picture of 30000 x 2 stays small in memory.
-
-A file that is there but holds no picture, or one of more than `max_pixels`, is bad: an error, or with `on_bad_image`
-skip replaced by the next good picture of its label, in the part's order and around its end. Which one follows from the
-files alone, so it is the same for any worker and after a resume.
+A file that can be read but holds no image, or one of more than `max_pixels`, is bad. With `on_bad_image` error it ends
+the run; with skip the next good image of its label replaces it, in the split's order and around its end. Which one
+follows from the files alone, so it is the same for any worker and after a resume.
 """
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import DataError
+from data.sources.cache import Cache, open_cache
+from data.sources.decode import MAX_PIXELS, BadImage, decode
 
-if TYPE_CHECKING:
-    from data.sources.cache import Cache
-
-# Formats of plain pictures only: some of Pillow's others start programs (EPS) or hold no pixels (PDF).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
-MAX_PIXELS = 100_000_000  # 300 MB as RGB
-PAUSES = (0.1, 0.3, 0.9)  # seconds before a file that cannot be read is tried again: a network drive comes back
-BEARABLE = 0.01  # share of a part's pictures that may be bad with `skip`; one always may
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit only warns at first, and is the same for all: `max_pixels` replaces it
+BEARABLE = 0.01  # share of a split's images that may be bad with `skip`; one always may
 log = logging.getLogger("preceptor.data")
 
 
-class BadImage(DataError):
-    """A file that can be read, but holds no picture that can be used."""
+class PathsAsText(Sequence[Path]):
+    """Paths kept as text. Unpickling a million of them takes 0.3 s; that many Path objects take 7 s."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:  # a slice gives a list, as a list does
+        return [Path(text) for text in self.texts[index]] if isinstance(index, slice) else Path(self.texts[index])
 
 
 @dataclass(frozen=True)
 class Files:
-    """Picture files; item i is decoded when it is asked for, to uint8 (C, H, W)."""
+    """Image files; item i is decoded when it is asked for, to uint8 (C, H, W)."""
 
-    paths: list[Path]
+    paths: Sequence[Path]
     _: KW_ONLY
     image_size: int
     channels: int
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
-    caches: Mapping[int, "Cache"] = field(default_factory=dict)  # where they lie decoded, by image_size
+    caches: Mapping[int, Cache] = field(default_factory=dict)  # where they lie decoded, by image_size
     bad: dict[int, str] = field(default_factory=dict, init=False)  # by position: those found so far, told already
 
     def __len__(self) -> int:
@@ -78,8 +60,14 @@ class Files:
             return self.cache.pixels[row]
         return decode(self.paths[index], image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"paths": [str(path) for path in self.paths]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, paths=PathsAsText(state["paths"]))
+
     @property
-    def cache(self) -> "Cache | None":
+    def cache(self) -> Cache | None:
         """Where they lie decoded at this size."""
         return self.caches.get(self.image_size)
 
@@ -125,6 +113,21 @@ class Files:
             index, reason = list(bad.items())[-1]
             explanation = f"{reason}; {len(bad)} of {len(self)} pictures are bad, where data.on_bad_image=skip bears"
             raise DataError(str(self.paths[index]), f"{explanation} {most}")
+
+
+def with_cache(files: Files, folder: Path) -> Files:
+    """Return the same files, read from their cache of this size in a folder, which is created if it does not exist.
+
+    If it cannot be created, a warning gives the reason, and each image is decoded whenever it is read.
+    """
+    cache = open_cache(
+        files.paths,
+        folder,
+        shape=files.shape,
+        max_pixels=files.max_pixels,
+        skip_bad=files.on_bad_image == "skip",
+    )
+    return files if cache is None else replace(files, caches={**files.caches, files.image_size: cache})
 
 
 @dataclass(frozen=True)
@@ -189,59 +192,3 @@ class Images:
         same = (self.labels == self.labels[row]).nonzero().flatten()
         yield from same[same > row].tolist()
         yield from same[same < row].tolist()
-
-
-def decode(path: str | Path, *, image_size: int | None, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """A picture file as uint8 (channels, image_size, image_size), by the rule at the top of this file.
-
-    `image_size` None leaves the centre square at its own size.
-    """
-    for pause in (*PAUSES, None):
-        try:
-            picture = _open(Path(path), mode="L" if channels == 1 else "RGB", max_pixels=max_pixels)
-            break
-        except OSError as error:
-            if pause is None:
-                explanation = f"cannot be read: {error.strerror} (tried {len(PAUSES) + 1} times)"
-                raise DataError(str(path), explanation) from error
-            time.sleep(pause)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    size = image_size or side
-    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    pixels = np.array(square).reshape(size, size, channels)  # (H, W, C)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (C, H, W)
-
-
-def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
-    """The decoded picture, upright; BadImage if it is none, OSError if the file cannot be read."""
-    try:
-        # Pillow gets no path: it would map plain formats into memory, where a file that is cut short kills the process.
-        with path.open("rb") as content, Image.open(content, formats=FORMATS) as file:
-            if file.width * file.height > max_pixels:
-                found = f"{file.width} x {file.height} = {file.width * file.height:,} pixels"
-                raise BadImage(str(path), f"has {found}: must be at most data.max_pixels = {max_pixels:,}")
-            return _eight_bit(ImageOps.exif_transpose(file)).convert(mode)
-    except (BadImage, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(str(path), f"is not a picture: must be {', '.join(FORMATS)}") from error
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: those of Pillow have no number
-            raise
-        raise BadImage(str(path), f"cannot be decoded: {error or type(error).__name__}") from error
-
-
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """The picture without transparency and with 8 bits a channel."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its values go from {values.min()} to {values.max()}: must be within 0 to 65535")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("it holds floating-point values, whose scale is unknown")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture

@@ -1,22 +1,22 @@
-"""From a collection to what is trained on: checked labels, a validation part, one picture size, statistics.
+"""From a collection to what is trained on: checked labels, a validation split, one image size, statistics.
 
-The validation part is drawn class by class (stratified), so that each class has its share of it; the share is a pure
-function of the seed and of the labels. A collection that brings its own validation part keeps it.
+The validation split is drawn class by class (stratified), so that each class has its share of it. Its share is a pure
+function of the seed and of the labels. A collection that has its own validation split keeps it.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from core.errors import ConfigError, DataError
 from core.seeding import fold
-from data.loading.normalisation import CHUNK, VALUES, Normalisation, fit_normalisation
-from data.sources.datasets import Collection
+from data.loading.normalisation import CHUNK, Normalisation, exact_mean, fit_normalisation, is_unfitted
+from data.sources.collection import Collection
 from data.sources.images import Files, Images
+from data.sources.pixels import at_size, check_pixels, recolour, resize
 from data.sources.stratification import split, stratified
 
 STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that does not fit into memory
@@ -50,38 +50,25 @@ def prepare(
     normalise: str = "per_channel",
     whitening_epsilon: float = 0.01,
     stored_size: int | None = None,
+    normalisation: Normalisation | None = None,
 ) -> Splits:
-    """Check, split, convert and measure a collection."""
+    """Check, split and convert a collection, and fit its normalisation, unless a fitted `normalisation` is given."""
     _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit)
-    found = {"train": collection.train, "val": collection.val, "test": collection.test}
-    for part, images in found.items():
-        if images is not None:
-            check_labels(images, part=part, num_classes=len(collection.class_names))
-            check_pixels(images, part=part)
-    if num_classes is not None and num_classes != len(collection.class_names):
-        raise ConfigError("num_classes", f"the data has {len(collection.class_names)} classes", value=num_classes)
-
-    train, val = collection.train, collection.val
-    if val is None and val_fraction > 0:
-        train, val = split(train, fraction=val_fraction, seed=fold(seed, "val"), part="val")
-    limits = {"limit_train": limit_train, "limit_eval": limit_eval}
-    for name, limit in limits.items():
-        if limit is not None and limit < 1:
-            raise ConfigError(name, "must be >= 1, or null for all", value=limit)
-    seen = (("train", train, limit_train), ("val", val, limit_eval), ("test", collection.test, limit_eval))
-    parts = {part: _limited(images, limit, seed=seed) for part, images, limit in seen if images is not None}
-    sizes = dict.fromkeys(parts, image_size) | {"train": stored_size or image_size}
-    resident = _fits(parts, sizes=sizes, channels=channels, memory_budget=memory_budget)
+    _check_collection(collection, num_classes=num_classes)
+    splits = _split(collection, seed=seed, val_fraction=val_fraction, limit_train=limit_train, limit_eval=limit_eval)
+    sizes = dict.fromkeys(splits, image_size) | {"train": stored_size or image_size}
+    resident = _fits(splits, sizes=sizes, channels=channels, memory_budget=memory_budget)
     ready = {
-        part: convert(images, image_size=sizes[part], channels=channels, fit=fit, load=resident)
-        for part, images in parts.items()
+        name: convert(images, image_size=sizes[name], channels=channels, fit=fit, load=resident)
+        for name, images in splits.items()
     }
-    normalisation = fit_normalisation(
-        measured(ready["train"], image_size=image_size, seed=seed),
-        kind=normalise,
-        epsilon=whitening_epsilon,
-        shape=(channels, image_size, image_size),
-    )
+    if normalisation is None:
+        normalisation = fit_normalisation(
+            measured(ready["train"], image_size=image_size, seed=seed),
+            kind=normalise,
+            epsilon=whitening_epsilon,
+            shape=(channels, image_size, image_size),
+        )
     return Splits(
         train=ready["train"],
         val=ready.get("val"),
@@ -89,8 +76,40 @@ def prepare(
         class_names=collection.class_names,
         normalisation=normalisation,
         fingerprint=fingerprint(collection),
-        counts={part: len(images) for part, images in found.items() if images is not None},
+        counts={name: len(images) for name, images in _splits_of(collection).items()},
     )
+
+
+def _splits_of(collection: Collection) -> dict[str, Images]:
+    """Return the splits that a collection has."""
+    splits = {"train": collection.train, "val": collection.val, "test": collection.test}
+    return {name: images for name, images in splits.items() if images is not None}
+
+
+def _check_collection(collection: Collection, *, num_classes: int | None) -> None:
+    """Raise DataError for labels or pixels that cannot be used, and ConfigError for another number of classes."""
+    found = len(collection.class_names)
+    for name, images in _splits_of(collection).items():
+        check_labels(images, part=name, num_classes=found)
+        if isinstance(images.pixels, Tensor):
+            check_pixels(images.pixels, part=name)
+    if num_classes is not None and num_classes != found:
+        raise ConfigError("num_classes", f"the data has {found} classes", value=num_classes)
+
+
+def _split(
+    collection: Collection, *, seed: int, val_fraction: float, limit_train: int | None, limit_eval: int | None
+) -> dict[str, Images]:
+    """Return the splits by name, val held out of train if the collection has none, each cut down to its limit."""
+    splits = _splits_of(collection)
+    if "val" not in splits and val_fraction > 0:
+        train, val = split(collection.train, fraction=val_fraction, seed=fold(seed, "val"), part="val")
+        splits = {"train": train, "val": val, **{name: splits[name] for name in splits if name == "test"}}
+    for key, limit in {"limit_train": limit_train, "limit_eval": limit_eval}.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(key, "must be >= 1, or null for all", value=limit)
+    limits = dict.fromkeys(splits, limit_eval) | {"train": limit_train}
+    return {name: _limited(images, limits[name], seed=seed) for name, images in splits.items()}
 
 
 def _limited(images: Images, limit: int | None, *, seed: int) -> Images:
@@ -141,20 +160,6 @@ def check_labels(images: Images, *, part: str, num_classes: int) -> None:
         raise DataError(f"{part} labels", f"go from {low} to {high}: must be within 0 to {num_classes - 1}")
 
 
-def check_pixels(images: Images, *, part: str) -> None:
-    """Refuse pixels in memory that are not uint8 (N, C, H, W)."""
-    pixels, subject = images.pixels, f"{part} pixels"
-    if isinstance(pixels, Files):
-        return
-    if pixels.is_floating_point() and not (finite := torch.isfinite(pixels).flatten(1).all(1)).all():
-        index = int((~finite).nonzero()[0])
-        raise DataError(subject, f"NaN or infinity in image {index}: must be torch.uint8, 0 to 255")
-    if pixels.dtype != torch.uint8:
-        raise DataError(subject, "must be torch.uint8, 0 to 255", value=pixels.dtype)
-    if pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
-        raise DataError(subject, "must be (N, C, H, W) with 1 or 3 channels", value=tuple(pixels.shape))
-
-
 def convert(images: Images, *, image_size: int, channels: int, fit: str, load: bool) -> Images:
     """The images with the channels and the size that the network is to see."""
     if isinstance(images.pixels, Files):
@@ -171,56 +176,34 @@ def convert(images: Images, *, image_size: int, channels: int, fit: str, load: b
     return Images(pixels=torch.cat(chunks), labels=images.labels)
 
 
-def recolour(pixels: Tensor, *, channels: int) -> Tensor:
-    """uint8 (N, C, H, W) with 1 or 3 channels: grey is repeated, colour becomes ITU-R 601 luma, as Pillow rounds it."""
-    if pixels.shape[1] == channels:
-        return pixels
-    if channels == 3:
-        return pixels.expand(-1, 3, -1, -1)
-    red, green, blue = pixels.to(torch.int32).unbind(1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[:, None]
-
-
-def resize(pixels: Tensor, *, image_size: int, fit: str) -> Tensor:
-    """uint8 (N, C, H, W) to (N, C, image_size, image_size): bilinear and antialiased, or centred on black."""
-    height, width = pixels.shape[2:]
-    if (height, width) == (image_size, image_size):
-        return pixels
-    if fit == "resize":
-        size = (image_size, image_size)
-        larger = functional.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-        return larger.round().clamp(0, 255).to(torch.uint8)
-    if image_size < max(height, width):
-        explanation = f"must be >= {max(height, width)}, the size of the data, with fit: pad"
-        raise ConfigError("image_size", explanation, value=image_size)
-    left, top = (image_size - width) // 2, (image_size - height) // 2
-    return functional.pad(pixels, (left, image_size - width - left, top, image_size - height - top))
-
-
 def measured(train: Images, *, image_size: int, seed: int) -> Iterator[Tensor]:
-    """The pictures to measure, as the network sees them in evaluation, at image_size: all of a part in memory, else
-    those of a stratified subset, decoded piece by piece."""
+    """Yield the images that statistics are taken of, as the model sees them in evaluation, at image_size.
+
+    All of a split in memory, else those of a stratified subset, decoded chunk by chunk.
+    """
     if isinstance(train.pixels, Tensor):
-        pieces = iter([train.pixels])
+        chunks = iter([train.pixels])
     else:
         chosen = _stratified_part(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics"))
-        pieces = (train.read(piece) for piece in chosen.split(CHUNK))
-    for pixels in pieces:
-        yield from _at_size(pixels, image_size)
+        chunks = (train.read(rows) for rows in chosen.split(CHUNK))
+    for pixels in chunks:
+        yield from at_size(pixels, image_size)
 
 
-def _at_size(pixels: Tensor, image_size: int) -> Iterator[Tensor]:
-    """The same pictures (N, C, H, W), uint8, at the network's size: in one piece, or in several if they are resized."""
-    if pixels.shape[2:] == (image_size, image_size):
-        yield pixels
-        return
-    few = max(1, VALUES // pixels[0].numel())  # they are widened to floats
-    yield from (resize(piece, image_size=image_size, fit="resize") for piece in pixels.split(few))
+def same_mean(train: Images, tensors: Mapping[str, Tensor], *, image_size: int) -> bool:
+    """Return whether training images have the mean that a normalisation with these tensors was fitted to, bit by bit.
+
+    Only sums are taken: nothing is fitted. True also for data that is not in memory, and for `normalise: none`.
+    """
+    if not isinstance(train.pixels, Tensor) or is_unfitted(tensors):
+        return True
+    mean = exact_mean(at_size(train.pixels, image_size), per_pixel="whitening" in tensors)
+    return torch.equal(mean, tensors["mean"])
 
 
 def sample(train: Images, *, count: int, image_size: int, seed: int) -> Tensor:
-    """A stratified subset of so many pictures, or all, as the network sees them: uint8 (N, C, H, W)."""
-    return torch.cat(list(_at_size(train.read(_stratified_part(train, count=count, seed=seed)), image_size)))
+    """Return a stratified subset of `count` images, or all, as the model sees them: uint8 (N, C, H, W)."""
+    return torch.cat(list(at_size(train.read(_stratified_part(train, count=count, seed=seed)), image_size)))
 
 
 def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:
@@ -230,9 +213,7 @@ def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:
 def fingerprint(collection: Collection) -> str:
     """A hash of counts, class names, labels, picture shapes and file names; of no pixel, so that it is cheap."""
     digest = hashlib.blake2b(repr(collection.class_names).encode(), digest_size=16)
-    for part, images in (("train", collection.train), ("val", collection.val), ("test", collection.test)):
-        if images is None:
-            continue
+    for part, images in _splits_of(collection).items():
         if isinstance(images.pixels, Files):
             digest.update(repr((part, len(images), [path.name for path in images.pixels.paths])).encode())
         else:

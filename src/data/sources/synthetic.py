@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from core.seeding import fold
-from data.sources.datasets import Collection
+from data.sources.collection import Collection
 from data.sources.images import Images
 
 FREQUENCY, WIDTH, RING, JITTER = 5.0, 0.22, 0.2, 0.05  # in parts of the picture's side

@@ -3,16 +3,10 @@
 import re
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import open_dict
-from omegaconf.errors import OmegaConfBaseException
-
-from core.command_line import CONFIGS, as_error
-from core.config import Config, settle
+from core.composition import compose_config
+from core.config import Config
 from core.errors import spell
-from core.schema import SWEEP, TRAIN
+from core.schema import TRAIN
 
 # Free to change on resume, but no two trials with different ones can be compared.
 COMPARED = (
@@ -25,16 +19,7 @@ BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar tak
 
 def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
     """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
-    GlobalHydra.instance().clear()  # what has composed the sweep's own config has done its part
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            composed = compose("sweep", [*search_path(config_dirs), *arguments], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as exception:
-            raise as_error(exception, SWEEP) from None
-        choices = composed.hydra.runtime.choices
-        with open_dict(composed):
-            del composed["sweep"], composed["hydra"]
-        return settle(composed, TRAIN, choices=choices)
+    return compose_config("sweep", [*search_path(config_dirs), *arguments], TRAIN, without=["sweep"])
 
 
 def search_path(config_dirs: list[str]) -> list[str]:

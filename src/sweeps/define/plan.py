@@ -7,17 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
 
-from core.config import Config
+from core.config import Config, leaves
 from core.errors import ConfigError, suggest
-from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE, leaves
+from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE
 from core.seeding import fold
 from sweeps.define.compose import COMPARED, NOT_COMPARED, compose_trial
 from sweeps.define.space import Dimension, grid, overrides, read_space
-from sweeps.execute.store import experimental
+from sweeps.execute.database import experimental
 
 EVALUATED = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy"))
 MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
@@ -133,9 +132,7 @@ def read_plan(config: Config) -> Plan:
     for name in ("resume", "run_dir"):
         if config.values[name] is not None:
             raise ConfigError(name, "not in a sweep: its folder is sweep.dir, and the same command goes on with it")
-    hydra = HydraConfig.get()
-    config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    given = [item for item in hydra.overrides.task if not item.lstrip("+~").startswith("sweep.")]
+    given = [item for item in config.overrides if not item.lstrip("+~").startswith("sweep.")]
     space = read_space(options["space"])
     objectives = [_objective(text) for text in options["objectives"]]
     if not objectives:
@@ -167,9 +164,9 @@ def read_plan(config: Config) -> Plan:
         space=space,
         objectives=objectives,
         constraints=[_constraint(text) for text in options["constraints"]],
-        base=compose_trial(given, config_dirs),
+        base=compose_trial(given, config.config_dirs),
         given=given,
-        config_dirs=config_dirs,
+        config_dirs=config.config_dirs,
         points=points,
     )
     _try_out(plan)

@@ -1,15 +1,39 @@
-"""The processes of a sweep, seen from the sweep: one server that forks a trial for each job, or one a trial."""
+"""The processes of a sweep, seen from the sweep: one fork server for all trials, or (cold) one for each.
+
+core/fork_server.py describes the server, sweeps/execute/trial.py what a trial does.
+"""
 
 import contextlib
+import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 from core.errors import StorageError
-from sweeps.execute.worker import Job, Line, send_job
+from core.fork_server import Child, ForkServer
+from sweeps.execute.trial import Job, Line
+
+COLD = ("sweeps.execute.trial", "trainer.run")  # with all that a training imports
+WARM = (*COLD, "torch._inductor")  # which the first step of an optimizer would import, in each trial again
+
+
+class TrialLine(Line):
+    """The sweep's end of a trial's line. Its last message is `ended`, with the exit code of the process."""
+
+    def __init__(self, connection: socket.socket, child: Child) -> None:
+        super().__init__(connection)
+        self.child = child
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The objects that have come, at least one after a wait."""
+        try:
+            return super().receive()
+        except (EOFError, ConnectionResetError):
+            code = self.child.exit_code(5)  # None: it died with the server that would have reported it
+            self.child.end()
+            return [{"ended": code}]
 
 
 class Process:
@@ -41,64 +65,38 @@ class Pool:
         self.warm = warm
         self.lock = lock
         self.output = output
-        self.servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+        self.servers: list[ForkServer] = []
 
     def start(self, job: Job) -> Process:
-        """A trial in a process of its own."""
+        """Start a trial in a process of its own."""
         ours, theirs = socket.socketpair()
-        for _ in range(3):
-            server, control = self._server()
+        server = self._server()
+        with theirs:
             try:
-                send_job(control, job, theirs)
-                break
-            except OSError:  # the server was killed
-                self._forget(server, control)
-        else:
-            raise StorageError("sweep", f"the process that forks trials does not stay alive; see {self.output}")
-        theirs.close()
+                child = server.start("sweeps.execute.trial.serve", json.dumps(job).encode(), [theirs.fileno()])
+            except OSError:
+                explanation = f"the process that forks trials does not stay alive; see {self.output}"
+                raise StorageError("sweep", explanation) from None
         if not self.warm:
-            control.shutdown(socket.SHUT_WR)  # no further jobs: it ends with its trial
-        return Process(Line(ours))
+            server.finish()
+        return Process(TrialLine(ours, child))
 
-    def _server(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        for server, control in list(self.servers):
-            if server.poll() is not None:
-                self._forget(server, control)
+    def _server(self) -> ForkServer:
         if self.warm and self.servers:
             return self.servers[0]
-        ours, theirs = socket.socketpair()
-        with self.output.open("ab") as output:
-            server = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "sweeps.execute.worker",
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                    str(int(self.warm)),
-                ],
-                pass_fds=(theirs.fileno(), self.lock),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # each run has its train.log
-                stderr=output,
-                # NumPy's BLAS would start threads when it is imported, and they do not survive a fork.
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for the sweep, which asks each trial to save
-            )
-        theirs.close()
-        self.servers.append((server, ours))
+        for server in self.servers:
+            if not server.is_alive():
+                server.close()
+        self.servers = [server for server in self.servers if server.is_alive()]
+        preload = WARM if self.warm else COLD
+        self.servers.append(ForkServer(preload, pass_fds=[self.lock], errors=self.output))
         return self.servers[-1]
-
-    def _forget(self, server: subprocess.Popen[bytes], control: socket.socket) -> None:
-        server.kill()
-        server.wait()
-        control.close()
-        self.servers.remove((server, control))
 
     def close(self) -> None:
         """End every process that is left."""
-        for server, control in list(self.servers):
-            self._forget(server, control)
+        for server in self.servers:
+            server.close()
+        self.servers.clear()
 
 
 def gpus() -> list[str]:

@@ -9,8 +9,8 @@ found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this f
 
 - `ask` takes a waiting trial by `set_trial_state_values(RUNNING)`, which reads the row FOR UPDATE and refuses when it
   is not WAITING any more: a compare-and-set with PostgreSQL and MySQL. SQLite has no FOR UPDATE, and Python's sqlite3
-  begins a transaction only at the first write: two processes can both read WAITING, and both take the trial. Here
-  every transaction on SQLite begins with BEGIN IMMEDIATE, so one is over before the next one reads.
+  begins a transaction only at the first write: two processes can both read WAITING, and both take the trial. In
+  `database` every transaction on SQLite begins with BEGIN IMMEDIATE, so one is over before the next one reads.
 - `ask` makes a new trial when none waits, and machines that each enqueue "what is missing" enqueue it several times.
   `fill` counts and inserts in one transaction that holds the study's row.
 - A heartbeat is written by `Study.optimize` alone, and the callback that requeues a stale trial marks the old row FAIL
@@ -21,54 +21,48 @@ found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this f
 import datetime
 import fcntl
 import json
-import logging
 import os
 import secrets
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage
+from optuna.pruners import BasePruner
 from optuna.storages._rdb import models as optunas
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from core.errors import CheckpointError, ConfigError, StorageError
+from core.errors import CheckpointError, ConfigError
+from sweeps.execute.database import database_errors, experimental, open_storage, patiently
 
 models: Any = optunas  # its columns are typed as columns where they are values
 OWNER = "owner"  # a system attribute of a trial: the token of the sweep that has claimed it
-PATIENCE = 60.0  # seconds that SQLite waits for another's transaction
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-logging.getLogger("alembic").setLevel(logging.WARNING)
-
-
-@contextmanager
-def experimental() -> Iterator[None]:
-    """What Optuna calls experimental, some of it for years, is used without a word."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 class Store:
     """One study in a database. `owner` is this process's token: a lock in `folder` that ends with it."""
 
-    def __init__(self, url: str | None, *, folder: Path, name: str, objectives: list[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        url: str | None,
+        *,
+        folder: Path,
+        name: str,
+        objectives: list[tuple[str, str]],
+        pruner: BasePruner | None = None,
+    ) -> None:
         self.url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
         self.name = name
         directions: Any = [direction for direction, _ in objectives]
-        with self.errors_told():
-            self.storage = self._patiently(lambda: _open(self.url))
-            self.study = self._patiently(
+        with database_errors(self.url):
+            self.storage = patiently(lambda: open_storage(self.url))
+            self.study = patiently(
                 lambda: optuna.create_study(
-                    storage=self.storage, study_name=name, directions=directions, load_if_exists=True
+                    storage=self.storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
                 )
             )
         self.metrics = [metric for _, metric in objectives]
@@ -96,26 +90,6 @@ class Store:
         """All of what is done in it, or nothing."""
         with Session(self.storage.engine) as session, session.begin():
             yield session
-
-    @contextmanager
-    def errors_told(self) -> Iterator[None]:
-        """Within it a database that fails is told as a storage that fails; what was noted so far is in it."""
-        try:
-            yield
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
-            told = exception.__cause__ or exception
-            raise StorageError(_without_password(self.url), f"cannot be used: {_brief(told)}") from exception
-
-    def _patiently(self, action: Callable[[], Any]) -> Any:
-        """Machines that start together make the tables together: all but one of them are refused, and try again."""
-        for attempt in range(5):
-            try:
-                return action()
-            except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
-                if attempt == 4:
-                    raise
-                time.sleep(0.1 * 2**attempt)
-        raise AssertionError
 
     # What the sweep is
 
@@ -279,44 +253,3 @@ class Store:
             session.add(models.TrialSystemAttributeModel(trial_id=trial_id, key=OWNER, value_json=json.dumps(owner)))
         else:
             row.value_json = json.dumps(owner)
-
-
-def _open(url: str) -> RDBStorage:
-    """Optuna's storage at a URL, and SQLite told to take its transactions one by one."""
-    is_sqlite = url.startswith("sqlite")
-    # Without an isolation level Python's sqlite3 leaves it to us when a transaction begins.
-    connecting = (
-        {"connect_args": {"timeout": PATIENCE, "isolation_level": None}} if is_sqlite else {"pool_pre_ping": True}
-    )
-    try:
-        storage = RDBStorage(url, engine_kwargs=connecting)
-    except ImportError:
-        hint = "pip install 'preceptor[postgresql]' for postgresql+psycopg://..., 'preceptor[mysql]' for mysql+pymysql://..."
-        raise ConfigError("sweep.storage", f"the driver of this database is not installed; {hint}") from None
-    except sqlalchemy.exc.ArgumentError as exception:
-        raise ConfigError("sweep.storage", _brief(exception), value=_without_password(url)) from None
-    if is_sqlite:
-        event.listen(storage.engine, "connect", _write_ahead)
-        event.listen(storage.engine, "begin", _begin_at_once)
-        storage.engine.dispose()
-    return storage
-
-
-def _write_ahead(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _begin_at_once(connection: sqlalchemy.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _brief(exception: BaseException) -> str:
-    return str(exception).partition("\n")[0]
-
-
-def _without_password(url: str) -> str:
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except (SQLAlchemyError, ValueError):
-        return "(cannot be parsed)"

@@ -7,77 +7,27 @@
 Everything is in the store, so the same command goes on wherever it was killed, and other machines may run it too.
 """
 
-import contextlib
 import math
 import selectors
 import signal
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 from optuna.trial import Trial, TrialState
 
-from core.config import Config
-from core.errors import (
-    STOP_SIGNALS,
-    CheckpointError,
-    ConfigError,
-    PreceptorError,
-    SecurityError,
-    StopSignal,
-    StorageError,
-    is_hung_up_in_vain,
-)
+from core.errors import STOP_SIGNALS, CheckpointError, ConfigError, SecurityError, StopSignal, is_hung_up_in_vain
 from core.processes import death
-from sweeps.define.plan import Plan, read_plan
+from sweeps.define.plan import Plan
 from sweeps.define.space import draw
-from sweeps.execute.pool import Pool, Process, gpus
+from sweeps.execute.pool import Pool, gpus
+from sweeps.execute.running import Running
 from sweeps.execute.store import Store
 from sweeps.results.table import Table
 
 POLL = 0.5  # seconds between looks at the clock; whatever trials say is heard at once
-
-
-@dataclass
-class Running:
-    """A trial that runs here."""
-
-    trial: Trial
-    point: dict[str, Any]
-    process: Process
-    begun: float
-    last: dict[str, Any] = field(default_factory=dict)  # its newest report
-    outcome: dict[str, Any] | None = None  # its last word: a result, an error, or that it was stopped
-
-
-def search(config: Config) -> None:
-    """Run the trials that are left, then write the report; with failed trials, end with the first one's error."""
-    plan = read_plan(config)
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exception:
-        raise StorageError(str(plan.folder), f"cannot be made: {exception.strerror}") from None
-    store = Store(plan.options["storage"], folder=plan.folder, name=plan.name, objectives=plan.objectives)
-    with contextlib.closing(store):
-        store.settle_definition(plan.definition())
-        store.fill(plan.trials)
-        pool = Pool(warm=plan.options["warm"], lock=store.lock, output=plan.folder / "errors.txt")
-        with contextlib.closing(pool), Table(plan, store) as table, store.errors_told():
-            Sweep(plan, store, pool, table).run()
-        from sweeps.results.report import write_report
-
-        write_report(plan, store, table.console)
-        failed = [trial for trial in store.trials() if trial.state == TrialState.FAIL]
-    if failed:
-        first = failed[0].user_attrs
-        error = PreceptorError(
-            "sweep", f"{len(failed)} of {plan.trials} trials failed, the first with {first['error']}"
-        )
-        error.kind, error.exit_code = "trial", first["exit_code"]
-        raise error
 
 
 class Sweep:
@@ -92,7 +42,6 @@ class Sweep:
         self.signal: int | None = None
         self.stopping = False  # no more trials are begun
         self.gpus = gpus() if plan.base.values["trainer"]["device"] != "cpu" else []
-        store.study.pruner = plan.pruner()
 
     def run(self) -> None:
         """Until no trial is left, or a signal asks to stop: StopSignal, when all have saved."""
@@ -180,7 +129,7 @@ class Sweep:
                 if "started" in message:
                     running.process.started(message["started"])
                 elif "report" in message:
-                    running.last = message
+                    running.keep_report(message)
                     running.process.line.send(prune=self._judge(running, message))
                 elif "ended" in message:
                     self.selector.unregister(running.process.line.connection)
@@ -189,7 +138,7 @@ class Sweep:
                     self._conclude(running, message["ended"])
                     break
                 else:
-                    running.outcome = message
+                    running.keep_outcome(message)
 
     def _judge(self, running: Running, message: Mapping[str, Any]) -> bool:
         """Is the trial to be pruned? Its first seed decides. A run that goes on tells some evaluations again."""
@@ -251,7 +200,7 @@ class Sweep:
 
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
         """Try it again, as often as is set and anew when it got further than before; then it has failed."""
-        step = running.last.get("step", 0)
+        step = running.last_report.get("step", 0)
         before = self.store.storage.get_trial(running.trial._trial_id).user_attrs.get(
             "failures", {"step": -1, "count": 0}
         )

@@ -1,30 +1,26 @@
 """A trial as an experiment card, which `train.py` runs as it is."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
-from core.command_line import CONFIGS
-from core.config import Config, settle
+from core.composition import compose_config
+from core.config import Config, leaves
 from core.durable import write_durably
-from core.schema import TRAIN, leaves
+from core.schema import TRAIN
 from sweeps.define.compose import compose_trial, search_path, written
 from sweeps.define.plan import Plan
 from sweeps.define.space import point
-from sweeps.results.table import spread
+from sweeps.results.ranking import spread
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss")
 # What belongs to this machine or to a sweep, rather than to the recipe.
 LEFT_OUT = ("run_dir", "resume", "traceback", "trust", "trainer.threads", "trainer.log_graph", "trainer.log_images")
 
 
-def write_card(plan: Plan, trial: FrozenTrial, name: str) -> Path:
-    """SWEEP/experiment/NAME.yaml: the groups' options that were chosen, and what differs from them."""
+def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
+    """Write SWEEP/experiment/NAME.yaml: the groups' options that were chosen, and what differs from them."""
     config = compose_trial(plan.arguments(point(plan.space, trial.params)), plan.config_dirs)
     chosen = {group: config.values["choices"][group] for group in GROUPS if group in config.values["choices"]}
     start = [f"{group}={written(option)}" for group, option in chosen.items()]
@@ -52,17 +48,12 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> Path:
         yaml.safe_dump(card, sort_keys=False) if card else "",
     ]
     write_durably(path, "\n".join(lines).encode())
-    return path
 
 
 def _differing(plan: Plan, config: Config, arguments: list[str]) -> list[tuple[str, Any]]:
     """The leaves of a trial's config that train.py would not have by these overrides alone."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("train", [*search_path(plan.config_dirs), *arguments])
-        for key in OmegaConf.missing_keys(composed):  # what the user had to give differs from nothing
-            OmegaConf.update(composed, key, None)
-        before = dict(leaves(settle(composed, TRAIN, choices={}).record))
+    composed = compose_config("train", [*search_path(plan.config_dirs), *arguments], TRAIN, missing=None)
+    before = dict(leaves(composed.record))
     return [
         (key, value)
         for key, value in leaves(config.record)

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.define.plan import Plan
 from sweeps.define.space import Dimension
-from sweeps.results.table import brief, is_feasible
+from sweeps.results.ranking import brief, is_feasible
 
 WIDTH = 10.0  # inches
 BEST, GOOD, PRUNED, INFEASIBLE = "#c0392b", "#2471a3", "#aeb6bf", "#e59866"

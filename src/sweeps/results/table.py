@@ -3,19 +3,18 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table as Grid
 
 from sweeps.define.plan import Plan
 from sweeps.define.space import point
+from sweeps.execute.running import Running
 from sweeps.execute.store import Store
-
-if TYPE_CHECKING:
-    from sweeps.execute.sweep import Running
+from sweeps.results.ranking import brief, is_feasible, metric_names, ranked, spread
 
 SHOWN = 5  # of the best trials
 
@@ -45,7 +44,7 @@ class Table:
         """A line, above the table."""
         self.console.print(text, markup=False)
 
-    def concluded(self, running: "Running", attributes: Mapping[str, Any]) -> None:
+    def concluded(self, running: Running, attributes: Mapping[str, Any]) -> None:
         """A trial's line."""
         self.done_here += 1
         metrics = attributes.get("metrics", {})
@@ -54,7 +53,7 @@ class Table:
         number = running.trial.number
         self.say(f"trial {number:4} {attributes['outcome']:9} {figures:22} {attributes['wall']:6.1f} s  {told}")
 
-    def show(self, running: Mapping[int, "Running"]) -> None:
+    def show(self, running: Mapping[int, Running]) -> None:
         """The live table, twice a second at most."""
         if self.live is None or time.monotonic() - self.shown < 0.5:
             return
@@ -62,7 +61,7 @@ class Table:
         trials = self.store.trials()
         now = Grid("trial", "running", "epoch", *(name for _, name in self.plan.objectives), "s", title="running")
         for each in running.values():
-            report = each.last.get("report", {})
+            report = each.last_report.get("report", {})
             figures = [f"{report[name]:.4f}" if name in report else "" for _, name in self.plan.objectives]
             told = " ".join(f"{key}={brief(value)}" for key, value in each.point.items())
             seconds = f"{time.monotonic() - each.begun:.0f}"
@@ -81,21 +80,9 @@ class Table:
         return ", ".join(told)
 
 
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Does it meet every constraint?"""
-    return all(violation <= 0 for violation in trial.constraints.values())
-
-
-def ranked(plan: Plan, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Complete trials, feasible ones first, the best by the first objective in front."""
-    sign = -1 if plan.objectives[0][0] == "maximize" else 1
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: (not is_feasible(trial), sign * trial.values[0], trial.number))
-
-
 def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
     """The best trials, mean ± standard deviation over seeds."""
-    names = list(dict.fromkeys([name for _, name in plan.objectives] + [each.metric for each in plan.constraints]))
+    names = metric_names(plan)
     table = Grid("trial", *names, *(dimension.key for dimension in plan.space), title="best", title_justify="left")
     for trial in ranked(plan, trials)[:rows]:
         values = point(plan.space, trial.params)
@@ -103,17 +90,3 @@ def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
         number = str(trial.number) if is_feasible(trial) else f"{trial.number} infeasible"
         table.add_row(number, *figures, *(brief(values.get(dimension.key, "")) for dimension in plan.space))
     return table
-
-
-def spread(trial: FrozenTrial, name: str) -> str:
-    """A metric's mean, ± its standard deviation where there are several seeds."""
-    mean, sd = (trial.user_attrs.get(part, {}).get(name) for part in ("metrics", "spread"))
-    if mean is None:
-        return ""
-    shown = f"{mean:,.0f}" if name == "parameters" else f"{mean:.4f}"
-    return shown if sd is None or name == "parameters" else f"{shown} ± {sd:.4f}"
-
-
-def brief(value: Any) -> str:
-    """A value in a table."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace(" ", "")

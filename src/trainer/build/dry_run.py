@@ -1,4 +1,4 @@
-"""A new network, tried out on made-up pictures before anything is trained: what it cannot take is told by its key."""
+"""Dry-run checks on dummy images before training. Mismatches are reported by config key."""
 
 import copy
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from torch import nn
 from core.errors import ConfigError
 
 
-def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Two images through a new network, as in evaluation and as in training: what it cannot take is told now."""
+def check_model(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Pass two images through a new model, as in evaluation and as in training; ConfigError if it cannot take them."""
     data = values["data"]
     shape = (2, data["channels"], data["image_size"], data["image_size"])
     smallest = getattr(model, "minimum_size", 1)
@@ -33,9 +33,11 @@ def try_out(model: nn.Module, values: Mapping[str, Any]) -> None:
             raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
-def try_out_steps(steps: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Two made-up pictures, as large as they are stored, through all steps of augmentation: what comes out must be as
-    large as the network sees them."""
+def check_augmentation(steps: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Pass two dummy images of the stored size through all augmentation steps.
+
+    Raises ConfigError unless the result has the size that the model is given.
+    """
     size, channels = data["image_size"], data["channels"]
     stored = data.get("stored_size") or size
     images, labels = torch.zeros(2, channels, stored, stored, dtype=torch.uint8), torch.full((4, 2), 0.5)
@@ -57,8 +59,8 @@ def try_out_steps(steps: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         )
 
 
-def try_out_one(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
-    """A picture alone, where the loader will give such a batch: batch norm may have no variance to divide by."""
+def check_single_image(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
+    """Pass a batch of one image through the model in training mode: batch norm may have no variance to divide by."""
     data = values["data"]
     picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=device)
     try:

@@ -8,17 +8,27 @@ import pydoc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from core.config import Config
 from core.errors import SecurityError
 
 # Of ours those modules alone whose classes and functions a config is meant to name: others read and write files.
 TRUSTED = (
-    *("models", "data.sources.datasets", "data.sources.synthetic"),
-    *("trainer.optim.schedules", "trainer.optim.losses", "trainer.optim.muon"),
+    *("models", "data.sources.datasets", "data.sources.image_folder", "data.sources.synthetic"),
+    *("trainer.optim.schedules", "trainer.optim.scheduling", "trainer.optim.losses", "trainer.optim.muon"),
     *("data.augment.geometry", "data.augment.color", "data.augment.corruptions", "data.augment.mixing"),
     *("torch.nn", "torch.optim", "torchvision.models", "torchvision.transforms"),
 )
 HYDRA_KEYS = {"_args_", "_convert_", "_recursive_"}
 DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
+
+
+def trusted_values(config: Config) -> dict[str, Any]:
+    """Return the values that may be built; SecurityError if the config of a run names what is not trusted."""
+    if not config.from_run:
+        return config.values
+    values = without_downloads(config.values)
+    refuse_untrusted(values, trust=values["trust"])
+    return values
 
 
 def refuse_untrusted(config: Mapping[str, Any], *, trust: list[str]) -> None:

@@ -1,15 +1,35 @@
-"""What a new network starts from beside its own weights: training pictures, or another network's weights."""
+"""The weights that a new run starts from, beside random ones: fitted to images, or those of another run."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
+from core.seeding import fold
+from data.sources.splits import Splits, sample
 from trainer.storage.checkpoint import CheckpointFolder, load_weights_file
+
+FITTED = 1000  # training images that a model may fit itself to; 600 MB at 224 px
+
+
+def initialise(model: nn.Module, values: Mapping[str, Any], splits: Splits, *, shown: str | None) -> list[str]:
+    """Give a new run's model the weights that it starts from; returns the report of `init_from`, one fact per line.
+
+    A model with a method `fit` sees training images first. `shown` is the source as it may be written to disk.
+    """
+    if hasattr(model, "fit"):
+        size, seed = values["data"]["image_size"], fold(values["seed"], "fit")
+        images = sample(splits.train, count=FITTED, image_size=size, seed=seed)
+        fit_to(splits.normalisation(images), model)
+    if not values["init_from"]:
+        return []
+    return init_from(Path(values["init_from"]), model, shown=str(shown))
 
 
 def fit_to(pictures: Tensor, model: nn.Module) -> None:
-    """Let a network with a method `fit` see normalised pictures (N, C, H, W) of the training part."""
+    """Call `fit` of a model with normalised images (N, C, H, W) of the train split."""
     try:
         model.fit(pictures)  # type: ignore[operator]
     except (RuntimeError, ValueError, TypeError) as exception:
@@ -18,8 +38,10 @@ def fit_to(pictures: Tensor, model: nn.Module) -> None:
 
 
 def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:
-    """Start from a run's best weights or a safetensors file; what fits is loaded. Returns the report, a line a fact,
-    with `shown` for the source: a path from the environment is written nowhere."""
+    """Load what fits of a run's best weights or of a safetensors file, and return the report, one fact per line.
+
+    The report names the source `shown`: a path that comes from the environment is not written anywhere.
+    """
     if source.is_dir():
         folder = CheckpointFolder(source / "checkpoints")
         best = folder.files("best")

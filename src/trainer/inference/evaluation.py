@@ -1,11 +1,57 @@
-"""What a trained network is worth on a split: scikit-learn's measures of its logits."""
+"""Evaluation of a model on a split: loss and accuracy during training, and scikit-learn's metrics of its logits."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trainer.monitor.metrics import NOTED
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loss_function: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    autocast: AbstractContextManager[object],
+    abandon: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean loss and accuracy of a network in evaluation mode over every sample of `batches`.
+
+    None when `abandon`, asked before each batch, says that there is no time for it.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum, correct, count = 0.0, 0, 0
+    noted: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def sum_up() -> None:
+        """In Python's numbers, one batch after the other; waits for the device."""
+        nonlocal loss_sum, correct, count
+        losses, logits, labels = zip(*noted, strict=True)
+        for loss, batch in zip(torch.stack(losses).tolist(), labels, strict=True):
+            loss_sum, count = loss_sum + loss * len(batch), count + len(batch)
+        correct += int((torch.cat(logits).argmax(1) == torch.cat(labels)).sum())
+        noted.clear()
+
+    for images, labels, _ in batches:
+        if abandon():
+            return None
+        with autocast:
+            logits = model(images)
+            noted.append((loss_function(logits, labels), logits, labels))
+        if len(noted) * logits.numel() >= NOTED:
+            sum_up()
+    if noted:
+        sum_up()
+    if abandon():
+        return None
+    model.train(was_training)
+    return {"loss": loss_sum / count, "accuracy": correct / count}
 
 
 @torch.inference_mode()

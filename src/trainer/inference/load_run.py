@@ -1,4 +1,6 @@
-"""A finished run as it is used: in a notebook, by `evaluate.py` and by `predict.py`.
+"""A finished run, loaded for use: in a notebook, by `evaluate.py` and by `predict.py`.
+
+Importing and loading have no side effects: no generator, thread count, TF32 flag, signal or hook of the caller changes.
 
 run = load_run("outputs/2026-11-21_120000-lenet5-digits")
 logits = run.model(run.transform("seven.png").unsqueeze(0))
@@ -17,14 +19,16 @@ from torch import Tensor, nn
 from core.config import fill_environment, read_run_config
 from core.errors import CheckpointError
 from data.loading.normalisation import Normalisation
-from data.sources.images import decode
-from data.sources.splits import recolour, resize
-from trainer.build.targets import resolve
-from trainer.build.training import build_model, choose_device
+from data.sources.decode import decode
+from data.sources.pixels import recolour, resize
+from trainer.build.instantiate import resolve
+from trainer.build.model import build_model
+from trainer.build.normalisation import saved_normalisation
 from trainer.build.trust import refuse_untrusted, without_downloads
-from trainer.device import configure_tf32
+from trainer.device import choose_device
 from trainer.inference.tta import with_tta
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+from trainer.snapshot import Snapshot
+from trainer.storage.checkpoint import CheckpointFolder
 
 NEEDED = {
     "model": ("_target_",),
@@ -36,7 +40,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Transform:
-    """What stands between a picture and the network: size, channels and normalisation as in training."""
+    """Turns an image into the input of the model: size, channels and normalisation as in training."""
 
     image_size: int
     channels: int
@@ -53,8 +57,8 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained network and all that is needed to use it."""
+class LoadedRun:
+    """A trained model and all that is needed to use it."""
 
     model: nn.Module  # in evaluation mode, with its test-time augmentation
     probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
@@ -65,11 +69,13 @@ class Run:
     device: torch.device
 
 
-def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None) -> Run:
-    """Rebuild a run's network with its best (or last) weights.
+def load_run(
+    path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None
+) -> LoadedRun:
+    """Rebuild the model of a run with its best (or last) weights.
 
-    Raises CheckpointError where the folder holds no usable checkpoint, and SecurityError where its config names classes
-    that are not ours, torch's or torchvision's; `trust=["package"]` allows those of a package.
+    Raises CheckpointError if the folder holds no usable checkpoint, and SecurityError if its config names classes that
+    are neither built in nor of torch or torchvision; `trust=["package"]` allows those of a package.
     """
     folder = Path(path)
     config = read_run_config(folder)
@@ -87,15 +93,14 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
         model.load_state_dict(snapshot.weights)
     except RuntimeError as exception:
         raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
+    normalisation = saved_normalisation(snapshot, str(folder))
     try:
-        normalisation = Normalisation(snapshot.part("data"))
         class_names = snapshot.values["data"]["class_names"]
     except (KeyError, TypeError) as exception:
         raise CheckpointError(str(folder), f"its checkpoint does not say what its data was: {exception!r}") from None
     place = choose_device(device, "fp32")
-    configure_tf32(config["trainer"].get("tf32", "auto"), place)
     data = config["data"]
-    return Run(
+    return LoadedRun(
         model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
@@ -108,7 +113,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best", device: str = "cpu",
     )
 
 
-def with_data_root(run: Run, root: str | None) -> dict[str, Any]:
+def with_data_root(run: LoadedRun, root: str | None) -> dict[str, Any]:
     """The run's config, its data where it lies on this machine."""
     config = {**run.config, "data": {**run.config["data"], **({"root": root} if root else {})}}
     return fill_environment(config)

@@ -1,6 +1,8 @@
-"""Wall-clock figures of a run, resumes included; they are told and kept, and nothing computed depends on them."""
+"""Wall-clock time of a run, resumes included. It is logged and saved; no result depends on it."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 
 class Clock:
@@ -14,10 +16,18 @@ class Clock:
         self._started: float | None = None
         self._lap = (0.0, 0)
 
-    def resume(self, *, seconds: float, training: float, samples: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times and samples so far, as a checkpoint keeps them."""
+        return {"seconds": self.seconds, "training": self.training, "samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add what earlier processes of the run took."""
-        self.seconds_before, self.training, self.samples = seconds, training, samples
-        self._lap = (training, samples)
+        self.seconds_before, self.training, self.samples = state["seconds"], state["training"], state["samples"]
+        self._lap = (self.training, self.samples)
+
+    def count(self, samples: int) -> None:
+        """Add the samples of a training step."""
+        self.samples += samples
 
     @property
     def seconds(self) -> float:

@@ -24,23 +24,22 @@ class EarlyStopping:
         self.best_epoch = 0.0
         self.stopped = False
 
-    def observe(self, value: float, epoch: float) -> bool:
-        """Take the metric after an epoch; True when training should stop."""
+    def observe(self, value: float, epoch: float) -> None:
+        """Take the metric after an epoch; `stopped` becomes true if training should stop."""
         if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
             self.best, self.best_epoch = value, epoch
         if self.patience is None:
-            return False
+            return
         if self.geometric is None:
             end = self.best_epoch + self.patience
         else:
             end = max(self.patience, self.geometric * self.best_epoch)
-        self.stopped = epoch >= end - 1e-6  # 14/3 - 8/3 may be a hair less than 2
-        return self.stopped
+        self.stopped = epoch >= end - 1e-6  # 14/3 - 8/3 may be slightly less than 2
 
-    def state(self) -> dict[str, Any]:
-        """Plain values that a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {"best": self.best, "best_epoch": self.best_epoch, "stopped": self.stopped}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
         self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]

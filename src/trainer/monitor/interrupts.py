@@ -1,4 +1,4 @@
-"""A signal becomes a request that the loop grants at its next commit point; a second SIGINT stops at once."""
+"""A signal is a request: the loop stops at its next commit point. A second SIGINT stops at once."""
 
 import signal
 from types import FrameType
@@ -25,7 +25,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Has a signal asked the run to stop?"""
+        """Return whether a signal asks the run to stop."""
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,11 +1,11 @@
-"""Losses and accuracies as sums over seen samples; nobody waits for the device before somebody asks for them."""
+"""Loss and accuracy as sums over samples. The host waits for the device only when the sums are read."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Sums = tuple[float, int, int]  # loss summed over samples, correct answers, samples
 NOTED = 2**24  # logits that are noted before they are summed up: 64 MiB
@@ -23,7 +23,7 @@ class RunningSums:
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
         self._window: Sums = (0.0, 0, 0)
-        self.total: Sums = (0.0, 0, 0)
+        self._total: Sums = (0.0, 0, 0)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """A batch: its mean loss (scalar), logits (B, K), and labels (B,) or probabilities (B, K)."""
@@ -52,72 +52,30 @@ class RunningSums:
         self._window = loss_sum, correct, samples
         self._noted.clear()
 
-    @property
-    def window(self) -> Tensor:
-        """The sums since the last log line, float64 (3,), as a checkpoint keeps them."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums for a checkpoint: [loss summed, correct predictions, samples] each; waits for the device."""
         self.sum_up()
-        return torch.tensor(self._window, dtype=torch.float64)
+        return {"window": list(self._window), "total": list(self._total)}
 
-    @window.setter
-    def window(self, sums: Tensor) -> None:
-        loss_sum, correct, samples = sums.tolist()
-        self._window = loss_sum, int(correct), int(samples)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        loss, correct, samples = state["window"]
+        self._window = loss, correct, samples
+        loss, correct, samples = state["total"]
+        self._total = loss, correct, samples
 
     def read(self) -> dict[str, float]:
         """Mean loss and accuracy since the last log line, which this one ends; empty when nothing was seen."""
         self.sum_up()
         (loss, correct, count), self._window = self._window, (0.0, 0, 0)
-        self.total = (self.total[0] + loss, self.total[1] + correct, self.total[2] + count)
+        self._total = (self._total[0] + loss, self._total[1] + correct, self._total[2] + count)
         return {"loss": loss / count, "accuracy": correct / count} if count else {}
 
     def read_total(self) -> dict[str, float]:
         """Mean loss and accuracy since the last evaluation, which this one ends."""
         self.read()
-        (loss, correct, count), self.total = self.total, (0.0, 0, 0)
+        (loss, correct, count), self._total = self._total, (0.0, 0, 0)
         return {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1)}
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loss_function: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    *,
-    autocast: AbstractContextManager[object],
-    abandon: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Mean loss and accuracy of a network in evaluation mode over every sample of `batches`.
-
-    None when `abandon`, asked before each batch, says that there is no time for it.
-    """
-    was_training = model.training
-    model.eval()
-    loss_sum, correct, count = 0.0, 0, 0
-    noted: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def sum_up() -> None:
-        """In Python's numbers, one batch after the other; waits for the device."""
-        nonlocal loss_sum, correct, count
-        losses, logits, labels = zip(*noted, strict=True)
-        for loss, batch in zip(torch.stack(losses).tolist(), labels, strict=True):
-            loss_sum, count = loss_sum + loss * len(batch), count + len(batch)
-        correct += int((torch.cat(logits).argmax(1) == torch.cat(labels)).sum())
-        noted.clear()
-
-    for images, labels, _ in batches:
-        if abandon():
-            return None
-        with autocast:
-            logits = model(images)
-            noted.append((loss_function(logits, labels), logits, labels))
-        if len(noted) * logits.numel() >= NOTED:
-            sum_up()
-    if noted:
-        sum_up()
-    if abandon():
-        return None
-    model.train(was_training)
-    return {"loss": loss_sum / count, "accuracy": correct / count}
 
 
 def resolve_mode(mode: str, monitor: str) -> str:

@@ -1,9 +1,9 @@
-"""Nothing that is not finite reaches the weights: loss and gradient are looked at before the update.
+"""No NaN or infinity reaches the weights: loss and gradient are checked before the update.
 
-Looking costs a wait for the device, which a CPU does not mind. On CUDA a fused update is told by a flag on the device
-to leave the weights alone, and the host asks only where it waits anyway: at a log line, an evaluation, a checkpoint.
+A check waits for the device, which costs nothing on a CPU. On CUDA a flag on the device makes a fused update leave the
+weights alone; the host reads the flags only when it waits anyway: at a log line, an evaluation, a checkpoint.
 
-    trainer.on_nonfinite    stop: the run ends, and nothing behind the step before is saved
+    trainer.on_nonfinite    stop: the run ends, and nothing after the previous step is saved
                             skip: the step is counted, but changes neither weights nor statistics nor sums
     with loss scaling       an overflowing gradient (not the loss) is skipped by the scaler, which then scales less
 
@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from core.errors import NumericalError
+from trainer.durations import step_name
 
 MOST_IN_A_ROW = 32
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Decides about each update.
 
-    `name_of` says how errors name a step. `put_back` is what a forward pass changes besides: batch norm's statistics.
-    `take_back` gets the number of a step's batches, and a flag that says whether they do not count.
+    `restored` are the tensors that a forward pass changes: the running statistics of batch norm. `take_back` gets the
+    number of batches of a step, and a flag that is true if they do not count.
     """
 
     def __init__(
@@ -37,24 +38,25 @@ class FiniteGuard:
         scaler: torch.amp.GradScaler,
         device: torch.device,
         skips: bool,
-        name_of: Callable[[int], str],
-        put_back: Sequence[Tensor],
+        steps_per_epoch: int,
+        restored: Sequence[Tensor],
         take_back: Callable[[int, Tensor], None],
     ) -> None:
-        self.optimizer, self.scaler, self.skips, self.name_of = optimizer, scaler, skips, name_of
+        self.optimizer, self.scaler, self.skips = optimizer, scaler, skips
+        self.steps_per_epoch = steps_per_epoch
         obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.on_device = device.type == "cuda" and obeys_flag
-        self.put_back = put_back if skips else ()
+        self.restored = restored if skips else ()
         self.take_back = take_back
-        self.before = [torch.empty_like(tensor) for tensor in self.put_back]
+        self.before = [torch.empty_like(tensor) for tensor in self.restored]
         self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
         self.longest = torch.zeros((), device=device)  # of these, since the host last asked
         # Steps since the host last asked: their number, whether they were skipped, and their samples.
         self.recent: list[tuple[int, Tensor, Sequence[Tensor]]] = []
 
     def remember(self) -> None:
-        """Before a step: what may have to be put back."""
-        for copy, tensor in zip(self.before, self.put_back, strict=True):
+        """Copy, before a step, what a skipped step must restore."""
+        for copy, tensor in zip(self.before, self.restored, strict=True):
             copy.copy_(tensor)
 
     def allows(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> bool:
@@ -67,7 +69,7 @@ class FiniteGuard:
             wrong = ~torch.isfinite(loss) if self.scaler.is_enabled() else not_finite
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]  # fused updates obey it
-            for copy, tensor in zip(self.before, self.put_back, strict=True):
+            for copy, tensor in zip(self.before, self.restored, strict=True):
                 tensor.copy_(torch.where(wrong, copy, tensor))
             if self.skips:
                 self.take_back(len(indices), wrong)
@@ -83,8 +85,8 @@ class FiniteGuard:
             return True
         what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}"
         if not self.skips:
-            raise stopped(self.name_of(step), f"{what}; {samples(indices)}")
-        for copy, tensor in zip(self.before, self.put_back, strict=True):
+            raise stopped(step_name(step, self.steps_per_epoch), f"{what}; {samples(indices)}")
+        for copy, tensor in zip(self.before, self.restored, strict=True):
             tensor.copy_(copy)
         wrong = torch.ones((), dtype=torch.bool, device=loss.device)
         self.take_back(len(indices), wrong)
@@ -97,7 +99,7 @@ class FiniteGuard:
         """What was skipped since the last call, a line a step, for the log; where no step may be, the run ends."""
         flags = torch.stack([wrong for _, wrong, _ in self.recent]).tolist() if self.recent else []  # waits for it
         found = [
-            (self.name_of(number), indices)
+            (step_name(number, self.steps_per_epoch), indices)
             for wrong, (number, _, indices) in zip(flags, self.recent, strict=True)
             if wrong
         ]
@@ -119,14 +121,14 @@ class FiniteGuard:
         longest = int(self.longest.item())
         self.longest.zero_()
         if longest >= MOST_IN_A_ROW:
-            raise stopped(self.name_of(step), f"{longest} steps in a row")
+            raise stopped(step_name(step, self.steps_per_epoch), f"{longest} steps in a row")
 
-    def state(self) -> dict[str, Any]:
-        """Plain values that a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {"in_a_row": int(self.in_a_row.item())}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
         self.in_a_row.fill_(state["in_a_row"])
 
 

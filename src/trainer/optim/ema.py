@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (Polyak & Juditsky 1992), the network that is evaluated and kept as best.
+"""Exponential moving average of the weights (Polyak & Juditsky 1992), which is what is evaluated and kept as best.
 
     average <- d average + (1 - d) weights,   d = min(decay, (1 + t) / (10 + t)) at update t = 1, 2, ...
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class ExponentialMovingAverage:
-    """Holds `average`, a second network in evaluation mode. Buffers (batch norm's statistics) are copied."""
+    """Holds `average`, a second model in evaluation mode. Buffers (the statistics of batch norm) are copied."""
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.decay = decay
@@ -20,7 +20,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """After the update that made `step` (from 1)."""
+        """Average the weights in after the update that led to `step` (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - decay)
         if buffers := list(self.average.buffers()):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from core.schema import leaves
+from core.config import leaves
 
 LOGGER = logging.getLogger("preceptor.tracking")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
@@ -38,7 +38,7 @@ Method = TypeVar("Method", bound=Callable[..., None])
 
 
 def watching(method: Method) -> Method:
-    """A method that only watches the run: where it fails, the run goes on without TensorBoard, and is told once."""
+    """Wrap a method that only shows the run: if it fails, one warning is logged and TensorBoard is disabled."""
 
     @functools.wraps(method)
     def guarded(self: "TensorBoard", *arguments: Any, **named: Any) -> None:
@@ -60,6 +60,9 @@ class TensorBoard:
         self.folder = folder
         self.resumed_at = resumed_at
         self.broken = False
+        self._excepthook = threading.excepthook  # of the caller, who gets it back from `close`
+        self._own_excepthook = _quiet_excepthook(self._excepthook)
+        threading.excepthook = self._own_excepthook
         self.open()
 
     @watching
@@ -128,9 +131,14 @@ class TensorBoard:
         """To the file, so that a checkpoint never counts a step that TensorBoard has not seen."""
         self.writer.flush()
 
-    @watching
     def close(self) -> None:
-        """No more events."""
+        """Close the event file."""
+        self._close_writer()
+        if threading.excepthook is self._own_excepthook:
+            threading.excepthook = self._excepthook
+
+    @watching
+    def _close_writer(self) -> None:
         self.writer.close()
 
 
@@ -146,17 +154,17 @@ def told_at(folder: Path, step: int) -> set[str]:
     return tags
 
 
-def _quietly(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """threading's excepthook, silent for the thread that writes events: what it raises comes back in the next call."""
+def _quiet_excepthook(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return an excepthook of threading that is silent for the thread that writes events.
 
-    def excepthook(facts: Any) -> None:
-        if type(facts.thread).__module__ != event_file_writer.__name__:
-            hook(facts)
+    What that thread raises is raised again by the next call of the writer, where `watching` reports it.
+    """
+
+    def excepthook(details: Any) -> None:
+        if type(details.thread).__module__ != event_file_writer.__name__:
+            hook(details)
 
     return excepthook
-
-
-threading.excepthook = _quietly(threading.excepthook)
 
 
 def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:

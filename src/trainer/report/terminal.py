@@ -25,11 +25,16 @@ class Terminal(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there too
 
 
+def terminal() -> Terminal:
+    """Return the console that a run prints to; as wide as a line may be if standard output is no terminal."""
+    return Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+
 class Display:
-    """Tells of a run on the terminal and in its train.log; neither of them can end the run."""
+    """Shows a run on the terminal and in its train.log; neither of them can end the run."""
 
     def __init__(self, log_file: Path, *, total_steps: int) -> None:
-        self.console = Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+        self.console = terminal()
         self.log_file = log_file
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),

@@ -11,13 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -25,34 +22,12 @@ from torch import Tensor
 
 from core.durable import link_durably, write_durably
 from core.errors import CheckpointError
+from trainer.snapshot import Snapshot
 from trainer.storage.safetensors_file import read_header, written
 
-FORMAT = 2  # of what is in a checkpoint; older ones are read too (`trainer.state`), newer ones are refused
+FORMAT = 3  # of what is in a checkpoint; any other is refused
 METADATA_KEY = "preceptor"  # one key: safetensors writes several in any order, and the hash must be reproducible
 NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run's state at a commit point: tensors by dotted name, and plain values (JSON)."""
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """The step after which it was taken."""
-        return self.values["step"]
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix, without it: `part("model")` is the network's state_dict."""
-        start = prefix + "."
-        return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The state_dict to evaluate with: the moving average where there is one."""
-        return self.part("ema") or self.part("model")
 
 
 def pack(snapshot: Snapshot) -> list[bytes | memoryview]:
@@ -71,8 +46,8 @@ def unpack(content: bytes, *, source: Path) -> Snapshot:
         raise CheckpointError(str(source), f"not a checkpoint of ours: {exception!r}") from None
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         raise CheckpointError(str(source), "not a checkpoint of ours: it names no step")
-    if values.get("format") not in range(1, FORMAT + 1):
-        raise CheckpointError(str(source), f"format {values.get('format')}; this version reads formats 1 to {FORMAT}")
+    if values.get("format") != FORMAT:
+        raise CheckpointError(str(source), f"format {values.get('format')}; this version reads format {FORMAT}")
     return Snapshot(tensors, values)
 
 
@@ -165,56 +140,6 @@ class CheckpointFolder:
                 return found, path, damaged
         reasons = "; ".join(damaged.values()) or "there is none"
         raise CheckpointError(str(self.path), f"no usable checkpoint; {reasons}")
-
-
-class BackgroundSaver:
-    """Saves behind the training's back, one after the other; a failed save is raised by the next call.
-
-    `saved` is the step of the newest snapshot that is on the disk.
-    """
-
-    def __init__(self, folder: CheckpointFolder, *, saved: int) -> None:
-        self.folder, self.saved = folder, saved
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._running: Future[None] | None = None
-        self._unsaved: Callable[[], None] | None = None  # what the last save does, until it has succeeded
-
-    def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> None:
-        """Begin to save a snapshot that nobody changes any more, once the save before it has ended."""
-
-        def save() -> None:
-            self.folder.save(kinds, snapshot, keep=keep)
-            self.saved, self._unsaved = snapshot.step, None
-
-        self.wait()
-        self._unsaved = save
-        self._running = self._thread.submit(save)
-
-    def check(self) -> None:
-        """Raise what a save that has ended meanwhile has raised; waits for nothing."""
-        if self._running is not None and self._running.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Until everything is on the disk."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def retry(self) -> None:
-        """A failed save once more: a later one may name a best that only the failed one has."""
-        with suppress(Exception):
-            self.wait()
-        if self._unsaved is not None:
-            self._unsaved()
-
-    def close(self) -> None:
-        """Wait, and end the thread; what the last save raised was raised before, or is not what ended the run."""
-        try:
-            self._thread.shutdown()
-        except KeyboardInterrupt:  # the folder's lock must not be given back while the thread writes
-            self._thread.shutdown()
-            raise
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:

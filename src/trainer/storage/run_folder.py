@@ -11,30 +11,26 @@ import fcntl
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from core.durable import remove_leftovers, sync_folder, write_durably
-from core.errors import CheckpointError, InUse, StorageError
+from core.errors import CheckpointError, StorageError
 from core.json_lines import read_lines
-from trainer.storage.checkpoint import CheckpointFolder, Snapshot
+from trainer.snapshot import Snapshot
+from trainer.storage.checkpoint import CheckpointFolder
+from trainer.storage.lock import lock_or_refuse, take_lock
+from trainer.storage.provenance import now
 
 LOGS = ("metrics.jsonl", "events.jsonl")
 NEWBORN = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
-PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensors", "numpy")
 
 
 def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
@@ -73,7 +69,7 @@ class RunFolder:
                     write_durably(newborn / name)
                 write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
                 CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
-                lock = _take_lock(newborn)
+                lock = take_lock(newborn)
                 newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
                 sync_folder(path.parent)
         except OSError as exception:
@@ -90,7 +86,7 @@ class RunFolder:
         """An existing run, to go on with."""
         if not (path / "checkpoints").is_dir():  # before a lock is left in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
-        lock = _take_lock(path)
+        lock = take_lock(path)
         for folder in (path, path / "checkpoints"):
             remove_leftovers(folder)
         return cls(path, lock)
@@ -105,7 +101,7 @@ class RunFolder:
 
     def append_event(self, kind: str, **details: Any) -> None:
         """One object to events.jsonl: a warning, a resume, a change."""
-        self._append("events.jsonl", {"time": _now(), "event": kind, **details})
+        self._append("events.jsonl", {"time": now(), "event": kind, **details})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as file:
@@ -150,7 +146,7 @@ def refuse_existing(path: Path) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         lock = os.open(path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _lock_or_refuse(lock, path)
+            lock_or_refuse(lock, path)
         finally:
             os.close(lock)
     raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
@@ -178,56 +174,3 @@ def _valid(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _valid(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
-def _take_lock(folder: Path) -> int:
-    """An exclusive lock on the folder, held until the process ends however it ends; StorageError when it is taken."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        _lock_or_refuse(lock, folder)
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _lock_or_refuse(lock: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        for _ in range(20):  # who has just taken it is about to write who it is
-            if holder := os.pread(lock, 200, 0).decode(errors="replace"):
-                break
-            time.sleep(0.005)
-        raise InUse(str(folder), f"in use by {holder or 'another process'}") from None
-
-
-def provenance() -> dict[str, Any]:
-    """What made a run: code, versions, machine, command line."""
-    root = Path(__file__).resolve().parents[3]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain")
-    return {
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_clean": None if changes is None else not changes,
-        "python": platform.python_version(),
-        "versions": {"torch": torch.__version__} | {package: version(package) for package in PACKAGES},
-        "host": platform.node(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": _now(),
-    }
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

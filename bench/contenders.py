@@ -1,22 +1,16 @@
-"""Who `scripts/bench.py` lets run against each other: ours, its limit, a plain loop, Lightning and fastai.
+"""The contenders of `bench/bench.py`: the trainer, its limit, a plain loop, Lightning and fastai.
 
-Each is a function that trains for ever and calls `seen(samples)` after each step. A `Contender` is a greenlet: it moves
-only in its turns, so that short turns of all of them alternate in one thread, and what a busy machine does to one it
-does to all. (Threads of their own would each have OpenMP threads of their own, more than there are cores.)
+Each is a function that trains for ever and calls `seen(samples)` after each step; `turns.Contender` gives it its turns.
 """
 
 import io
 import itertools
-import multiprocessing
 import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,66 +19,12 @@ DATA = Path(os.environ.get("PRECEPTOR_DATA", "datasets"))
 Seen = Callable[[int], None]
 
 
-class Contender:
-    """One that moves in its turns only; within `with`, which ends it.
-
-    So do its workers: between its turns they are stopped, or they would go on at the cost of the others, and begin the
-    next turn with batches made for nothing.
-    """
-
-    def __init__(self, train: Callable[[Seen], object]) -> None:
-        from greenlet import greenlet
-
-        self._running = greenlet(lambda: train(self._seen))
-        self._workers: set[BaseProcess] = set()
-
-    def __enter__(self) -> "Contender":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._signal(signal.SIGCONT)
-        self._running.throw()
-
-    def turn(self, seconds: float) -> float:
-        """Go on for so long, to the end of a step; returns samples a second."""
-        others = set(multiprocessing.active_children()) - self._workers
-        self._signal(signal.SIGCONT)
-        self._seconds, self._samples, self._began = seconds, 0, time.perf_counter()
-        reached = self._running.switch()
-        self._workers = set(multiprocessing.active_children()) - others
-        self._signal(signal.SIGSTOP)
-        return reached
-
-    def _signal(self, number: signal.Signals) -> None:
-        for worker in self._workers:
-            if worker.pid is not None and worker.is_alive():
-                os.kill(worker.pid, number)
-
-    def _seen(self, samples: int) -> None:
-        self._samples += samples
-        if time.perf_counter() - self._began >= self._seconds:
-            wait_for_device()
-            took = time.perf_counter() - self._began
-            assert self._running.parent is not None
-            self._running.parent.switch(self._samples / took)
-
-
-def wait_for_device() -> None:
-    """Until it has done what it was asked to: the next contender is not to pay for it."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 # Ours
 
 
 def composed(*overrides: str) -> Any:
     """A config as the command line composes it; made-up data where the official one is missing."""
-    from hydra import compose, initialize_config_dir
-
-    from core.config import settle
+    from core.composition import compose_config
     from core.schema import TRAIN
 
     places = {"data=mnist": "MNIST", "data=cifar10": "cifar-10-batches-py"}
@@ -96,67 +36,69 @@ def composed(*overrides: str) -> Any:
         given = ["data=synthetic", f"data.image_size={size}", f"data.channels={channels}", "data.train_samples=2000"]
     given += ["trainer.log_graph=false", "trainer.log_images=false", "trainer.checkpoint.monitor=null"]
     given += ["trainer.evaluate_every=1000 epochs", "trainer.early_stopping.patience=null", "trainer.max_epochs=1000"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        choices = {"model": "bench", "data": name.removeprefix("data=")}
-        return settle(compose("train", [*given, *rest]), TRAIN, choices=choices)
+    return compose_config("train", [*given, *rest], TRAIN)
 
 
 def assembled(*overrides: str) -> Any:
-    """A trainer without a folder."""
-    from trainer.build.training import assemble
+    """Return a training without a run folder."""
+    from trainer.build.training import build
+    from trainer.device import configure_torch
 
-    return assemble(composed(*overrides))[0]
+    config = composed(*overrides)
+    configure_torch(config.values["trainer"])
+    return build(config)[0]
 
 
 @contextmanager
-def whole_trainer(*overrides: str) -> Iterator[Any]:
-    """A trainer with its run folder, which is removed at the end."""
-    from trainer.build.training import build
+def whole_run(*overrides: str) -> Iterator[Any]:
+    """Yield a run with its folder, which is removed at the end."""
+    from trainer.run import Run
 
     with tempfile.TemporaryDirectory() as place:
         config, path = composed(*overrides), {"run_dir": f"{place}/run"}
         with redirect_stdout(io.StringIO()):
-            trainer = build(replace(config, values=config.values | path, record=config.record | path))
-        assert trainer is not None
-        trainer.display.console.quiet = True
-        with trainer.closing:
-            yield trainer
+            run = Run.create(replace(config, values=config.values | path, record=config.record | path))
+        run.recorder.display.console.quiet = True
+        with run:
+            yield run
 
 
-def ours(trainer: Any) -> Callable[[Seen], object]:
-    """The trainer itself, run folder, logs and all."""
-    conclude = trainer.conclude
+def ours(run: Any) -> Callable[[Seen], object]:
+    """The trainer itself, with run folder and logs."""
+    conclude, clock = run.loop.conclude, run.state.clock
 
     def train(seen: Seen) -> None:
         before = 0
 
-        def watched() -> None:
+        def watched() -> str | None:
             nonlocal before
-            conclude()
-            samples, before = trainer.clock.samples - before, trainer.clock.samples
+            reason = conclude()
+            samples, before = clock.samples - before, clock.samples
             seen(samples)
+            return reason
 
-        trainer.conclude = watched
-        trainer.fit()
+        run.loop.conclude = watched
+        run.loop.fit()
 
     return train
 
 
-def bare(trainer: Any, *, one_batch: bool) -> Callable[[Seen], object]:
-    """A loop over our batches with our network, loss and optimizer; or over one of them, again and again: the limit."""
+def bare(training: Any, *, one_batch: bool) -> Callable[[Seen], object]:
+    """A loop over our batches with our model, loss and optimizer; or over one of them, again and again: the limit."""
+    model, optimizer = training.state.model, training.state.optimizer
 
     def train(seen: Seen) -> None:
-        trainer.model.train()
+        model.train()
         for epoch in itertools.count():
-            steps = trainer.train_loader.steps(epoch)
+            steps = training.train_loader.steps(epoch)
             for step in itertools.repeat(next(iter(steps))) if one_batch else steps:
-                for images, targets, _ in step:
-                    with trainer.autocast:
-                        loss = trainer.loss_function(trainer.forward(images), targets)
+                for images, labels, _ in step:
+                    with training.autocast:
+                        loss = training.loss_function(training.step.forward(images), labels)
                     loss.backward()
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad(set_to_none=True)
-                seen(len(targets))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seen(len(labels))
 
     return train
 
@@ -164,11 +106,11 @@ def bare(trainer: Any, *, one_batch: bool) -> Callable[[Seen], object]:
 # Others. What most people write: a Dataset of pictures, torchvision's transforms, a DataLoader.
 
 
-def data_loader(trainer: Any, *, augment: bool, workers: int) -> Any:
-    """The training part of a trainer of ours that holds it in memory."""
-    source = trainer.train_loader.source
+def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
+    """Return a DataLoader of the train split of a training that holds it in memory."""
+    source = training.train_loader.source
     pictures = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    batch_size = trainer.train_loader.batch_size
+    batch_size = training.train_loader.batch_size
     return loader_of(pictures, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers)
 
 

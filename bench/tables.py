@@ -1,4 +1,4 @@
-"""What `scripts/bench.py` shows of its figures: a table of each part, and a plot of the steps."""
+"""How the measurements of `bench/bench.py` are shown: a table of each part, and a plot of the steps."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,38 +1,32 @@
-"""The process that trials are forked from, and what a trial does.
+"""What a trial does in its process: train, report each evaluation to the sweep, and send the result.
 
-    sweep  --socket: jobs-->  this process (torch imported, no thread started)  --fork-->  a trial
-      ^                                                                                       |
-      +---------------------- a socket of its own: reports, verdicts, the result -------------+
+    sweep  --socket: JSON lines-->  trial (forked by the sweep's fork server, core/fork_server.py)
+           <-- reports, result --
 
-Importing torch takes seconds; a fork has it at once. A fork of a process with threads could wait for ever for a lock
-that one of them held, and CUDA does not survive it: so before each fork it looks that there is neither. Nobody is left
-behind: a trial dies with this process, and this one with the sweep, by the system's hand.
+The server has imported torch; a forked trial has it at once. A trial dies with the server, and the server with the
+sweep.
 """
 
 import contextlib
-import gc
 import json
 import os
-import select
 import signal
 import socket
 import statistics
-import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, read_run_config, resumed
-from core.errors import CheckpointError, InUse, NumericalError, PreceptorError, StopSignal, as_ours, spell
-from core.processes import die_with
-from core.schema import FREE_ON_RESUME, TRAIN, leaves
+from core.composition import resumed
+from core.config import Config, leaves, read_run_config
+from core.errors import STOP_SIGNALS, CheckpointError, InUse, NumericalError, PreceptorError, StopSignal, as_ours, spell
+from core.schema import FREE_ON_RESUME, TRAIN
 from sweeps.define.compose import COMPARED, NOT_COMPARED, compose_trial, written
 
 Job = Mapping[str, Any]
-LENGTH = struct.Struct("!I")
 WARM_UP, TIMED = 5, 30  # pictures whose time is not taken, and is
 
 
@@ -59,77 +53,10 @@ class Line:
                 return [json.loads(line) for line in lines]
 
 
-def send_job(control: socket.socket, job: Job, channel: socket.socket) -> None:
-    """A job and the trial's end of its socket."""
-    content = json.dumps(job).encode()
-    socket.send_fds(control, [LENGTH.pack(len(content))], [channel.fileno()])
-    control.sendall(content)
-
-
-def receive_job(control: socket.socket) -> tuple[dict[str, Any], socket.socket] | None:
-    """What `send_job` has sent; None when the sweep is gone or wants nothing more."""
-    length, descriptors, _, _ = socket.recv_fds(control, LENGTH.size, 1)
-    if not length:
-        return None
-    content = b""
-    while len(content) < LENGTH.unpack(length)[0]:
-        content += control.recv(LENGTH.unpack(length)[0] - len(content))
-    return json.loads(content), socket.socket(fileno=descriptors[0])
-
-
-# The server
-
-
-def serve(control: socket.socket, *, warm: bool) -> None:
-    """Fork a process for each job, and tell how it ended, until the sweep is gone and its trials with it."""
-    import torch
-
-    import trainer.build.training  # noqa: F401  with all that a training imports
-
-    if warm:
-        import torch._inductor  # which the first step of an optimizer would import, each time anew
-
-    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    children: dict[int, Line] = {}
-    asked = True
-    gc.collect()
-    gc.freeze()  # pages that no trial's collector touches are shared for good
-    while asked or children:
-        heard: list[Any] = [woken, control] if asked else [woken]
-        ready, _, _ = select.select(heard, [], [])
-        if woken in ready:
-            os.read(woken, 4096)
-            for pid in list(children):
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    line = children.pop(pid)
-                    line.send(ended=os.waitstatus_to_exitcode(status))
-                    line.connection.close()
-        if control in ready:
-            received = receive_job(control)
-            if received is None:
-                asked = False
-                continue
-            job, channel = received
-            threads = Path("/proc/self/task")
-            if torch.cuda.is_initialized() or (threads.exists() and len(list(threads.iterdir())) > 1):
-                raise RuntimeError("a process with threads or CUDA cannot be forked safely")
-            parent = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                die_with(parent)
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                control.close()
-                for other in children.values():
-                    other.connection.close()
-                os._exit(run(job, Line(channel)))
-            children[pid] = Line(channel)
-
-
-# A trial
+def serve(payload: bytes, descriptors: Sequence[int]) -> int:
+    """Run one job. `payload`: the job as JSON; `descriptors`: the trial's end of its line."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the sweep asks a trial to save by SIGTERM
+    return run(json.loads(payload), Line(socket.socket(fileno=descriptors[0])))
 
 
 def run(job: Job, line: Line) -> int:
@@ -162,20 +89,8 @@ def run(job: Job, line: Line) -> int:
 
 def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
     """One training, begun or gone on with, in this process; each evaluation asks the sweep whether to go on."""
-    from trainer.build.training import build
-
     config = config_of(job, folder, index)
-    trainer = build(config)
-    if trainer is not None:
-
-        def judge(evaluation: Mapping[str, Any]) -> bool:
-            number = -(-trainer.step // trainer.settings.evaluate_every)
-            told = {name: value for name, value in evaluation.items() if name in ("epoch", *job["told"])}
-            line.send(report=told, evaluation=number, of=trainer.settings.total_steps, step=trainer.step, index=index)
-            return any(answer["prune"] for answer in line.receive())
-
-        trainer.judge = judge
-        trainer.run()
+    fit_and_report(config, job, index, line)
     summary = json.loads((folder / "summary.json").read_text())
     best = summary["best"] or {"metrics": {}}
     metrics = {**best["metrics"], "parameters": summary["parameters"], "seconds": summary["seconds"]}
@@ -183,10 +98,21 @@ def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
         metrics["latency_ms"] = latency_ms(folder, config)
     return {
         "metrics": metrics,
-        "test": summary["test"],
         "pruned": summary["stop_reason"] == "pruned",
-        "step": summary["step"],
     }
+
+
+def fit_and_report(config: Config, job: Job, index: int, line: Line) -> None:
+    """Run or resume the training of a config; nothing if it has finished."""
+    from trainer.run import execute
+
+    def judge(evaluation: Mapping[str, Any], settings: Any) -> bool:
+        number = -(-evaluation["step"] // settings.evaluate_every)
+        report = {name: value for name, value in evaluation.items() if name in ("epoch", *job["told"])}
+        line.send(report=report, evaluation=number, step=evaluation["step"], index=index)
+        return any(answer["prune"] for answer in line.receive())
+
+    execute(config, judge=judge)
 
 
 def config_of(job: Job, folder: Path, index: int) -> Config:
@@ -233,14 +159,3 @@ def latency_ms(folder: Path, config: Config) -> float:
                 torch.cuda.synchronize(restored.device)
             times.append(1000 * (time.perf_counter() - begun))
     return round(statistics.median(times[WARM_UP:]), 4)
-
-
-def main() -> None:
-    """python -m sweeps.execute.worker DESCRIPTOR PARENT WARM"""
-    descriptor, parent, warm = map(int, sys.argv[1:])
-    die_with(parent)
-    serve(socket.socket(fileno=descriptor), warm=bool(warm))
-
-
-if __name__ == "__main__":
-    main()

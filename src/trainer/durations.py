@@ -1,8 +1,8 @@
-"""Durations become optimizer steps once, when the run is built; from then on the step is the only counter."""
+"""The step is the only counter: durations become optimizer steps once, at build, and epochs are computed from steps."""
 
 import math
 
-from core.schema import DURATION
+from core.rules import DURATION
 
 
 def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, total_steps: int) -> int:
@@ -23,7 +23,7 @@ def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, tot
 
 
 def due(step: int, every: int | None, *, total_steps: int | None = None) -> bool:
-    """Is it time? At every `every`-th step, and at the last one where `total_steps` is given."""
+    """Return whether `step` is a multiple of `every`, or the last step if `total_steps` is given."""
     return every is not None and (step % every == 0 or step == total_steps)
 
 
@@ -36,3 +36,14 @@ def total_steps(*, max_epochs: int | None, max_steps: int | None, steps_per_epoc
 def warmup_steps(epochs: float, *, steps_per_epoch: int) -> int:
     """Warm-up epochs, fractions too, as steps."""
     return math.ceil(epochs * steps_per_epoch)
+
+
+def epochs_at(step: int, steps_per_epoch: int) -> float:
+    """Return the epochs done after a step: 3 after the third, 2.5 in the middle of the third."""
+    epochs = step / steps_per_epoch
+    return int(epochs) if epochs.is_integer() else round(epochs, 4)
+
+
+def step_name(step: int, steps_per_epoch: int) -> str:
+    """Return how errors name a step: with the epochs done before it."""
+    return f"step {step} (epoch {epochs_at(step - 1, steps_per_epoch)})"

@@ -1,0 +1,91 @@
+"""The parts `memory` and `start`, and the time of a recipe: processes of their own."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from contenders import ROOT
+from tables import Line
+from turns import CASES, in_turns
+
+MEMORY = """
+import re, sys
+sys.path[:0] = [{bench!r}]
+import contenders as c
+given = {given!r}
+class Enough(BaseException): pass
+seen_so_far = 0
+def seen(samples):
+    global seen_so_far
+    seen_so_far += samples
+    if seen_so_far > 30 * 128: raise Enough
+def peer(name):
+    import numpy
+    from trainer.build.model import build_model
+    values = c.composed(*given).values
+    data = values["data"]
+    count = 60000 if given[0] == "data=mnist" else 50000
+    pictures = numpy.random.randint(0, 256, (count, *[data["image_size"]] * 2, data["channels"]), numpy.uint8)
+    batches = c.loader_of(pictures, [0] * count, batch_size=data["batch_size"], augment=False, workers=0)
+    return getattr(c, name)(build_model(values, init_seed=0), batches)
+try:
+    if {name!r} == "ours":
+        with c.whole_run(*given) as run: c.ours(run)(seen)
+    else:
+        peer({name!r})(seen)
+except Enough:
+    # Linux hands a parent's peak on to its child in ru_maxrss, and not in this.
+    print(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+def bench_memory(options: argparse.Namespace) -> dict[str, Line]:
+    lines: dict[str, Line] = {}
+    for name in ("LeNet 20C5-50C5-FC256, MNIST", "ResNet-20, CIFAR-10"):
+        line: Line = {"unit": "MiB", "of": "ours"}
+        for contender in ("ours", "plain", "lightning", "fastai"):
+            code = MEMORY.format(bench=str(ROOT / "bench"), given=CASES[name], name=contender)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                line[contender] = [float(done.stdout)]
+        lines[name] = line
+    return lines
+
+
+def bench_start(options: argparse.Namespace) -> dict[str, Line]:
+    def turn(command: tuple[str, ...], _: float) -> float:
+        with tempfile.TemporaryDirectory() as place:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=place)
+            return time.perf_counter() - start
+
+    train = str(ROOT / "scripts/train.py")
+    commands = {
+        "train.py, one step": (train, "trainer.max_steps=1", "trainer.log_graph=false", "run_dir=run"),
+        "import torch, torchvision": ("-c", "import torch, torchvision"),
+        "train.py --help": (train, "--help"),
+    }
+    turns = {name: partial(turn, command) for name, command in commands.items()}
+    found = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
+    return {"LeNet-5 on digits": {"unit": "s", "of": "train.py, one step", **found}}
+
+
+def bench_recipe(experiment: str, *overrides: str) -> dict[str, Line]:
+    """A card from the command to its tested network: seconds of the run, of the whole command, and test accuracy."""
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        script = str(ROOT / "scripts/train.py")
+        command = [sys.executable, script, f"experiment={experiment}", f"run_dir={run}", *overrides]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        whole = time.perf_counter() - start
+        summary = json.loads((run / "summary.json").read_text())
+    return {
+        f"{experiment}, time": {"unit": "s", "of": "run", "run": [summary["seconds"]], "command": [whole]},
+        f"{experiment}, test": {"unit": "%", "of": "accuracy", "accuracy": [100 * summary["test"]["accuracy"]]},
+    }

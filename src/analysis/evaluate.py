@@ -1,0 +1,80 @@
+"""Metrics of a run's model on a split of its data: computed from the run folder, written as JSON, shown as tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from core.config import Config
+from core.durable import write_durably
+from core.errors import DataError
+from data.loading.loaders import EvalLoader
+from data.sources.splits import Splits
+from trainer.build.data import build_data
+from trainer.device import configure_tf32
+from trainer.inference.evaluation import measure, predict
+from trainer.inference.load_run import LoadedRun, load_run, with_data_root
+
+MAX_CLASSES = 20  # of a confusion matrix in the terminal; a larger one is only in the JSON file
+
+
+def evaluate_run(config: Config) -> None:
+    """Rebuild the run, predict the split, compute the metrics, write RUN/evaluation-SPLIT.json and print them."""
+    values = config.values
+    folder, split = Path(values["run"]), values["split"]
+    run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
+    configure_tf32(run.config["trainer"].get("tf32", "auto"), run.device)
+    report = {"run": str(folder), "split": split, "step": run.snapshot.step}
+    report |= compute(run, split, data_config=with_data_root(run, values["root"]))
+    show(report)
+    path = folder / f"evaluation-{split}.json"
+    write_durably(path, (json.dumps(report, indent=2) + "\n").encode())
+    print(f"written to {path}")
+
+
+def compute(run: LoadedRun, split: str, *, data_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the run's model on one split; raise DataError if the data lack it or are not the run's."""
+    images = getattr(read_splits(run, split, data_config), split)
+    if images is None:
+        raise DataError(f"split={split}", "this run's data has no such part")
+    batch_size = data_config["data"]["eval_batch_size"]
+    normalisation = run.transform.normalisation.to(run.device)
+    loader = EvalLoader(images, batch_size=batch_size, normalisation=normalisation, device=run.device)
+    logits, labels = predict(run.model, loader)
+    return measure(logits, labels, run.class_names)
+
+
+def read_splits(run: LoadedRun, split: str, data_config: dict[str, Any]) -> Splits:
+    """Return the splits of the run's data; raise DataError if their fingerprint is not that of the run."""
+    # Training images are read at the size of all others.
+    changed = {"stored_size": None} if split == "train" else {}
+    normalisation = run.transform.normalisation
+    splits = build_data({**data_config["data"], **changed}, seed=data_config["seed"], normalisation=normalisation)
+    if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
+        raise DataError("data", "differs from the data this run was trained on (fingerprint)")
+    return splits
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as tables."""
+    console = Console(highlight=False)
+    metrics = "  ".join(
+        f"{name} {report[name]:.4f}" for name in ("accuracy", "top5_accuracy", "macro_f1", "cross_entropy")
+    )
+    console.print(f"{report['split']}, {report['samples']:,} samples: {metrics}", soft_wrap=True)
+    names = list(report["classes"])
+    table = Table("class", "precision", "recall", "F1", "samples", title="Classes", title_justify="left")
+    for name, row in report["classes"].items():
+        table.add_row(name, *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), str(row["samples"]))
+    console.print(table)
+    if len(names) > MAX_CLASSES:
+        return
+    columns = (str(index) for index in range(len(names)))
+    matrix = Table("", *columns, title="Confusion (row: label, column: prediction)")
+    matrix.title_justify = "left"
+    for index, (name, counts) in enumerate(zip(names, report["confusion_matrix"], strict=True)):
+        label = name if name == str(index) else f"{index} {name}"
+        matrix.add_row(label[:20], *(str(count) if count else "." for count in counts))
+    console.print(matrix)

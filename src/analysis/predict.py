@@ -1,0 +1,53 @@
+"""Class probabilities of a run's model for image files, written as CSV."""
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.config import Config
+from core.durable import write_durably
+from core.errors import DataError
+from data.sources.decode import SUFFIXES
+from data.sources.image_folder import pictures_in
+from trainer.device import configure_tf32
+from trainer.inference.load_run import LoadedRun, load_run
+
+
+def predict_images(config: Config) -> None:
+    """Rebuild the run, decode the images as in training, write one line of probabilities per image."""
+    values = config.values
+    source, output = Path(values["input"]), Path(values["output"])
+    paths = image_paths(source)
+    run = load_run(values["run"], checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
+    configure_tf32(run.config["trainer"].get("tf32", "auto"), run.device)
+    content = io.StringIO(newline="")  # the file is written at the end, whole
+    table = csv.writer(content)
+    table.writerow(["file", "class", "probability", *run.class_names])
+    for start in range(0, len(paths), values["batch_size"]):
+        batch = paths[start : start + values["batch_size"]]
+        for path, row in zip(batch, probabilities(run, batch).tolist(), strict=True):
+            name = path.relative_to(source) if source.is_dir() else path.name
+            top = max(range(len(row)), key=row.__getitem__)
+            table.writerow([name, run.class_names[top], f"{row[top]:.6f}", *(f"{value:.6f}" for value in row)])
+    write_durably(output, content.getvalue().encode())
+    print(f"{len(paths):,} images -> {output}")
+
+
+def image_paths(source: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders, or the one file; raise DataError if there are none."""
+    if not source.exists():
+        raise DataError(str(source), "no such file or folder (input)")
+    paths = pictures_in(source) if source.is_dir() else [source]
+    if not paths:
+        raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
+    return paths
+
+
+def probabilities(run: LoadedRun, paths: list[Path]) -> Tensor:
+    """Return the probabilities (B, K) of B image files, on the CPU."""
+    with torch.inference_mode():
+        images = torch.stack([run.transform(path) for path in paths])  # (B, C, H, W)
+        return run.probabilities(run.model(images.to(run.device)).float()).cpu()

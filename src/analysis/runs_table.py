@@ -1,0 +1,116 @@
+"""The table of all runs under a folder, and the mean over seeds of runs that differ in nothing else.
+
+RUN/config.yaml and RUN/summary.json -> one row per run -> sorted by a metric -> terminal, CSV, learning curves
+"""
+
+import csv
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from core.config import Config, leaves, read_run_config
+from core.errors import ConfigError, DataError, PreceptorError
+from core.json_lines import read_lines
+
+# Two runs whose configs differ in these alone are seeds of one experiment.
+NOT_THE_EXPERIMENT = ("seed", "run_dir", "resume", "traceback", "trainer.threads", "data.root", "data.num_workers")
+
+
+def tabulate_runs(config: Config) -> None:
+    """Read every summary, sort, print, write."""
+    values = config.values
+    folder, metric = Path(values["folder"]), values["sort"]
+    if values["curves"] and Path(values["curves"]).suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError("curves", "must end in .png, .svg or .pdf", value=values["curves"])
+    if not folder.is_dir():
+        raise DataError(str(folder), "no such folder")
+    rows = [row for path in sorted(folder.rglob("config.yaml")) if (row := read_row(path.parent, folder))]
+    if not rows:
+        raise DataError(str(folder), "no runs in it")
+    known = sorted({name for row in rows for name in row["metrics"]})
+    if metric not in known:
+        raise DataError(f"sort={metric}", f"no run has it; there are {', '.join(known) or 'no metrics yet'}")
+    worst = float("inf") if metric.endswith("loss") else float("-inf")
+    rows.sort(key=lambda row: row["metrics"].get(metric, worst), reverse=not metric.endswith("loss"))
+    show(rows, metric)
+    if values["output"]:
+        write_csv(rows, known, Path(values["output"]))
+        print(f"written to {values['output']}")
+    if values["curves"]:
+        draw_curves(rows, folder, name=metric.partition("/")[2], path=Path(values["curves"]))
+
+
+def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
+    """Write one line per run, with a column per metric."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["run", "model", "data", "seed", "status", "parameters", "seconds", *metrics])
+        for row in rows:
+            table.writerow(
+                [row[key] for key in ("run", "model", "data", "seed", "status", "parameters", "seconds")]
+                + [row["metrics"].get(name, "") for name in metrics]
+            )
+
+
+def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
+    """Plot the metric over the steps of every run that has it; a run is named by its model if no other has the same."""
+    from analysis.figures import learning_curves, save  # matplotlib takes half a second to import
+
+    models = [row["model"] for row in rows]
+    key = "model" if len(set(models)) == len(models) else "run"
+    save(learning_curves({row[key]: read_lines(folder / row["run"] / "metrics.jsonl") for row in rows}, name), path)
+    print(f"written to {path}")
+
+
+def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
+    """Return one run's row; None for a folder that is no run or is damaged."""
+    try:
+        config = read_run_config(run)
+        summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    except (PreceptorError, ValueError):
+        return None
+    if not {"choices", "seed"} <= config.keys():
+        return None
+    best = summary.get("best") or {}
+    test = {f"test/{name}": value for name, value in (summary.get("test") or {}).items()}
+    same = [(name, value) for name, value in leaves(config) if name not in NOT_THE_EXPERIMENT]
+    return {
+        "run": str(run.relative_to(folder)),
+        "model": config["choices"]["model"],
+        "data": config["choices"]["data"],
+        "seed": config["seed"],
+        "status": summary.get("status", "running or killed"),
+        "parameters": summary.get("parameters", ""),
+        "seconds": summary.get("seconds", ""),
+        "metrics": {**best.get("metrics", {}), **test},
+        "experiment": repr([pair for pair in same if not isinstance(pair[1], dict)]),
+    }
+
+
+def show(rows: list[dict[str, Any]], metric: str) -> None:
+    """Print the table of runs and, if an experiment has several seeds, the table of their means."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    run = Column("run", no_wrap=True)  # the name is what other commands take
+    table = Table(run, "model", "data", "seed", "status", "seconds", metric)
+    for row in rows:
+        value = row["metrics"].get(metric)
+        cells = [str(row["seconds"]), "" if value is None else f"{value:.4f}"]
+        table.add_row(row["run"], row["model"], row["data"], str(row["seed"]), row["status"], *cells)
+    console.print(table)
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if metric in row["metrics"]:
+            groups.setdefault(row["experiment"], []).append(row)
+    means = Table("model", "data", "seeds", f"{metric} (mean ± sd)", "runs", title="Over seeds", title_justify="left")
+    for seeds in (group for group in groups.values() if len(group) > 1):
+        values = [row["metrics"][metric] for row in seeds]
+        spread = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+        names = ", ".join(row["run"] for row in seeds[:3]) + (", ..." if len(seeds) > 3 else "")
+        means.add_row(seeds[0]["model"], seeds[0]["data"], str(len(seeds)), spread, names)
+    if means.rows:
+        console.print(means)

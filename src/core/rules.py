@@ -1,0 +1,107 @@
+"""Rules of the config schema: functions that build the checks of single values.
+
+A rule takes a value. It returns None if the value is allowed, and otherwise a text that describes what is allowed.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import suggest
+
+Rule = Callable[[Any], str | None]
+
+DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?|samples?|%)\s*$")
+
+
+def whole(low: int, high: int = 2**53) -> Rule:
+    """An integer in [low, high]."""
+    allowed = f"must be an integer >= {low}" + (f" and <= {high}" if high < 2**53 else "")
+    return lambda value: None if type(value) is int and low <= value <= high else allowed
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, without: str = "") -> Rule:
+    """A finite number in an interval; `without` names the ends that are not in it: `low`, `high` or `low high`."""
+    above, below = ("low" in without), ("high" in without)
+
+    def rule(value: Any) -> str | None:
+        real = type(value) in (int, float) and math.isfinite(value)
+        if real and (value > low if above else value >= low) and (value < high if below else value <= high):
+            return None
+        if high == math.inf:
+            return f"must be a number {'>' if above else '>='} {low:g}"
+        return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+
+    return rule
+
+
+def one_of(*choices: Any) -> Rule:
+    """One of a few values."""
+    spelled = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+
+    def rule(value: Any) -> str | None:
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return None
+        hint = suggest(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
+        return f"must be one of {spelled}" + (f"; {hint}" if hint else "")
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """Null, or what the rule allows."""
+
+    def checked(value: Any) -> str | None:
+        allowed = None if value is None else rule(value)
+        return allowed and f"{allowed}, or null"
+
+    return checked
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    """What one of two rules allows."""
+
+    def rule(value: Any) -> str | None:
+        one, other = first(value), second(value)
+        return f"{one}, or {other.removeprefix('must be ')}" if one and other else None
+
+    return rule
+
+
+def list_of(rule: Rule, *, length: int | None = None) -> Rule:
+    """A list whose items obey a rule."""
+
+    def checked(value: Any) -> str | None:
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            return "must be a list" + (f" of {length}" if length else "")
+        wrong = next((allowed for item in value if (allowed := rule(item))), None)
+        return wrong and f"each item {wrong}"
+
+    return checked
+
+
+def text(value: Any) -> str | None:
+    """Text that is not empty."""
+    return None if isinstance(value, str) and value else "must be text"
+
+
+def like(pattern: re.Pattern[str], allowed: str) -> Rule:
+    """Text of a pattern."""
+    return lambda value: None if isinstance(value, str) and pattern.match(value) else f"must be {allowed}"
+
+
+def flag(value: Any) -> str | None:
+    """True or false."""
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def section(value: Any) -> str | None:
+    """A mapping: one of the config's groups."""
+    return None if isinstance(value, dict) else "must be a section of keys (a config group)"
+
+
+def duration(value: Any) -> str | None:
+    """A length of training such as `1 epoch`."""
+    right = isinstance(value, str) and (match := DURATION.match(value)) and 0 < float(match[1]) <= 2**53
+    return None if right else 'must be a duration > 0: "N steps", "N epochs", "N samples" or "N%"'

@@ -1,0 +1,150 @@
+"""sweep.html: one page, its figures in it as PNG.
+
+facts -> trade-offs -> learning curves -> importance -> slices and parallel coordinates -> leaderboard
+"""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState
+
+from core.json_lines import read_lines
+from sweeps.define.plan import EVALUATED, Plan
+from sweeps.define.space import point
+from sweeps.results import figures
+from sweeps.results.card import command
+from sweeps.results.ranking import brief, is_feasible, metric_names, outcome, spread
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2833; max-width: 1040px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 0.3em } p { margin: 0.3em 0; max-width: 52em }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e5e8e8; white-space: nowrap }
+th { background: #f4f6f6 } tr.best { background: #fdedec; font-weight: 600 } tr.pruned, tr.diverged { color: #909497 }
+tr.infeasible { color: #ba4a00 } tr.failed { color: #922b21 } code { background: #f4f6f6; padding: 1px 4px }
+img { max-width: 100% }
+"""
+
+
+def render(
+    plan: Plan,
+    trials: Sequence[FrozenTrial],
+    order: Sequence[FrozenTrial],
+    front: Sequence[FrozenTrial],
+    shares: Mapping[str, float],
+    *,
+    has_card: bool,
+) -> str:
+    """Return the page of all trials, of complete ones by rank (`order`), the Pareto front and each dimension's share of
+    the variance. With `has_card` it shows the command of the best card."""
+    best = order[0].number if order and is_feasible(order[0]) else -1
+    parts = [
+        *_facts(plan, trials, order, has_card=has_card),
+        *_trade_offs(plan, trials, order, front),
+        *_learning_curves(plan, trials, best),
+        *_importance(plan, trials, shares),
+        *_dimensions(plan, trials, best),
+        "<h2>Leaderboard</h2>",
+        _leaderboard(plan, trials, order, best),
+    ]
+    head = f"<meta charset='utf-8'><title>Sweep {html.escape(plan.name)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _facts(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], *, has_card: bool) -> list[str]:
+    counts = {kind: sum(outcome(trial) == kind for trial in trials) for kind in map(outcome, trials)}
+    infeasible = sum(not is_feasible(trial) for trial in order)
+    facts = [
+        f"{', '.join(f'{each} {name}' for each, name in plan.objectives)}",
+        *(["subject to " + ", ".join(map(str, plan.constraints))] if plan.constraints else []),
+        f"{plan.options['sampler']} search, pruner {plan.options['pruner']}, {plan.options['seeds']} seed(s) a trial",
+        ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        + (f", {infeasible} infeasible" if infeasible else ""),
+    ]
+    parts = [f"<h1>Sweep {html.escape(plan.name)}</h1>", *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
+    if has_card:
+        text = "The best configuration is written as an experiment card; retrain it on other seeds before you trust it:"
+        parts += [f"<p>{text}</p>", f"<p><code>{html.escape(command(plan, 'best'))}</code></p>"]
+    return parts
+
+
+def _trade_offs(
+    plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], front: Sequence[FrozenTrial]
+) -> list[str]:
+    names, metric = metric_names(plan), plan.objectives[0][1]
+    if len(names) == 1 or not order:
+        return []
+    chosen = [trial.number for trial in front]
+    title = "Pareto front" if len(plan.objectives) > 1 else "What is sought, against what must hold"
+    return [
+        f"<h2>{title}</h2><p>Red: the front (no trial is better in every respect); orange: infeasible.</p>",
+        *(_picture(figures.trade_off(plan, trials, (other, metric), chosen), title) for other in names[1:]),
+    ]
+
+
+def _learning_curves(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[str]:
+    metric = plan.objectives[0][1]
+    if metric not in EVALUATED:
+        return []
+    runs = {each.number: plan.run_folder(each.number, 0) / "metrics.jsonl" for each in trials if each.params}
+    curves = {number: read_lines(path) for number, path in runs.items()}
+    by_number = {trial.number: trial for trial in trials}
+    return [
+        "<h2>Learning curves</h2><p>Red: the best; grey: pruned, with a dot where.</p>",
+        _picture(figures.learning_curves(curves, by_number, metric, best), "learning curves"),
+    ]
+
+
+def _importance(plan: Plan, trials: Sequence[FrozenTrial], shares: Mapping[str, float]) -> list[str]:
+    if not shares:
+        return []
+    metric = plan.objectives[0][1]
+    text = f"Share of the variance of {metric} that each explains alone, by a random forest over complete trials."
+    if any(outcome(trial) == "pruned" for trial in trials):
+        text += " Pruned trials are not among them: what made those poor counts for less here than it should."
+    if any(each.when for each in plan.space):
+        text += " Dimensions that are drawn only under a condition are left out."
+    return ["<h2>Importance</h2>", f"<p>{html.escape(text)}</p>", _picture(figures.importances(shares), "importance")]
+
+
+def _dimensions(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[str]:
+    direction, metric = plan.objectives[0]
+    if all(figures.told(trial, metric) is None for trial in trials):
+        return []
+    sign = 1 if direction == "maximize" else -1
+    lines = figures.parallel_coordinates(plan, trials, metric, sign=sign, best=best)
+    return [
+        "<h2>Slices</h2><p>Each dimension by itself; crosses are pruned trials, at the best they had.</p>",
+        _picture(figures.slices(plan, trials, metric, best), "slices"),
+        "<h2>Parallel coordinates</h2><p>A line a trial; the darker, the better.</p>",
+        _picture(lines, "parallel coordinates"),
+    ]
+
+
+def _leaderboard(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], best: int) -> str:
+    """Every trial, complete ones by rank; mean ± sd over seeds."""
+    names = metric_names(plan)
+    rows = [*order, *(trial for trial in trials if trial.state != TrialState.COMPLETE)]
+    columns = ["trial", "outcome", *names, *(each.key for each in plan.space), "seconds"]
+    lines = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
+    for trial in rows:
+        values = point(plan.space, trial.params)
+        kind = outcome(trial) if is_feasible(trial) else "infeasible"
+        metrics = [spread(trial, name) for name in names]
+        cells = [str(trial.number), kind, *metrics, *(brief(values.get(each.key, "")) for each in plan.space)]
+        cells.append(str(trial.user_attrs.get("wall", "")))
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        hint = html.escape(trial.user_attrs.get("error", ""))
+        lines.append(f"<tr class='{'best' if trial.number == best else kind}' title='{hint}'>{row}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _picture(figure: Figure, title: str) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, facecolor="white")
+    text = base64.b64encode(content.getvalue()).decode()
+    return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{text}'>"

@@ -1,0 +1,89 @@
+"""The data of a training: splits, augmentation, loaders."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+from core.schema import TRAIN
+from data.augment.per_sample import ASampleAtATime
+from data.augment.pipeline import Augmentations
+from data.loading.loaders import EvalLoader, TrainLoader
+from data.loading.normalisation import Normalisation, covariance
+from data.sources.collection import Collection
+from data.sources.splits import Splits, measured, prepare
+from trainer.build.checks import check_sizes
+from trainer.build.dry_run import check_augmentation
+from trainer.build.instantiate import check_arguments, construct, parameters_of, resolve
+
+# Keys of the config of every data set that splitting and loading read; the rest is for the function that it names.
+SHARED_DATA_KEYS = [name.removeprefix("data.") for name in TRAIN if name.startswith("data.")]
+
+
+def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisation | None = None) -> Splits:
+    """Return the data set that a config names, read, split and measured.
+
+    Its function gets the keys that its signature names. A `normalisation` is used as it is, and none is fitted.
+    """
+    function = resolve("data", node["_target_"])
+    takes = parameters_of(function) or {}
+    arguments = {key: value for key, value in node.items() if key in takes}
+    check_arguments(node, "data", also=SHARED_DATA_KEYS)
+    collection = construct({"_target_": node["_target_"], **arguments}, "data")
+    if not isinstance(collection, Collection):
+        raise ConfigError("data._target_", "must give a data.sources.collection.Collection", value=node["_target_"])
+    keys = [key for key in inspect.signature(prepare).parameters if key in node and key != "normalisation"]
+    try:
+        return prepare(collection, seed=seed, normalisation=normalisation, **{key: node[key] for key in keys})
+    except ConfigError as error:
+        raise error.under("data") from None
+
+
+def build_augmentation(nodes: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the augmentation steps of a config, in order, after a dry run.
+
+    A class that is no step of ours is taken for a transform of one image. No data is needed: errors are found before
+    the first image is decoded.
+    """
+    check_sizes(data)
+    steps: dict[str, Any] = {}
+    for name, node in nodes.items():
+        step = construct(node, f"augment.{name}")
+        own = hasattr(step, "numbers")
+        steps[name] = step if own else ASampleAtATime(step, name=f"augment.{name}", image_size=data["image_size"])
+    check_augmentation(steps, data)
+    return steps
+
+
+def build_loaders(
+    values: Mapping[str, Any],
+    splits: Splits,
+    augmentation: Mapping[str, Any],
+    *,
+    normalisation: Normalisation,
+    device: torch.device,
+) -> tuple[TrainLoader, EvalLoader | None, EvalLoader | None]:
+    """Return the loaders of the train, val and test splits."""
+    data, seed = values["data"], values["seed"]
+    shared: dict[str, Any] = {"normalisation": normalisation, "device": device}
+    shared |= {key: data[key] for key in ("num_workers", "timeout_s")}
+    if fitted := [step for step in augmentation.values() if hasattr(step, "fit")]:
+        colours = covariance(measured(splits.train, image_size=data["image_size"], seed=seed))
+        for step in fitted:
+            step.fit(*colours)
+    train = TrainLoader(
+        splits.train,
+        batch_size=data["batch_size"],
+        accumulate=values["trainer"]["accumulate"],
+        seed=seed,
+        augmentations=Augmentations(augmentation, seed=seed, num_classes=len(splits.class_names)),
+        drop_last=data["drop_last"],
+        **shared,
+    )
+    val, test = (
+        EvalLoader(split, batch_size=data["eval_batch_size"], **shared) if split else None
+        for split in (splits.val, splits.test)
+    )
+    return train, val, test

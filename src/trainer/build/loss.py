@@ -1,0 +1,44 @@
+"""The loss of a training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import ConfigError
+from data.sources.splits import Splits
+from trainer.build.instantiate import construct, parameters_of, resolve
+from trainer.optim.losses import balanced_weights
+
+
+def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Module:
+    """Return the loss, after a dry run on labels as augmentation makes them.
+
+    The class weights `balanced` are computed from the train split.
+    """
+    count = len(splits.class_names)
+    weights = node.get("class_weights")
+    if weights == "balanced":
+        node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
+    elif weights is not None and len(weights) != count:
+        raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
+    takes = parameters_of(resolve("loss", node["_target_"])) or {}
+    # A loss from elsewhere, put in the place of ours, need not take what is not set.
+    given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
+    loss = construct(given, "loss")
+    targets = torch.full((2, count), 1 / count) if mixes else torch.zeros(2, dtype=torch.long)
+    try:
+        value = loss(torch.zeros(2, count), targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as exception:
+        kind = "probabilities, which mixing makes of labels" if mixes else "logits and labels"
+        raise ConfigError("loss", f"does not take {kind}: {exception}", value=node["_target_"]) from None
+    if not isinstance(value, torch.Tensor) or value.ndim > 0:
+        raise ConfigError("loss", "must give one number for a batch, a tensor", value=node["_target_"])
+    return loss
+
+
+def auxiliary_weight(node: Mapping[str, Any], model: nn.Module) -> float:
+    """Return the weight of each auxiliary head's loss: the config's, else the model's own, else GoogLeNet's."""
+    weight = node.get("auxiliary_weight")
+    return getattr(model, "auxiliary_weight", 0.3) if weight is None else weight

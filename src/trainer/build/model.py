@@ -1,0 +1,30 @@
+"""The model: constructed with weights that are a function of the seed, and moved to its device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import ConfigError
+from trainer.build.instantiate import construct
+
+
+def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
+    """Return the model, its initial weights a function of the seed; the caller's generators stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(init_seed)
+        model = construct(values["model"], "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model._target_", "must build a torch.nn.Module", value=values["model"]["_target_"])
+    return model
+
+
+def place(model: nn.Module, device: torch.device, *, channels_last: bool | str) -> bool:
+    """Move the model to its device and memory layout; returns whether images are to be channels_last too."""
+    if channels_last == "auto":
+        channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    model.to(device)
+    return bool(channels_last)

@@ -1,0 +1,66 @@
+"""The schedule of a training."""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from core.errors import ConfigError
+from trainer.build.instantiate import construct, resolve
+from trainer.durations import warmup_steps
+from trainer.monitor.metrics import resolve_mode
+from trainer.optim.schedules import Factor, one_cycle_momentum
+from trainer.optim.scheduling import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of
+
+
+def build_schedule(
+    node: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
+) -> Schedule:
+    """Return the schedule over the learning rates of the parameter groups."""
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
+    target = resolve("schedule", node["_target_"])
+    if target is ReduceLROnPlateau:
+        raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
+    if inspect.isclass(target) and issubclass(target, LRScheduler):
+        try:
+            scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
+        except (TypeError, ValueError) as exception:
+            raise ConfigError("schedule", str(exception), value=node["_target_"]) from None
+        return TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)
+    warmup = warmup_steps(node.get("warmup_epochs", 0), steps_per_epoch=steps_per_epoch)
+    if warmup >= total:
+        raise ConfigError(
+            "schedule.warmup_epochs",
+            f"{warmup:,} steps of warm-up leave nothing of a run of {total:,}",
+            value=node["warmup_epochs"],
+        )
+    if target is Plateau:
+        own["mode"] = resolve_mode(node["mode"], node["monitor"])
+        return construct(own, "schedule", base_lrs=base_lrs, warmup_steps=warmup)
+    factor = construct({**own, "_partial_": True}, "schedule")
+    momentum = _momentum_cycle(node, optimizer)
+    try:
+        factor(0, total, warmup)
+    except ConfigError as error:
+        raise error.under("schedule") from None
+    except TypeError as exception:
+        raise ConfigError("schedule", str(exception), value=node["_target_"]) from None
+    return FactorSchedule(factor, base_lrs=base_lrs, total_steps=total, warmup_steps=warmup, momentum=momentum)
+
+
+def _momentum_cycle(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Factor | None:
+    """Return the function that moves momentum against the learning rate, if the config asks for it."""
+    if node.get("momentum") is None:
+        return None
+    if "rise" not in node:
+        raise ConfigError("schedule.momentum", "needs schedule.rise beside it, as in schedule=one_cycle")
+    if not any(momentum_of(group) for group in optimizer.param_groups):
+        raise ConfigError("schedule.momentum", "this optimizer has none, or 0; set null", value=node["momentum"])
+    low, high = node["momentum"]  # the schema checks its form
+    if low > high:
+        raise ConfigError("schedule.momentum", "must be [lowest, highest]", value=node["momentum"])
+    return partial(one_cycle_momentum, low=low, high=high, rise=node["rise"])

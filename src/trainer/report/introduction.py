@@ -1,0 +1,62 @@
+"""What a new run shows before its first step: model, data, device, automatic choices, a first batch, the graph."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainer.report.recorder import Recorder
+from trainer.training import Training
+
+
+def introduce(training: Training, recorder: Recorder, values: Mapping[str, Any], samples: Mapping[str, int]) -> None:
+    """Log the facts of a new run; `samples` are the sizes of its splits."""
+    choices, state, folder = values["choices"], training.state, recorder.folder.path
+    count = sum(parameter.numel() for parameter in state.model.parameters())
+    splits = ", ".join(f"{split} {number:,}" for split, number in samples.items())
+    recorder.say(
+        f"{choices['model']} ({count:,} parameters) on {choices['data']} ({splits}), "
+        f"{device_name(training.device)}, {training.settings.total_steps:,} steps -> {folder}"
+    )
+    recorder.say(f"  automatic: {', '.join(automatic_choices(training))}")
+    left_out = samples["train"] - training.train_loader.samples_per_epoch
+    if left_out:
+        text = f"{left_out} of {samples['train']:,} training samples are left out of each epoch (data.drop_last)"
+        recorder.say(text)
+    for text in training.weights_report:
+        recorder.say(text)
+        recorder.event("init_from", text=text)
+
+
+def show_first_batch(training: Training, recorder: Recorder, *, images: bool, graph: bool) -> None:
+    """Show the first batch as it is trained on, and the graph of the model, in TensorBoard."""
+    if not (images or graph):
+        return
+    first = next(iter(training.train_loader.pictures(0)))[0]  # (B, C, H, W), 0 to 255
+    if images:
+        recorder.images("train/augmented", (first[:64] / 255).clamp(0, 1).cpu())
+    if graph:
+        recorder.graph(training.state.model, training.state.normalisation(first))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the device: that of the GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def automatic_choices(training: Training) -> list[str]:
+    """Return what the config leaves to the trainer, as it was decided."""
+    state, device = training.state, training.device
+    fused = "fused" if state.optimizer.defaults.get("fused") else "not fused"
+    layout = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in state.model.parameters())
+    waits = device.type == "cuda" and not state.guard.on_device
+    in_products = torch.get_float32_matmul_precision() == "high"
+    has_tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return [
+        f"threads {torch.get_num_threads()}",
+        *([f"TF32 in convolutions{' and products' * in_products}"] if has_tf32 else []),
+        *(["the host looks at each step's loss (no fused update)"] if waits else []),
+        "channels_last" if layout else "channels first",
+        f"{type(state.optimizer).__name__} {fused}",
+        training.train_loader.reading,
+    ]

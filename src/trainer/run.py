@@ -1,0 +1,279 @@
+"""A run: one training with its folder, from the config to summary.json.
+
+execute:  create | resume -> fit (trainer.loop) -> finish
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from core.config import Config
+from core.errors import CheckpointError, NumericalError, StopSignal, StorageError, as_ours
+from core.schema import SPLITS
+from data.sources.splits import Splits, same_mean
+from trainer.build.training import build
+from trainer.build.trust import trusted_values
+from trainer.device import configure_torch
+from trainer.durations import step_name
+from trainer.loop import Judge, Loop, never_prune, reason_to_stop
+from trainer.monitor.interrupts import Interrupts
+from trainer.report.introduction import device_name, introduce, show_first_batch
+from trainer.report.notices import Notices
+from trainer.report.recorder import Recorder
+from trainer.report.terminal import terminal
+from trainer.snapshot import Snapshot
+from trainer.storage.background_saver import BackgroundSaver
+from trainer.storage.provenance import provenance
+from trainer.storage.run_folder import RunFolder, chosen_path
+from trainer.training import Training
+
+
+def execute(config: Config, *, judge: Judge = never_prune) -> float | None:
+    """Create or resume the run that a config describes, and train it to its end.
+
+    Returns the best monitored value; None for a resumed run that is finished already. The judge sees each line of
+    metrics.jsonl, and ends the run early by returning true.
+    """
+    # Where a run starts from; the first that applies decides:
+    #   1. resume=RUN       the newest good checkpoint of that run: weights, optimizer, step, everything
+    #   2. init_from=...    a new run; the weights that fit, by name and shape, of a run or a safetensors file
+    #   3. pretrained       a new run; weights that the constructor of the model loads (model.network.weights)
+    #   4. from scratch     a new run; random weights, a function of the seed, fitted to images if the model has `fit`
+    run = Run.resume(config, judge=judge) if config.from_run else Run.create(config, judge=judge)
+    if run is None:
+        return None
+    with run:
+        run.finish(run.loop.fit())
+    return run.best_value
+
+
+class Run:
+    """A training and all that is open for it. Enter it to train: leaving records a failure and closes everything."""
+
+    def __init__(
+        self,
+        training: Training,
+        recorder: Recorder,
+        *,
+        interrupts: Interrupts,
+        origin: Mapping[str, Any],
+        judge: Judge,
+        closing: ExitStack,
+    ) -> None:
+        self.training, self.state = training, training.state
+        self.recorder, self.folder = recorder, recorder.folder
+        self.interrupts = interrupts
+        self.origin = origin  # its provenance
+        self.saver = BackgroundSaver(self.folder.checkpoints, saved=self.state.step)
+        self.loop = Loop(training, recorder=recorder, saver=self.saver, interrupts=interrupts, judge=judge)
+        closing.callback(recorder.close)
+        closing.callback(self.saver.close)
+        self._closing = closing
+
+    def _keep_open(self) -> "Run":
+        """Leave open until the end of the run what the present `with` would close."""
+        self._closing = self._closing.pop_all()
+        return self
+
+    @classmethod
+    def create(cls, config: Config, *, judge: Judge = never_prune) -> "Run":
+        """Build the training, then make the run folder, and log what the run begins with."""
+        values = config.values
+        with ExitStack() as closing:
+            notices = closing.enter_context(Notices())
+            configure_torch(values["trainer"])
+            training, splits = build(config)
+            interrupts = closing.enter_context(Interrupts())  # from here on a signal finds a run to save
+            folder = _new_folder(training, config)
+            closing.callback(folder.close)
+            recorder = Recorder(folder, total_steps=training.settings.total_steps)
+            origin = provenance() | _machine(training)
+            run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
+            introduce(training, recorder, values, _sizes(splits))
+            recorder.start(training.record, origin)
+            log = values["trainer"]
+            show_first_batch(training, recorder, images=log["log_images"], graph=log["log_graph"])
+            notices.pass_to(run.warn)
+            return run._keep_open()
+
+    @classmethod
+    def resume(cls, config: Config, *, judge: Judge = never_prune) -> "Run | None":
+        """Restore a run from its newest good checkpoint, its logs cut back to that step; None if it is finished."""
+        with ExitStack() as closing:
+            notices = closing.enter_context(Notices())
+            configure_torch(config.values["trainer"])
+            trusted_values(config)  # refuses what the config may not name, before the folder is touched
+            folder = RunFolder.open(Path(config.values["resume"]))
+            closing.callback(folder.close)
+            snapshot, path, damaged = folder.checkpoints.load("last", "best", "step")
+            training, splits = build(config, saved=snapshot)
+            interrupts = closing.enter_context(Interrupts())
+            _restore(training, splits, snapshot)
+            reason = reason_to_stop(training.settings, training.state, interrupts)
+            if reason is not None and _is_finished(folder, training.state.step):
+                terminal().print(_nothing_to_do(folder, reason), markup=False)
+                return None
+            folder.rewind(training.state.evaluated)
+            total = training.settings.total_steps
+            recorder = Recorder(folder, total_steps=total, resumed_at=training.state.step)
+            origin = provenance() | _machine(training)
+            run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
+            run._record_resume(config, checkpoint=path, damaged=damaged)
+            notices.pass_to(run.warn)
+            return run._keep_open()
+
+    def _record_resume(self, config: Config, *, checkpoint: Path, damaged: Mapping[Path, str]) -> None:
+        """Log where the run continues, and what has changed."""
+        for file, text in damaged.items():
+            file.rename(file.with_suffix(".damaged"))  # or it would count as one of the newest, which are kept
+            self.warn(f"{text}; set aside as {file.stem}.damaged")
+        if config.changes:
+            self.folder.write_config(self.training.record)
+        facts = {"checkpoint": checkpoint.name, "changes": config.changes, "provenance": dict(self.origin)}
+        step, total = self.state.step, self.training.settings.total_steps
+        self.recorder.event("resume", step=step, **facts)
+        self.recorder.say(f"resumed {self.folder.path} at step {step:,} of {total:,} from {checkpoint.name}")
+        changes = [f"{name}: {before} -> {now}" for name, (before, now) in config.changes.items()]
+        self.recorder.changes(changes, step=step)
+
+    def __enter__(self) -> "Run":
+        self._closing.enter_context(self.recorder.display)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._closing:
+            if isinstance(exception, Exception):
+                self.fail(exception)
+        if exception is None and self.interrupts.received is not None:  # after the end: a grid of runs must end with it
+            raise StopSignal(self.interrupts.exit_code)
+
+    @property
+    def best_value(self) -> float | None:
+        """The best value of the monitored metric."""
+        return self.state.best.get("metrics", {}).get(self.training.settings.monitor)
+
+    def warn(self, text: str) -> None:
+        """Record a warning at the present step."""
+        self.recorder.warn(text, step=self.state.step)
+
+    # The end
+
+    def finish(self, reason: str) -> None:
+        """Test the best weights and write summary.json.
+
+        A run stopped by a signal, or pruned, is saved but not tested: the resumed run tests.
+        """
+        self.saver.wait()
+        if self.state.best and reason != "pruned" and not self.interrupts.received:
+            self._load_best()
+        test: dict[str, float] | None = {}
+        if self.training.test_loader is not None and reason != "pruned":
+            test = self.training.measure(self.training.test_loader, abandon=self.interrupts.asked)
+        if self.interrupts.received is not None or test is None:
+            summary = self.write_summary("interrupted", reason)
+        else:
+            self.recorder.finish(self.training.record, test, self.state.step)
+            status = "finished" if reason == self.training.settings.budget else "stopped_early"
+            summary = self.write_summary(status, reason, test=test)
+        self.recorder.summary(summary, self.folder.path)
+        if summary["status"] == "interrupted":
+            self.recorder.say(f"saved; go on with resume={self.folder.path}")
+            raise StopSignal(self.interrupts.exit_code)
+
+    def _load_best(self) -> None:
+        best, _, damaged = self.folder.checkpoints.load("best")
+        for text in damaged.values():
+            self.warn(text)
+        wanted = self.state.best["step"]
+        if best.step != wanted:
+            self.warn(f"the best, of step {wanted:,}, is lost: the test is of that of step {best.step:,}")
+        self.state.unsettle()  # these weights are not those of the last step
+        self.state.evaluated_model.load_state_dict(best.weights)
+
+    def fail(self, exception: Exception) -> None:
+        """Save the last step and record the failure; raises the error that the user can act on, if it is another."""
+        step = step_name(self.state.step + 1, self.state.steps_per_epoch)
+        error = as_ours(exception, place=str(self.folder.path), step=step)
+        with suppress(Exception):  # the first error is the one to report
+            self._keep_last_step(exception)
+        with suppress(Exception):
+            self.write_summary("failed", str(error))
+        if error is not exception:
+            raise error from exception
+
+    def _keep_last_step(self, exception: Exception) -> None:
+        """A failure between steps, such as in reading data, loses none of them; after NaN nothing is saved."""
+        state = self.state
+        self.saver.retry()
+        if state.settled and state.step > self.saver.saved and not isinstance(exception, NumericalError):
+            self.loop.save(["best", "last"] if state.best.get("step") == state.step else ["last"])
+        self.saver.wait()
+
+    def write_summary(self, status: str, reason: str, *, test: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Write summary.json and return its content."""
+        state = self.state
+        summary = {
+            "status": status,
+            "stop_reason": reason,
+            "step": state.step,
+            "epoch": state.epoch,
+            "best": state.best,
+            "test": dict(test or {}),
+            "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+            "seconds": round(state.clock.seconds, 3),
+            "samples_per_second": round(state.clock.samples_per_second, 1),
+            "seed": self.training.settings.seed,
+            "provenance": dict(self.origin),
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+
+def _machine(training: Training) -> dict[str, Any]:
+    return {"device": device_name(training.device), "threads": torch.get_num_threads()}
+
+
+def _sizes(splits: Splits) -> dict[str, int]:
+    """Return the number of samples of each split that exists."""
+    return {name: len(split) for name in SPLITS if (split := getattr(splits, name)) is not None}
+
+
+def _new_folder(training: Training, config: Config) -> RunFolder:
+    """Create the folder that the config names, or the default, whose name another run may take in the same second."""
+    values, first = config.values, training.state.state_dict()
+    names = (values["choices"]["model"], values["choices"]["data"])
+    while True:
+        path = chosen_path(values["run_dir"], job=config.job, names=names)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return RunFolder.create(path, record=training.record, first=first)
+        except OSError as exception:
+            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
+        except StorageError:
+            if values["run_dir"] is not None or not path.exists():
+                raise
+
+
+def _restore(training: Training, splits: Splits, snapshot: Snapshot) -> None:
+    """Load the state; CheckpointError if the data or the model is not what the run was trained on."""
+    training.state.load_state_dict(snapshot)
+    size = training.record["data"]["image_size"]
+    if not same_mean(splits.train, training.state.normalisation.tensors, image_size=size):
+        raise CheckpointError("data", "its mean differs from that of the data this run was trained on")
+
+
+def _is_finished(folder: RunFolder, step: int) -> bool:
+    """Return whether the run was trained to its end at this step, and tested, before."""
+    summary = folder.read_summary()
+    return summary.get("status") in ("finished", "stopped_early") and summary.get("step") == step
+
+
+def _nothing_to_do(folder: RunFolder, reason: str) -> str:
+    text = f"nothing to do: {folder.path} is finished ({reason})"
+    return text if reason == "early_stopping" else f"{text}; a larger trainer.{reason} makes it go on"

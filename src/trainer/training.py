@@ -1,0 +1,37 @@
+"""What a config is built into: everything a run trains with, before any file is opened."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.inference.evaluation import evaluate
+from trainer.inference.tta import with_tta
+from trainer.interfaces import Batches, Step, StepLoader
+from trainer.settings import Settings
+from trainer.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The parts of a training, as `trainer.build` makes them."""
+
+    settings: Settings
+    state: TrainState
+    step: Step
+    loss_function: nn.Module
+    autocast: AbstractContextManager[object]
+    train_loader: StepLoader
+    val_loader: Batches | None
+    test_loader: Batches | None
+    device: torch.device
+    record: Mapping[str, Any]  # the config as it may be written to disk
+    weights_report: list[str]  # what `init_from` loaded, one fact per line
+
+    def measure(self, batches: Batches, *, abandon: Callable[[], bool]) -> dict[str, float] | None:
+        """Return loss and accuracy of the evaluated model, or None if `abandon` becomes true meanwhile."""
+        model = with_tta(self.state.evaluated_model, self.settings.tta)
+        return evaluate(model, self.loss_function, batches, autocast=self.autocast, abandon=abandon)
