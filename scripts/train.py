@@ -10,4 +10,4 @@ from core.command_line import launch
 from core.schema import TRAIN
 
 if __name__ == "__main__":
-    launch("trainer.run.execute", config_name="train", rules=TRAIN, first="data.loading.server.warm_up")
+    launch("trainer.run.execute", config_name="train", rules=TRAIN, before_import="data.loading.server.warm_up")

@@ -21,7 +21,7 @@ from PIL import Image
 from core.errors import DataError, StorageError
 from data.sources import cache
 from data.sources.image_folder import image_folder
-from data.sources.images import Files, Images, with_cache
+from data.sources.images import Files, Images, PackedPaths, with_cache
 
 BAD = 3
 
@@ -294,3 +294,13 @@ def test_one_that_is_being_made_is_not_removed(root, monkeypatch):
         cache._remove_abandoned(place)
         assert Path(file.name).exists() and time.time() - Path(file.name).stat().st_mtime > cache.ABANDONED
     assert list(place.iterdir()) == []
+
+
+def test_packed_paths_are_the_paths():
+    paths = [Path("a"), Path("/x y/ä.png"), Path(os.fsdecode(b"/raw/\xff.jpg")), Path("b/c/d.gif")]
+    packed = pickle.loads(pickle.dumps(PackedPaths(paths)))  # noqa: S301  as a worker does
+    assert list(packed) == paths and len(packed) == 4
+    assert packed[-1] == paths[-1] and packed[1:3] == paths[1:3] and packed[::-2] == paths[::-2]
+    with pytest.raises(IndexError):
+        packed[4]
+    assert list(PackedPaths([])) == []

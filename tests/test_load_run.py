@@ -42,7 +42,9 @@ before = state()
 from trainer.inference.load_run import load_run
 imported = state()
 run = load_run({folder!r})
-logits = run.model(run.transform(torch.zeros(1, 8, 8, dtype=torch.uint8)).unsqueeze(0))
+Image.new("L", (9, 11), 7).save({folder!r} + "/image.png")
+for image in (torch.zeros(1, 8, 8, dtype=torch.uint8), {folder!r} + "/image.png"):
+    logits = run.model(run.transform(image).unsqueeze(0))
 loaded = state()
 print(json.dumps({{"before": before, "imported": imported, "loaded": loaded, "modules": sorted(sys.modules)}}))
 """

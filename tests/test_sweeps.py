@@ -13,6 +13,7 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -57,8 +58,15 @@ QUICK = (
 def started(folder: Path, *arguments: str, patch: Callable[[pytest.MonkeyPatch], None] = lambda _: None) -> int:
     """scripts/sweep.py in a process of its own, its pid; what it says goes to FOLDER.out."""
 
-    def with_forks(patched: pytest.MonkeyPatch) -> None:
+    def as_daemon(server: ForkServer, control: socket.socket, parent: int, serve: Any = ForkServer._serve) -> None:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(server.errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 2)
+        serve(server, control, parent)
+
+    def with_forks(patched: pytest.MonkeyPatch) -> None:  # torch is there already
         patched.setattr(ForkServer, "_execute", ForkServer._fork)
+        patched.setattr(ForkServer, "_serve", as_daemon)
         patch(patched)
 
     return forked(SWEEP_SCRIPT, f"sweep.dir={folder}", *arguments, output=folder.with_suffix(".out"), patch=with_forks)

@@ -526,3 +526,11 @@ def test_tf32_is_told_to_torch_where_there_is_cuda(tf32, expected):
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
+
+
+def test_a_runs_own_folder_is_no_change_that_its_provenance_reports(tmp_path, monkeypatch):
+    """git shows a new folder within the repository as a change."""
+    existed = []
+    monkeypatch.setattr("trainer.run.provenance", lambda: {"existed": existed.append((tmp_path / "run").exists())})
+    run_to_end(built(tmp_path / "run", "trainer.max_steps=1"))
+    assert existed == [False]

@@ -327,11 +327,14 @@ def test_the_server_that_is_killed_is_replaced(tmp_path, caplog):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_pixels_in_memory_are_shared_with_the_workers_and_not_copied(tmp_path):
+    """This process maps the same memory, so that the pixels are in it once."""
     pixels = pixels_of(64, side=1024)  # 64 MiB
     streamed = loader(pixels, mirror(tmp_path), num_workers=2)
     given = {int(row): image for [batch] in streamed.steps(0) for row, image in zip(batch.indices, batch.images)}
     assert len(given) == 64
-    for worker in workers():
+    assert streamed.source.images.pixels.data_ptr() != pixels.data_ptr()
+    assert torch.equal(streamed.source.images.pixels, pixels)
+    for worker in (os.getpid(), *workers()):
         maps = Path(f"/proc/{worker}/smaps").read_text().split("VmFlags")
         [sizes] = [
             {line.split(":")[0]: int(line.split()[1]) for line in part.splitlines() if line.endswith(" kB")}

@@ -12,7 +12,7 @@ schema, rules). The function that the script names gets that `Config`. What it r
     seeding.py        seeds as a pure function of the run's seed and a purpose
     durable.py        files that are written completely or not at all
     json_lines.py     reading files of one JSON object per line
-    processes.py      processes that end with their parent; how a process ended
+    processes.py      when and how a process forks, how it ends with its parent, how it ended
     fork_server.py    the only place that forks: a process that forks a child for each job, and why
     server_process.py what runs in that process
 """

@@ -52,11 +52,11 @@ FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
 )
 
 
-def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], first: str | None = None) -> None:
+def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], before_import: str | None = None) -> None:
     """Call the function with the dotted name `main` with a checked config, and exit.
 
-    The function's module is imported after the check, because it imports torch. Before that the function `first` gets
-    the config too: it starts what can run while torch is imported. A grid (-m) calls both once per job.
+    The function's module is imported after the check, because it imports torch. The function `before_import` gets the
+    config before that, to start what can run while torch is imported. A grid (-m) calls both once per job.
     """
     with _exit_code(rules):
         _prepare_environment()
@@ -67,14 +67,14 @@ def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], first: str
         else:
             jobs = Jobs()
             with _argv_for_hydra() as scratch:
-                task = _help if wants_help else _job(main, first, rules, jobs, scratch=scratch)
+                task = _help if wants_help else _job(main, before_import, rules, jobs, scratch=scratch)
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
             if jobs.failures:
                 raise jobs.failures[0]
             config = jobs.single
             os.environ.update(jobs.environment)
         if config is not None:
-            with _function(main, first, config) as function:
+            with _function(main, before_import, config) as function:
                 function(config)
 
 
@@ -88,7 +88,7 @@ class Jobs:
 
 
 def _job(
-    main: str, first: str | None, rules: Mapping[str, Rule], jobs: Jobs, *, scratch: str
+    main: str, before_import: str | None, rules: Mapping[str, Rule], jobs: Jobs, *, scratch: str
 ) -> Callable[[DictConfig], object]:
     """Return what Hydra calls with a composed config: it keeps that of a single run, and runs one of a grid."""
 
@@ -100,7 +100,7 @@ def _job(
         try:
             config = settle(composed, rules, **facts_of(hydra_config), job=number)
             if number is not None:
-                with _function(main, first, config) as function:
+                with _function(main, before_import, config) as function:
                     return function(config)
             jobs.single = config
             jobs.environment |= hydra_config.job.env_set
@@ -125,14 +125,14 @@ def _job(
 
 
 @contextlib.contextmanager
-def _function(main: str, first: str | None, config: Config) -> Iterator[Callable[[Config], Any]]:
-    """Call the function `first` and import the function `main` by their dotted names, for a call within `with`.
+def _function(main: str, before_import: str | None, config: Config) -> Iterator[Callable[[Config], Any]]:
+    """Call the function `before_import` and import the function `main` by their dotted names, for a call within `with`.
 
     What it raises besides our own errors comes from the machine's storage or memory, or is an internal error.
     """
     try:
-        if first is not None:
-            _imported(first)(config)
+        if before_import is not None:
+            _imported(before_import)(config)
         yield _imported(main)
     except PreceptorError:
         raise

@@ -125,7 +125,10 @@ class ForkServer:
             self._end()
             ours, theirs = socket.socketpair()
             with theirs, signals_blocked():
-                process = self._fork(theirs) if self.errors is None and can_fork() else self._execute(theirs)
+                may_fork = (
+                    self.errors is None and sys.platform == "linux" and can_fork()
+                )  # elsewhere threads may be unseen
+                process = self._fork(theirs) if may_fork else self._execute(theirs)
             self._running = Running(process, ours, os.getpid())
             self._end = weakref.finalize(self, self._running.end)  # at the latest when this process exits
         return self._running
@@ -167,10 +170,7 @@ class ForkServer:
             die_with(parent)
             os.environ["OPENBLAS_NUM_THREADS"] = "1"
             sys.path[:] = [folder for folder in sys.path if folder]
-            if self.errors is not None:
-                os.setsid()
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(os.open(self.errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the terminal belongs to the parent
             release_handlers()
             reopen_output()
             release_descriptors(keep={0, 1, 2, control.fileno(), *self.pass_fds})

@@ -31,7 +31,10 @@ def death(exit_code: int | None) -> str:
 
 
 def can_fork() -> bool:
-    """Whether this process can be forked safely: it has one thread and no initialised CUDA."""
+    """Return whether this process can be forked safely: it has one thread and no initialised CUDA.
+
+    Where the system does not list threads, only those of Python are counted.
+    """
     tasks = Path("/proc/self/task")
     threads = len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
     torch: Any = sys.modules.get("torch")

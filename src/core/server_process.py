@@ -57,7 +57,8 @@ def serve(control: socket.socket, preload: Sequence[str]) -> None:
     """Fork a child for each job and report its exit code, until no job can come and all children have ended."""
     for module in preload:
         importlib.import_module(module)
-    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    woken, wake = os.pipe()  # neither is inherited by a Python that a child executes
+    os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, socket.socket] = {}

@@ -72,10 +72,10 @@ class Run:
         self.loop = Loop(training, recorder=recorder, saver=self.saver, interrupts=interrupts, judge=judge)
         closing.callback(recorder.close)
         closing.callback(self.saver.close)
-        self._closing = closing
+        self._closing = closing  # that of `create` or `resume`, which close everything if they fail
 
     def _keep_open(self) -> "Run":
-        """Leave open until the end of the run what the present `with` would close."""
+        """Take over what `create` or `resume` has opened: from here on the end of the run closes it."""
         self._closing = self._closing.pop_all()
         return self
 
@@ -87,11 +87,11 @@ class Run:
             notices = closing.enter_context(Notices())
             configure_torch(values["trainer"])
             training, splits = build(config)
+            origin = provenance() | _machine(training)  # before the folder exists, which git may show as a change
             interrupts = closing.enter_context(Interrupts())  # from here on a signal finds a run to save
             folder = _new_folder(training, config)
             closing.callback(folder.close)
             recorder = Recorder(folder, total_steps=training.settings.total_steps)
-            origin = provenance() | _machine(training)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
             introduce(training, recorder, values, _sizes(splits))
             recorder.start(training.record, origin)
@@ -111,6 +111,7 @@ class Run:
             closing.callback(folder.close)
             snapshot, path, damaged = folder.checkpoints.load("last", "best", "step")
             training, splits = build(config, saved=snapshot)
+            origin = provenance() | _machine(training)
             interrupts = closing.enter_context(Interrupts())
             _restore(training, splits, snapshot)
             reason = reason_to_stop(training.settings, training.state, interrupts)
@@ -120,7 +121,6 @@ class Run:
             folder.rewind(training.state.evaluated)
             total = training.settings.total_steps
             recorder = Recorder(folder, total_steps=total, resumed_at=training.state.step)
-            origin = provenance() | _machine(training)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
             run._record_resume(config, checkpoint=path, damaged=damaged)
             notices.pass_to(run.warn)

@@ -235,6 +235,8 @@ def load_optimizer_state(
     states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain.items()}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
+        if name not in parameters:
+            raise CheckpointError("optimizer", f"its checkpoint has a state of {name}, which is no parameter")
         parameter = parameters[name]
         if tensor.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -193,6 +193,8 @@ class Streamed:
         if num_workers:
             fetch = partial(_fetch_in_worker, images)
             self.workers = WorkerPool(fetch, num_workers=num_workers, timeout_s=timeout_s, pin_memory=self.pin_memory)
+            if isinstance(images.pixels, Tensor):  # they are in memory once: this process maps the workers' copy too
+                (self.images,) = self.workers.share().args
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
         there, here = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)

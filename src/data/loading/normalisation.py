@@ -26,7 +26,8 @@ from torch import Tensor
 
 from core.errors import ConfigError
 
-KINDS = ("none", "per_channel", "pca", "zca")
+WHITENING = ("pca", "zca")
+KINDS = ("none", "per_channel", *WHITENING)
 CHUNK = 1024  # pictures that are taken up at a time
 VALUES = 2**22  # numbers that are widened to 64 bits at a time
 LARGEST = 4096  # numbers of a picture to whiten: its matrix has their square, 64 MiB in each checkpoint

@@ -28,10 +28,15 @@ SLOT_IS_FREE = b""
 
 
 def work(payload: bytes, descriptors: Sequence[int]) -> None:
-    """Serve one loader. `descriptors`: the socket, the parcel of the `Fetch`, one file in memory for each slot."""
+    """Serve one loader.
+
+    payload:      the settings of torch that the results depend on, as JSON
+    descriptors:  the socket, the parcel of the `Fetch`, one file in memory for each slot
+    """
     connection, source, *slots = descriptors
     pipe = socket.socket(fileno=connection)
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(json.loads(payload)["deterministic"])
     files = [FileIO(slot, "r+b") for slot in slots]
     try:
         fetch: Fetch = _unpacked(source)

@@ -24,6 +24,7 @@ import sys
 import weakref
 from collections.abc import Generator, Sequence
 from io import FileIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch import Tensor
 from core.errors import DataError
 from core.processes import death
 from core.server_process import receive_message, send_message
-from data.loading.parcels import file_in_memory, pack
+from data.loading.parcels import file_in_memory, pack, unpack
 from data.loading.server import worker_server
 from data.loading.worker_process import SLOT_IS_FREE, Bad, Fetch, Parts
 
@@ -60,6 +61,16 @@ class WorkerPool:
         self._idle: list[Worker] = []
         self._owner = os.getpid()
         weakref.finalize(self, _close, self._idle, self._source)
+
+    def share(self) -> Any:
+        """Return `fetch` with the tensors that the workers map, so that this process can drop its own copy of them."""
+        self.fetch = unpack(self._parcel().fileno())
+        return self.fetch
+
+    def _parcel(self) -> FileIO:
+        if not self._source:
+            self._source.append(pack(self.fetch))
+        return self._source[0]
 
     def read(self, task: object, batches: Sequence[Tensor]) -> Generator[tuple[Parts, Bad], None, None]:
         """Give what `fetch(task, rows)` makes of each batch of rows, in their order."""
@@ -96,9 +107,7 @@ class WorkerPool:
             self._owner = os.getpid()
         if self._idle:
             return self._idle.pop()
-        if not self._source:
-            self._source.append(pack(self.fetch))
-        return Worker(self._source[0])
+        return Worker(self._parcel())
 
 
 class Worker:
@@ -110,8 +119,11 @@ class Worker:
         self.pipe, theirs = socket.socketpair()
         descriptors = [theirs.fileno(), source.fileno(), *(slot.fileno() for slot in self.slots)]
         preload = [COSTLY] if COSTLY in sys.modules else []
+        settings = json.dumps({"deterministic": torch.are_deterministic_algorithms_enabled()}).encode()
         with theirs:  # then the worker alone holds that end: if it dies, the socket reports it
-            self.child = worker_server().start("data.loading.worker_process.work", b"", descriptors, preload=preload)
+            self.child = worker_server().start(
+                "data.loading.worker_process.work", settings, descriptors, preload=preload
+            )
 
     def begin(self, parcel: FileIO, *, first: int, stride: int) -> None:
         """Have it make each `stride`-th batch of a reading, from the batch `first` on."""

@@ -47,10 +47,13 @@ class PillowLimit:
         self._lock = threading.Lock()
         self._inside = 0
         self._before: int | None = None
-        os.register_at_fork(after_in_child=self._restore_in_child)
+        self._is_registered = False  # what a fork calls; importing this file leaves the process as it was
 
     def __enter__(self) -> None:
         with self._lock:
+            if not self._is_registered:
+                os.register_at_fork(after_in_child=self._restore_in_child)
+                self._is_registered = True
             if self._inside == 0:
                 self._before = Image.MAX_IMAGE_PIXELS
             self._inside += 1

@@ -5,6 +5,7 @@ instantiate.py     one node of the config (`_target_` and arguments) -> an objec
 trust.py           what a config that comes with a run may name
 checks.py          values that are right by themselves and wrong together
 dry_run.py         model and augmentation on dummy images
+generators.py      seeded random values that leave the caller's generators as they were
 data.py            data set, splits, augmentation, loaders
 normalisation.py   the normalisation of a run, from its checkpoint
 model.py           the model, on its device

@@ -62,10 +62,10 @@ def check_augmentation(steps: Mapping[str, Any], data: Mapping[str, Any]) -> Non
 def check_single_image(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
     """Pass a batch of one image through the model in training mode: batch norm may have no variance to divide by."""
     data = values["data"]
-    picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=device)
+    shape = (1, data["channels"], data["image_size"], data["image_size"])
     try:
         with torch.no_grad():
-            copy.deepcopy(model).train()(picture)
+            copy.deepcopy(model).train()(torch.rand(shape, device=device))
     except ValueError as exception:
         explanation = f"leaves a batch of one picture, which this network cannot train on ({exception})"
         raise ConfigError(

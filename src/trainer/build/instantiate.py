@@ -1,8 +1,8 @@
 """From a node of the config to the object it names, with errors that name the key.
 
 A node is a mapping with `_target_`, the dotted name of a class or function; its other keys are arguments, and nodes
-among them are instantiated first. `_partial_`, `_args_` and `_recursive_` mean what they mean in Hydra. Hydra itself is
-not needed, so that a notebook that loads a run does not import it.
+among them are instantiated first. `_partial_`, `_args_` and `_recursive_` mean what they mean in Hydra; `_convert_` has
+no effect, as values are plain already. Hydra itself is not needed: a notebook that loads a run does not import it.
 """
 
 import functools
@@ -14,6 +14,17 @@ from typing import Any
 from core.errors import ConfigError, PreceptorError, suggest
 
 SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+# What no config may build, not even the user's own: a card or a YAML file may come from elsewhere. This is no sandbox,
+# as an installed class may do anything. A config that comes with a run builds only what `build.trust` lists.
+REFUSED_MODULES = {
+    *("_operator", "_pickle", "code", "codeop", "ctypes", "importlib", "inspect", "marshal", "nt", "operator", "os"),
+    *("pickle", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser"),
+}
+REFUSED_BUILTINS = {
+    *("__import__", "breakpoint", "compile", "delattr", "eval", "exec", "exit", "filter", "getattr", "globals", "help"),
+    *("input", "locals", "map", "open", "quit", "setattr", "type", "vars"),
+}
 
 
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
@@ -40,16 +51,22 @@ class _Refused(Exception):
 
 
 def _instantiate(node: Mapping[str, Any], section: str, extra: Mapping[str, Any]) -> Any:
-    build = (lambda value, key: _build_within(value, f"{section}.{key}")) if node.get("_recursive_", True) else None
-    given = {key: value for key, value in node.items() if key not in SPECIAL_KEYS}
-    positional = list(node.get("_args_", ()))
-    if build:
-        given = {key: build(value, key) for key, value in given.items()}
-        positional = [build(value, "_args_") for value in positional]
+    is_partial, is_recursive, positional = (
+        node.get(key, default) for key, default in (("_partial_", False), ("_recursive_", True), ("_args_", []))
+    )
+    for key, value in (("_partial_", is_partial), ("_recursive_", is_recursive)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{section}.{key}", "must be true or false", value=value)
+    if not isinstance(positional, list):
+        raise ConfigError(f"{section}._args_", "must be a list", value=positional)
+    named = {key: value for key, value in node.items() if key not in SPECIAL_KEYS}
+    if is_recursive:
+        named = {key: _build_within(value, f"{section}.{key}") for key, value in named.items()}
+        positional = _build_within(positional, f"{section}._args_")
     target = resolve(section, node["_target_"])
     try:
-        make = functools.partial(target, *positional, **given | dict(extra))
-        return make if node.get("_partial_") else make()
+        make = functools.partial(target, *positional, **named | dict(extra))
+        return make if is_partial else make()
     except Exception as exception:
         raise _Refused from exception
 
@@ -78,6 +95,11 @@ def resolve(section: str, target: Any) -> Any:
         parent, _, name = target.rpartition(".")
         hint = suggest(name, dir(pydoc.locate(parent)) if parent else ())
         raise ConfigError(key, f"cannot be imported: there is no such class or function; {hint}", value=target)
+    module = str(getattr(found, "__module__", None) or "")
+    if module.partition(".")[0] in REFUSED_MODULES or (
+        module == "builtins" and getattr(found, "__name__", "") in REFUSED_BUILTINS
+    ):
+        raise ConfigError(key, "is refused: it runs commands or code, or changes files", value=target)
     if not callable(found):
         raise ConfigError(key, f"leads to a {type(found).__name__}, not to a class or function", value=target)
     return found
@@ -102,7 +124,7 @@ def check_arguments(
     if parameters is None:
         return
     for key, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
+        if isinstance(value, Mapping) and "_target_" in value and node.get("_recursive_", True):
             check_arguments(value, f"{section}.{key}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
+from trainer.build.generators import seeded
 from trainer.build.instantiate import construct
 
 
 def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
     """Return the model, its initial weights a function of the seed; the caller's generators stay as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(init_seed)
+    with seeded(init_seed):
         model = construct(values["model"], "model")
     if not isinstance(model, nn.Module):
         raise ConfigError("model._target_", "must build a torch.nn.Module", value=values["model"]["_target_"])

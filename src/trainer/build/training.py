@@ -24,6 +24,7 @@ from data.sources.splits import Splits
 from trainer.build.checks import check_classes, check_monitors, with_classes
 from trainer.build.data import build_augmentation, build_data, build_loaders
 from trainer.build.dry_run import check_model, check_single_image
+from trainer.build.generators import seeded
 from trainer.build.loss import auxiliary_weight, build_loss
 from trainer.build.model import build_model, place
 from trainer.build.normalisation import saved_normalisation
@@ -54,12 +55,20 @@ def build(config: Config, *, saved: Snapshot | None = None) -> tuple[Training, S
     that the snapshot replaces. Raises ConfigError, DataError or SecurityError.
     """
     values = trusted_values(config)
+    device = choose_device(values["trainer"]["device"], values["trainer"]["precision"])
+    with seeded(fold(values["seed"], "init"), device):  # a user's class may draw random values when it is constructed
+        return _build(config, values, device, saved)
+
+
+def _build(
+    config: Config, values: dict[str, Any], device: torch.device, saved: Snapshot | None
+) -> tuple[Training, Splits]:
+    """Do what `build` does, within seeded generators."""
     settings, seed = values["trainer"], values["seed"]
-    device = choose_device(settings["device"], settings["precision"])
     check_classes(values)
     augmentation = build_augmentation(values["augment"], values["data"])
 
-    known = saved_normalisation(saved, str(values["resume"])) if saved else None
+    known = saved_normalisation(saved, str(values["resume"]), kind=values["data"].get("normalise")) if saved else None
     splits = build_data(values["data"], seed=seed, normalisation=known)
     monitors = check_monitors(values, has_val=splits.val is not None)
     record = with_classes(config.record, splits.class_names)

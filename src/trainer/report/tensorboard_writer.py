@@ -53,6 +53,37 @@ def watching(method: Method) -> Method:
     return cast(Method, guarded)
 
 
+class WriterErrors:
+    """Silences the threads that write events, while any event file is open.
+
+    What such a thread raises is raised again by the next call of the writer, where `watching` reports it. The caller's
+    `threading.excepthook` handles all other threads, and is restored when the last event file is closed.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._before = threading.excepthook
+
+    def silence(self) -> None:
+        """Count an event file that is opened."""
+        if self._open == 0:
+            self._before, threading.excepthook = threading.excepthook, self._excepthook
+        self._open += 1
+
+    def restore(self) -> None:
+        """Count an event file that is closed."""
+        self._open -= 1
+        if self._open == 0:
+            threading.excepthook = self._before
+
+    def _excepthook(self, details: Any) -> None:
+        if type(details.thread).__module__ != event_file_writer.__name__:
+            self._before(details)
+
+
+WRITER_ERRORS = WriterErrors()
+
+
 class TensorBoard:
     """The event file of a run. `resumed_at`: what an earlier process wrote behind that step is taken back."""
 
@@ -60,9 +91,7 @@ class TensorBoard:
         self.folder = folder
         self.resumed_at = resumed_at
         self.broken = False
-        self._excepthook = threading.excepthook  # of the caller, who gets it back from `close`
-        self._own_excepthook = _quiet_excepthook(self._excepthook)
-        threading.excepthook = self._own_excepthook
+        WRITER_ERRORS.silence()
         self.open()
 
     @watching
@@ -134,8 +163,7 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._close_writer()
-        if threading.excepthook is self._own_excepthook:
-            threading.excepthook = self._excepthook
+        WRITER_ERRORS.restore()
 
     @watching
     def _close_writer(self) -> None:
@@ -152,19 +180,6 @@ def told_at(folder: Path, step: int) -> set[str]:
             elif event.step == step:
                 tags |= {value.tag for value in event.summary.value}
     return tags
-
-
-def _quiet_excepthook(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Return an excepthook of threading that is silent for the thread that writes events.
-
-    What that thread raises is raised again by the next call of the writer, where `watching` reports it.
-    """
-
-    def excepthook(details: Any) -> None:
-        if type(details.thread).__module__ != event_file_writer.__name__:
-            hook(details)
-
-    return excepthook
 
 
 def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:

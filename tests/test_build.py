@@ -1,0 +1,158 @@
+"""Building a training from a config is pure: objects come out, and nothing else changes."""
+
+import logging
+import random
+import signal
+import sys
+import threading
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import composed
+from torch import nn
+
+from core.errors import ConfigError
+from trainer.build.instantiate import construct
+from trainer.build.training import build
+
+
+def process_state(folder: Path) -> dict[str, Any]:
+    """What a build could change of the process: generators, settings, handlers, threads, files."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "random": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "threads": (torch.get_num_threads(), threading.active_count()),
+        "settings": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "hooks": (threading.excepthook, sys.excepthook),
+        "handlers": list(logging.getLogger("preceptor").handlers),
+        "filters": len(warnings.filters),
+        "files": sorted(folder.rglob("*")),
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.dropout=0.5", "trainer.ema_decay=0.9"),
+        ("augment=[crop_flip,mixup,trivial_augment]", "data.channels=3", "optimizer=muon", "model.hidden=[8,8]"),
+        ("model.batch_norm=true", "data.batch_size=7", "data.drop_last=false", "schedule=plateau"),
+    ],
+)
+def test_building_changes_nothing_but_makes_objects(tmp_path, monkeypatch, capfd, overrides):
+    config = composed(*overrides, "trainer.deterministic=true", "trainer.threads=1")
+    monkeypatch.chdir(tmp_path)
+    build(config)  # what torch imports late, and sets on import, is there now
+    capfd.readouterr()
+    before = process_state(tmp_path)
+    training, splits = build(config)
+    assert process_state(tmp_path) == before
+    assert capfd.readouterr() == ("", "")
+    assert training.state.step == 0 and len(splits.train) == 44
+
+
+def test_two_builds_of_a_config_share_nothing_and_are_equal():
+    one, two = (build(composed("trainer.ema_decay=0.9"))[0] for _ in range(2))
+    for name, model in one.state.models.items():
+        other = two.state.models[name]
+        for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+
+
+# Nodes of a config, as Hydra's own documentation defines them
+
+
+class Box:
+    """Keeps what it is given."""
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        self.positional, self.named = positional, named
+
+
+BOX = f"{__name__}.Box"
+
+
+def test_a_node_is_instantiated_as_hydra_does():
+    from hydra.utils import instantiate
+
+    node = {
+        "_target_": BOX,
+        "_args_": [1, {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 3}],
+        "plain": {"a": [1, None, "x"], "b": {}},
+        "nested": {"_target_": "fractions.Fraction", "numerator": 2},
+        "listed": [{"_target_": "fractions.Fraction", "numerator": 3}, {"c": {"_target_": "builtins.list"}}],
+        "unbuilt": {"_target_": BOX, "_recursive_": False, "inner": {"_target_": "no.such.Thing"}},
+    }
+    ours = construct(node, "section", extra=7)
+    theirs = instantiate(node, _convert_="all", extra=7)
+    assert ours.positional == theirs.positional and ours.named.keys() == theirs.named.keys()
+    for name in ("plain", "nested", "listed", "extra"):
+        assert ours.named[name] == theirs.named[name]
+    assert ours.named["unbuilt"].named == theirs.named["unbuilt"].named == {"inner": {"_target_": "no.such.Thing"}}
+    half = construct({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}, "optimizer")
+    assert type(half) is partial and half.func is torch.optim.SGD and half.keywords == {"lr": 0.5}
+
+
+class Refuses(nn.Module):
+    def __init__(self, *, size: int) -> None:
+        super().__init__()
+        raise ConfigError("size", "must be 3", value=size)
+
+
+def test_what_a_constructor_refuses_is_reported_under_its_section():
+    with pytest.raises(ConfigError, match=r"model.size = 4: must be 3"):
+        construct({"_target_": f"{__name__}.Refuses", "size": 4}, "model")
+    with pytest.raises(ConfigError, match=r"model.size = 4: must be 3"):  # nested, too
+        construct({"_target_": BOX, "inner": {"_target_": f"{__name__}.Refuses", "size": 4}}, "model")
+    with pytest.raises(ConfigError, match=r"augment.x = builtins.int: invalid literal"):
+        construct({"_target_": "builtins.int", "_args_": ["a"]}, "augment.x")
+    with pytest.raises(ConfigError, match=r"model.inner._target_ = no.such.Thing: cannot be imported"):
+        construct({"_target_": BOX, "inner": {"_target_": "no.such.Thing"}}, "model")
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "subprocess.run", "builtins.eval", "shutil.rmtree", "pickle.loads", "logging.os.remove"]
+)
+def test_no_config_may_run_commands(tmp_path, monkeypatch, target):
+    """Not even the user's own; the module of the object counts, whatever name leads to it."""
+    monkeypatch.chdir(tmp_path)
+    node = {"_target_": target, "_args_": ["touch here"]}
+    for place in (node, {"_target_": BOX, "inner": node}, {"_target_": BOX, "inner": [node]}):
+        with pytest.raises(ConfigError, match=rf"_target_ = {target}: is refused: it runs commands"):
+            construct(place, "augment.x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"_args_": None}, r"x._args_ = null: must be a list"),
+        ({"_args_": {"a": 1}}, r"x._args_ = .*: must be a list"),
+        ({"_partial_": "false"}, r"x._partial_ = false: must be true or false"),
+        ({"_recursive_": 0}, r"x._recursive_ = 0: must be true or false"),
+    ],
+)
+def test_keys_of_hydra_have_their_types(given, message):
+    with pytest.raises(ConfigError, match=message):
+        construct({"_target_": BOX, **given}, "x")
+
+
+class RandomLoss(nn.CrossEntropyLoss):
+    """Draws a class weight when it is constructed."""
+
+    def __init__(self) -> None:
+        super().__init__(weight=torch.rand(4) + 0.5)
+
+
+def test_what_a_users_class_draws_is_a_function_of_the_seed():
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(7)  # the caller's own draws change nothing
+        return build(composed(f"loss._target_={__name__}.RandomLoss", f"seed={seed}"))[0].loss_function.weight
+
+    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
