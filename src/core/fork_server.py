@@ -125,9 +125,8 @@ class ForkServer:
             self._end()
             ours, theirs = socket.socketpair()
             with theirs, signals_blocked():
-                may_fork = (
-                    self.errors is None and sys.platform == "linux" and can_fork()
-                )  # elsewhere threads may be unseen
+                # Elsewhere the system does not list the threads that native libraries start.
+                may_fork = self.errors is None and sys.platform == "linux" and can_fork()
                 process = self._fork(theirs) if may_fork else self._execute(theirs)
             self._running = Running(process, ours, os.getpid())
             self._end = weakref.finalize(self, self._running.end)  # at the latest when this process exits
