@@ -106,13 +106,15 @@ def start(watch: Watch, folder: Path, *arguments: str, number: int = 0, slowness
 def wait_for(child: int, watch: Watch, phase: str, *, steps: int, draw: random.Random) -> bool:
     """Until a run has made `steps` steps and is in a phase, and a random moment longer; False when it ends before."""
     first = None
-    pause = draw.random() * (0.3 if phase == "set-up" else 0.004)
+    pause = draw.random() * (0.1 if phase == "set-up" else 0.004)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         now, saving, step = watch.read()
         first = step if first in (None, -1) else first
         is_there = now == phase if phase != "save" else saving
         if phase == "set-up" or (is_there and step >= (first or 0) + steps):
-            time.sleep(pause)
+            until = time.monotonic() + pause
+            while time.monotonic() < until and (phase != "set-up" or watch.read()[0] == phase):
+                time.sleep(0.0002)  # a set-up that is over ends the wait, or its trials would make most of the steps
             return True
         time.sleep(0.0002)
     return False
