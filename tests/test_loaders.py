@@ -283,7 +283,7 @@ def test_evaluation_keeps_the_order_and_drops_nothing(files, streamed):
 
 
 def test_fewer_samples_than_a_batch():
-    with pytest.raises(DataError, match="data.batch_size = 4: must be at most 3, the number of training samples"):
+    with pytest.raises(ConfigError, match="data.batch_size = 4: must be at most 3, the number of training samples"):
         train_loader(images(3))
 
 

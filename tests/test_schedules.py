@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import composed
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from core.errors import ConfigError
+from trainer.build.training import build
 from trainer.durations import due, to_steps, total_steps, warmup_steps
 from trainer.optim.schedules import (
     constant,
@@ -393,3 +395,17 @@ def test_budgets_and_warm_up():
     assert total_steps(max_epochs=None, max_steps=5, steps_per_epoch=7) == 5
     assert total_steps(max_epochs=None, max_steps=None, steps_per_epoch=7) is None
     assert [warmup_steps(epochs, steps_per_epoch=7) for epochs in (0, 1, 0.5, 2)] == [0, 7, 4, 14]
+
+
+@pytest.mark.parametrize(("horizon", "fits"), [(5, False), (10, False), (11, True), (12, True)])
+def test_a_torch_scheduler_whose_horizon_is_too_short_is_refused_at_build(horizon, fits):
+    """12 steps need it stepped 11 times; OneCycleLR would raise in the middle of the run."""
+    given = ("schedule=torch", "schedule._target_=torch.optim.lr_scheduler.OneCycleLR", "~schedule.gamma")
+    given += ("+schedule.max_lr=0.1", f"+schedule.total_steps={horizon}", "schedule.interval=step")
+    if fits:
+        training, _ = build(composed(*given))
+        for step in range(training.settings.total_steps):
+            training.state.schedule.apply(training.state.optimizer, step)
+    else:
+        with pytest.raises(ConfigError, match=rf"schedule.total_steps = {horizon}: is too short.* steps it 11 times"):
+            build(composed(*given))

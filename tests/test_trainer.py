@@ -478,7 +478,7 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path):
 
 
 def test_too_few_samples(tmp_path):
-    with pytest.raises(DataError, match=r"data.batch_size = 45.*at most 44"):
+    with pytest.raises(ConfigError, match=r"data.batch_size = 45.*at most 44"):
         built(tmp_path / "run", "data.batch_size=45")
     run = trained(tmp_path / "limited", "data.limit_train=9", "data.batch_size=9")
     assert run.state.step == 2 and run.training.train_loader.samples == 9

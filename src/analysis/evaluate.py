@@ -9,7 +9,7 @@ from rich.table import Table
 
 from core.config import Config
 from core.durable import write_durably
-from core.errors import DataError
+from core.errors import CheckpointError, DataError
 from data.loading.loaders import EvalLoader
 from data.sources.splits import Splits
 from trainer.build.data import build_data
@@ -35,25 +35,25 @@ def evaluate_run(config: Config) -> None:
 
 
 def compute(run: LoadedRun, split: str, *, data_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of the run's model on one split; raise DataError if the data lack it or are not the run's."""
+    """Return the metrics of the run's model on one split; raise DataError if the data lack it."""
     images = getattr(read_splits(run, split, data_config), split)
     if images is None:
         raise DataError(f"split={split}", "this run's data has no such part")
     batch_size = data_config["data"]["eval_batch_size"]
     normalisation = run.transform.normalisation.to(run.device)
     loader = EvalLoader(images, batch_size=batch_size, normalisation=normalisation, device=run.device)
-    logits, labels = predict(run.model, loader)
+    logits, labels = predict(run.model, loader, autocast=run.autocast)
     return measure(logits, labels, run.class_names)
 
 
 def read_splits(run: LoadedRun, split: str, data_config: dict[str, Any]) -> Splits:
-    """Return the splits of the run's data; raise DataError if their fingerprint is not that of the run."""
+    """Return the splits of the run's data; raise CheckpointError if their fingerprint is not that of the run."""
     # Training images are read at the size of all others.
     changed = {"stored_size": None} if split == "train" else {}
     normalisation = run.transform.normalisation
     splits = build_data({**data_config["data"], **changed}, seed=data_config["seed"], normalisation=normalisation)
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
-        raise DataError("data", "differs from the data this run was trained on (fingerprint)")
+        raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
     return splits
 
 

@@ -50,4 +50,6 @@ def probabilities(run: LoadedRun, paths: list[Path]) -> Tensor:
     """Return the probabilities (B, K) of B image files, on the CPU."""
     with torch.inference_mode():
         images = torch.stack([run.transform(path) for path in paths])  # (B, C, H, W)
-        return run.probabilities(run.model(images.to(run.device)).float()).cpu()
+        with run.autocast:
+            logits = run.model(images.to(run.device)).float()
+        return run.probabilities(logits).cpu()

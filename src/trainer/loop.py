@@ -69,7 +69,7 @@ class Loop:
                 result = training.step(batches)
                 state.advance(result.samples)
                 if state.ema:
-                    state.ema.update(state.model, state.step)
+                    state.ema.update(state.model, state.step, updated=state.guard.updated)
                 self.log_step(result)
                 training.step.clear_gradients()
                 state.settle()

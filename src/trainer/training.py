@@ -28,6 +28,7 @@ class Training:
     val_loader: Batches | None
     test_loader: Batches | None
     device: torch.device
+    channels_last: bool  # the memory layout of images and weights
     record: Mapping[str, Any]  # the config as it may be written to disk
     weights_report: list[str]  # what `init_from` loaded, one fact per line
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from core.seeding import fold
 from data.augment.pipeline import Augmentations
 from data.loading.normalisation import Normalisation
@@ -66,7 +66,7 @@ class TrainLoader:
         samples = len(images)
         if samples < batch_size:
             explanation = f"must be at most {samples}, the number of training samples"
-            raise DataError("data.batch_size", explanation, value=batch_size)
+            raise ConfigError("data.batch_size", explanation, value=batch_size)
         # A last micro-batch of one sample has no variance for BatchNorm: `auto` leaves out that one, and no other.
         odd = samples % batch_size
         self.samples_per_epoch = samples - (odd if drop_last is True or (drop_last == "auto" and odd == 1) else 0)

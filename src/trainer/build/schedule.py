@@ -30,7 +30,13 @@ def build_schedule(
             scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
         except (TypeError, ValueError) as exception:
             raise ConfigError("schedule", str(exception), value=node["_target_"]) from None
-        return TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)
+        adapter = TorchScheduler(scheduler, interval=node.get("interval", "epoch"), steps_per_epoch=steps_per_epoch)
+        horizon, needed = getattr(scheduler, "total_steps", None), -(-total // adapter.every) - 1
+        if isinstance(horizon, int) and needed > horizon:
+            unit = "epochs" if adapter.every > 1 else "steps"
+            explanation = f"is too short: this run steps it {needed:,} times; set it to the {unit} of the run"
+            raise ConfigError("schedule.total_steps", explanation, value=horizon)
+        return adapter
     warmup = warmup_steps(node.get("warmup_epochs", 0), steps_per_epoch=steps_per_epoch)
     if warmup >= total:
         raise ConfigError(

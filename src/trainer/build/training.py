@@ -108,6 +108,7 @@ def _build(
         val_loader=val_loader,
         test_loader=test_loader,
         device=device,
+        channels_last=channels_last,
         record=record,
         weights_report=weights_report,
     )

@@ -1,7 +1,7 @@
 """Evaluation of a model on a split: loss and accuracy during training, and scikit-learn's metrics of its logits."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,9 +55,15 @@ def evaluate(
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    autocast: AbstractContextManager[object] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and labels (N,) of all samples in order, on the host; the network is in evaluation mode."""
-    outputs = [(model(images).float().cpu(), labels.cpu()) for images, labels, _ in batches]
+    with autocast or nullcontext():
+        outputs = [(model(images).float().cpu(), labels.cpu()) for images, labels, _ in batches]
     logits, labels = zip(*outputs, strict=True)
     return torch.cat(logits), torch.cat(labels)
 

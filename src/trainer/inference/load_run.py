@@ -8,6 +8,7 @@ print(run.class_names[logits.argmax()])
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.build.instantiate import resolve
 from trainer.build.model import build_model
 from trainer.build.normalisation import saved_normalisation
 from trainer.build.trust import refuse_untrusted, without_downloads
-from trainer.device import choose_device
+from trainer.device import autocast, choose_device
 from trainer.inference.tta import with_tta
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
@@ -67,6 +68,7 @@ class LoadedRun:
     config: dict[str, Any]
     snapshot: Snapshot
     device: torch.device
+    autocast: AbstractContextManager[object]  # within it the model computes in the precision it was trained in
 
 
 def load_run(
@@ -110,7 +112,13 @@ def load_run(
         config=config,
         snapshot=snapshot,
         device=place,
+        autocast=autocast(place, _precision(config["trainer"].get("precision", "fp32"), place)),
     )
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    """Return the precision to compute in: fp16 is for GPUs, so that a CPU computes in fp32."""
+    return "fp32" if precision == "fp16" and device.type == "cpu" else precision
 
 
 def with_data_root(run: LoadedRun, root: str | None) -> dict[str, Any]:

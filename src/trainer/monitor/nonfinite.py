@@ -51,6 +51,8 @@ class NonFiniteGuard:
         self.before = [torch.empty_like(tensor) for tensor in self.restored]
         self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
         self.longest = torch.zeros((), device=device)  # of these, since the host last asked
+        # Whether the last step changed the weights: a flag on the device if only the device knows.
+        self.updated: bool | Tensor = True
         # Steps since the host last asked: their number, whether they were skipped, and their samples.
         self.recent: list[tuple[int, Tensor, Sequence[Tensor]]] = []
 
@@ -73,12 +75,17 @@ class NonFiniteGuard:
                 tensor.copy_(torch.where(wrong, copy, tensor))
             if self.skips:
                 self.take_back(len(indices), wrong)
+            if self.skips or self.scaler.is_enabled():  # else the run ends, and nothing after that step is saved
+                self.updated = ~not_finite
             self.recent.append((step, wrong, indices))
             self._count(not_finite)
             return True
         if math.isfinite(loss.item()) and (self.scaler.is_enabled() or math.isfinite(norm.item())):
+            self.updated = True
             if self.scaler.is_enabled():
-                self._count(~torch.isfinite(norm))
+                overflows = ~torch.isfinite(norm)
+                self.updated = not overflows.item()
+                self._count(overflows)
                 self._refuse_many(step=step)
             elif self.skips:
                 self.in_a_row.zero_()
@@ -86,6 +93,7 @@ class NonFiniteGuard:
         what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}"
         if not self.skips:
             raise stopped(step_name(step, self.steps_per_epoch), f"{what}; {samples(indices)}")
+        self.updated = False
         for copy, tensor in zip(self.before, self.restored, strict=True):
             tensor.copy_(copy)
         wrong = torch.ones((), dtype=torch.bool, device=loss.device)

@@ -48,7 +48,6 @@ def automatic_choices(training: Training) -> list[str]:
     """Return what the config leaves to the trainer, as it was decided."""
     state, device = training.state, training.device
     fused = "fused" if state.optimizer.defaults.get("fused") else "not fused"
-    layout = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in state.model.parameters())
     waits = device.type == "cuda" and not state.guard.on_device
     in_products = torch.get_float32_matmul_precision() == "high"
     has_tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
@@ -56,7 +55,7 @@ def automatic_choices(training: Training) -> list[str]:
         f"threads {torch.get_num_threads()}",
         *([f"TF32 in convolutions{' and products' * in_products}"] if has_tf32 else []),
         *(["the host looks at each step's loss (no fused update)"] if waits else []),
-        "channels_last" if layout else "channels first",
+        "channels_last" if training.channels_last else "channels first",
         f"{type(state.optimizer).__name__} {fused}",
         training.train_loader.reading,
     ]

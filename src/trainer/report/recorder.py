@@ -77,6 +77,8 @@ class Recorder:
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """Show the graph of the model, traced on images (B, C, H, W)."""
+        if self.tensorboard.broken:
+            return
         try:
             self.tensorboard.graph(model, images)
         except Exception as exception:  # the tracer raises anything; a run does not end for a drawing
