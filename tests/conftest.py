@@ -21,8 +21,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import trainer.run
-from core.composition import CONFIGS, resumed, settle
-from core.config import Config
+from core.composition import resumed, settle
+from core.config import CONFIGS, Config
 from core.errors import STOP_SIGNALS
 from core.json_lines import read_lines
 from core.schema import TRAIN

@@ -14,7 +14,7 @@ from conftest import built, last_state, reopened, run_to_end
 from test_trainer import SGD, assert_equal, metrics, steps_on_disk, summary, weights
 from torch import Tensor, nn
 
-from core.composition import CONFIGS
+from core.config import CONFIGS
 from core.errors import NumericalError, StopSignal
 from core.json_lines import read_lines
 from trainer.monitor.nonfinite import MOST_IN_A_ROW

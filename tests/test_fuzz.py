@@ -30,8 +30,7 @@ from torch import nn
 
 import trainer.build.training
 from core.command_line import launch
-from core.composition import CONFIGS
-from core.config import Config, leaves
+from core.config import CONFIGS, Config, leaves
 from core.schema import TRAIN
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")

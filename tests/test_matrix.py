@@ -24,8 +24,7 @@ import torch
 from conftest import built, composed, last_state, packed, reopened, run_to_end, trained
 from PIL import Image
 
-from core.composition import CONFIGS
-from core.config import leaves
+from core.config import CONFIGS, leaves
 from core.errors import NumericalError, StopSignal
 from core.schema import TRAIN
 from core.seeding import fold
@@ -447,6 +446,7 @@ PIECES = (
 NO_PIECES = {
     "clock": "the wall clock's",
     "format": "the file's",
+    "steps_per_epoch": "a function of data and config: compared on resume",
     "data": "a function of the data: the same at each start on the same machine",
     "guard": "how many steps were skipped in a row: tests/test_trainer.py",
     "optimizers": "plain values, of which no optimizer here has any",

@@ -12,7 +12,7 @@ import yaml
 from conftest import built
 from torchvision.transforms import v2
 
-from core.composition import CONFIGS
+from core.config import CONFIGS
 from core.errors import ConfigError
 from core.seeding import fold
 from data.augment.color import ColorShift, PCAColor

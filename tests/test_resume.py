@@ -25,10 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from core.composition import resumed
-from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError
+from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError, as_ours
 from core.json_lines import read_lines
 from core.schema import TRAIN
 from models import mlp
+from trainer.monitor import nonfinite
 from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
@@ -630,3 +631,53 @@ def test_the_clock_goes_on(tmp_path):
     assert after["seconds"] > before["seconds"] > 0 and math.isfinite(after["samples_per_second"])
     assert run.state.clock.samples == 88  # each sample once
     assert composed().record["run_dir"] is None  # what tests share is not changed by them
+
+
+# What advice after an error names can be done
+
+
+@pytest.mark.parametrize("change", ["optimizer.lr=0.01", "trainer.clip_norm=1.0", "trainer.on_nonfinite=skip"])
+def test_the_advice_after_a_step_that_is_not_finite_is_free_on_resume(tmp_path, change):
+    assert change.partition("=")[0] in str(nonfinite.stopped("step 1", "x"))
+    stopped(built(tmp_path / "run"), 4)
+    again = reopened(tmp_path / "run", change)
+    assert again is not None
+    run_to_end(again)
+    assert read_lines(tmp_path / "run/events.jsonl")[-1]["changes"].keys() == {change.partition("=")[0]}
+
+
+def test_the_advice_after_exhausted_memory_is_free_on_resume(tmp_path):
+    """Smaller batches with as many samples a step: the weights differ by rounding alone."""
+    assert "smaller data.batch_size with a larger trainer.accumulate" in str(as_ours(MemoryError()))
+    given = ("trainer.max_epochs=3", "model.batch_norm=false")
+    whole = trained(tmp_path / "whole", *given)
+    stopped(built(tmp_path / "run", *given), 8)
+    again = reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=2")
+    assert again is not None
+    assert [len(batch.labels) for batch in next(iter(again.training.train_loader.steps(0)))] == [4, 4]
+    run_to_end(again)
+    for ours, theirs in zip(again.state.model.parameters(), whole.state.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["data.batch_size=4"],
+            "may not change data.batch_size: 8 -> 4.*x trainer.accumulate stays equal",
+        ),
+        (["data.batch_size=4", "trainer.accumulate=3"], "may not change data.batch_size: 8 -> 4; trainer.accumulate"),
+    ],
+)
+def test_another_number_of_samples_a_step_is_refused(tmp_path, changes, message):
+    stopped(built(tmp_path / "run"), 4)
+    with pytest.raises(CheckpointError, match=message):
+        reopened(tmp_path / "run", *changes)
+
+
+def test_batches_that_change_the_steps_of_an_epoch_are_refused(tmp_path):
+    """44 samples: batches of 20 leave out 4 of them, batches of 4 none."""
+    stopped(built(tmp_path / "run", "data.batch_size=20", "data.drop_last=true"), 1)
+    with pytest.raises(CheckpointError, match=r"data.batch_size.*an epoch would have 3 steps, not 2 as before"):
+        reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=5")

@@ -36,7 +36,7 @@ ALLOWED = {
 }
 MAY_IMPORT_DATA = ("trainer/build/", "trainer/inference/", "trainer/run.py")
 LOADERS = ("data.loading.loaders", "data.loading.prefetch", "data.loading.workers", "data.augment")
-MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py")
+MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py", "core/hydra_errors.py")
 SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
 
 MOST_LINES, MOST_LINES_OF_SCRIPT, MOST_LINES_OF_FUNCTION = 300, 40, 60

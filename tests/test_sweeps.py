@@ -35,7 +35,8 @@ from PIL import Image
 from scipy import stats
 from sqlalchemy import Engine, event, text
 
-from core.composition import CONFIGS, compose_config
+from core.composition import compose_config
+from core.config import CONFIGS
 from core.fork_server import ForkServer
 from core.json_lines import read_lines
 from core.schema import SWEEP

@@ -4,7 +4,8 @@ A script calls `command_line.launch`. Hydra's composition becomes a checked `Con
 schema, rules). The function that the script names gets that `Config`. What it raises becomes an exit code (errors).
 
     command_line.py   start of every script: arguments, signals, exit codes
-    composition.py    Hydra: compose, resolve, check; the config of a run to resume; Hydra's errors in one line
+    composition.py    Hydra: compose, resolve, check; the config of a run to resume
+    hydra_errors.py   Hydra's errors in one line, with hints
     config.py         `Config`, and reading RUN/config.yaml; needs no Hydra
     schema.py         tables of the allowed keys, one per script, and the check that applies them
     rules.py          constructors of the schema's rules: `whole`, `number`, `one_of`, ...

@@ -30,17 +30,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from core.composition import CONFIGS, as_error, facts_of, resumed, resumed_folder, settle
-from core.config import Config
+from core.composition import facts_of, resumed, resumed_folder, settle
+from core.config import CONFIGS, Config
 from core.errors import (
     STOP_SIGNALS,
     ConfigError,
     PreceptorError,
     StopSignal,
+    StorageError,
     as_ours,
+    internal_error,
     is_hung_up_in_vain,
     suggest,
 )
+from core.hydra_errors import as_error
 from core.rules import Rule
 
 HELP = {"--help", "-h"}
@@ -60,6 +63,7 @@ def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], before_imp
     """
     with _exit_code(rules):
         _prepare_environment()
+        sys.argv[1:] = named_arguments(sys.argv[1:], rules)
         folder = resumed_folder(sys.argv[1:])
         wants_help = asks_for_help(sys.argv[1:])
         if folder is not None and not wants_help:
@@ -130,6 +134,8 @@ def _function(main: str, before_import: str | None, config: Config) -> Iterator[
 
     What it raises besides our own errors comes from the machine's storage or memory, or is an internal error.
     """
+    global _wants_traceback
+    _wants_traceback = bool(config.values.get("traceback"))
     try:
         if before_import is not None:
             _imported(before_import)(config)
@@ -139,8 +145,7 @@ def _function(main: str, before_import: str | None, config: Config) -> Iterator[
     except Exception as exception:
         if (error := as_ours(exception)) is not exception:
             raise error from exception
-        what = f"{type(exception).__name__}: {exception}"
-        raise PreceptorError("internal", f"{what}; traceback=true shows where. Please report it") from exception
+        raise internal_error(exception) from exception
 
 
 def _imported(dotted_name: str) -> Callable[[Config], Any]:
@@ -150,6 +155,10 @@ def _imported(dotted_name: str) -> Callable[[Config], Any]:
 
 def _prepare_environment() -> None:
     """Set the process's umask and the variables that libraries read when they are loaded."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StorageError("working directory", "does not exist any more; change to another one") from None
     os.umask(os.umask(0o022) | 0o022)  # what a run leaves is written by its user alone
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; `_exit_code` puts them in one line
     # OpenMP's threads wait by spinning, so two runs that share cores slow each other down a hundredfold. (An MLP's step
@@ -165,8 +174,8 @@ def _prepare_environment() -> None:
 @contextlib.contextmanager
 def _exit_code(rules: Mapping[str, Rule]) -> Iterator[None]:
     """Handle stop signals, and turn what is raised within `with` into a line on stderr and the exit code."""
-    global _asked_for
-    _asked_for = None
+    global _asked_for, _wants_traceback
+    _asked_for, _wants_traceback = None, False
     for number in STOP_SIGNALS:
         if not is_hung_up_in_vain(number):
             signal.signal(number, _end)
@@ -191,11 +200,12 @@ def _exit_code(rules: Mapping[str, Rule]) -> Iterator[None]:
 
 
 def _trace(exception: Exception) -> None:
-    """Python's traceback, where the command line asks for it."""
-    if any(item.lower() == "traceback=true" for item in sys.argv):
+    """Print Python's traceback if the command line or the config asks for it."""
+    if _wants_traceback or any(item.lower() == "traceback=true" for item in sys.argv):
         traceback.print_exception(exception)
 
 
+_wants_traceback = False  # the value of the config's key, as soon as it is known
 _last_signal = -math.inf
 # The exit code that a signal asks for: code on the way may make an error of its own of what it raises, as imports do.
 _asked_for: int | None = None
@@ -214,6 +224,21 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _ignore_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def named_arguments(arguments: list[str], rules: Mapping[str, Rule]) -> list[str]:
+    """Return the arguments with their keys: `evaluate.py RUN` as `run=RUN`, `train.py resume RUN` as `resume=RUN`."""
+    if "" in arguments:
+        raise ConfigError("command line", "has an empty argument; write KEY=null for no value")
+    if "resume" in arguments[:-1] and "resume" in rules:
+        place = arguments.index("resume")
+        return [*arguments[:place], f"resume={arguments[place + 1]}", *arguments[place + 2 :]]
+    bare = [item for item in arguments if "=" not in item and not item.startswith(("-", "~"))]
+    takes_value = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
+    takes_value |= {"--cfg", "-c", "--info", "-i"}
+    if "run" in rules and bare == arguments[:1] and not takes_value & set(arguments):
+        return [f"run={bare[0]}", *arguments[1:]]
+    return arguments
 
 
 def asks_for_help(arguments: list[str]) -> bool:

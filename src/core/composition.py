@@ -5,27 +5,25 @@ RUN/config.yaml   -> overrides from the command line, where a change is allowed 
 """
 
 import copy
+import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from core.config import FROM_ENVIRONMENT, Config, fill_environment, leaves, read_run_config
-from core.errors import CheckpointError, ConfigError, PreceptorError, spell, suggest
+from core.config import CONFIGS, FROM_ENVIRONMENT, Config, fill_environment, leaves, read_run_config
+from core.errors import CheckpointError, ConfigError, spell, suggest
+from core.hydra_errors import as_error
 from core.rules import Rule
-from core.schema import FREE_ON_RESUME, check
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from core.schema import BATCHES, FREE_ON_RESUME, check
 
 
 def compose_config(
@@ -126,6 +124,8 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise ConfigError(flags[0], "not together with resume=; a run is resumed by itself")
+    if "sweep" in rules:
+        raise ConfigError("resume", "is for train.py; the same command line resumes a sweep", value=str(folder))
     record = read_run_config(folder)
     values = copy.deepcopy(record)
     changes: dict[str, list[Any]] = {}
@@ -141,12 +141,14 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
             raise ConfigError(name, f"unknown key; {suggest(name, known)}", value=value)
         elif known[name] != value:
             changes[name] = [known[name], value]
-    refused = {name: change for name, change in changes.items() if name not in FREE_ON_RESUME}
+    free = {*FREE_ON_RESUME, *(BATCHES if _same_samples_per_step(known, changes) else ())}
+    refused = {name: change for name, change in changes.items() if name not in free}
     if refused:
         diff = "; ".join(f"{name}: {_brief(before)} -> {_brief(now)}" for name, (before, now) in refused.items())
         raise CheckpointError(
             f"resume={folder}",
-            f"a resumed run may not change {diff}. Free to change: {', '.join(FREE_ON_RESUME)}; "
+            f"a resumed run may not change {diff}. Free to change: {', '.join(FREE_ON_RESUME)}, "
+            "data.batch_size if data.batch_size x trainer.accumulate stays equal; "
             "for anything else start anew, with init_from= for its weights",
         )
     if "optimizer.momentum" in changes and values["schedule"].get("momentum") is not None:
@@ -164,50 +166,13 @@ def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Co
     return Config(values=values, record=record, changes=changes, job=None, from_run=True, overrides=list(arguments))
 
 
+def _same_samples_per_step(before: Mapping[str, Any], changes: Mapping[str, list[Any]]) -> bool:
+    """Return whether a step has as many samples as before, in batches of another size perhaps."""
+    then = [before.get(name) for name in BATCHES]
+    now = [changes[name][1] if name in changes else before.get(name) for name in BATCHES]
+    numbers = [number for number in (*then, *now) if type(number) is int]
+    return len(numbers) == 4 and math.prod(numbers[:2]) == math.prod(numbers[2:])
+
+
 def _brief(value: Any) -> str:
     return value.get("_target_", "...") if isinstance(value, dict) else spell(value)
-
-
-def _hint(name: str, rules: Mapping[str, Rule]) -> str:
-    """The known key nearest to a misspelt one, or those of its section; the groups' files know more than the rules."""
-    known = set(rules)
-    for path in CONFIGS.glob("*/*.yaml"):
-        known |= {f"{path.parent.name}.{key}" for key, _ in leaves(yaml.safe_load(path.read_text()) or {})}
-    section = name.partition(".")[0] + "." if "." in name else ""
-    if name in known:
-        return f"not in the options chosen; add it as +{name}=..."
-    near = sorted(key for key in known if key.startswith(section) and ("." in key) == ("." in name))
-    return suggest(name, near) or f"known there: {', '.join(key for key in near if key in rules)}"
-
-
-def as_error(exception: Exception, rules: Mapping[str, Rule]) -> PreceptorError:
-    """What Hydra says of a command line or a YAML file, in one line: key first, the nearest match behind."""
-    if isinstance(exception, PreceptorError):
-        return exception
-    message = str(exception)
-    if isinstance(exception, MissingConfigException) and "/" in str(exception.missing_cfg_file):
-        group, _, option = str(exception.missing_cfg_file).rpartition("/")
-        found = exception.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
-        options = sorted(name for name in found if not name.startswith("_"))
-        hint = suggest(option, options)
-        return ConfigError(group, f"no such option; {hint} One of: {', '.join(options)}", value=option)
-    name = message.split("'")[1].lstrip("+~") if message.startswith("Could not") and "'" in message else ""
-    if name:
-        name = name.partition("=")[0].partition("@")[0]
-        given = next((item for item in sys.argv[1:] if item.lstrip("+~").startswith(f"{name}=")), None)
-        hint = _hint(name, rules)
-        value = {} if given is None else {"value": given.partition("=")[2]}
-        if "not in struct" in f"{message} {exception.__cause__}" or "No match" in message:
-            return ConfigError(name, f"unknown key; {hint}", **value)
-        return ConfigError(name, str(exception.__cause__ or message), **value)
-    if message.startswith("Config group override") or isinstance(exception, TypeError):  # model=null, trainer=[3]
-        for group, given in (item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item.lstrip("+")[1:]):
-            if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
-                options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
-                return ConfigError(group, f"must name one of {', '.join(options)}", value=given)
-    if message.startswith("Error merging override "):  # trainer.early_stopping=[0]
-        name, _, given = message.removeprefix("Error merging override ").partition("=")
-        return ConfigError(name.lstrip("+"), str(exception.__cause__ or "does not fit there"), value=given)
-    key = getattr(exception, "full_key", None) or getattr(exception, "override", None)
-    told = message.partition("\n")[0] if key else message
-    return ConfigError(key or "command line", told.strip() or f"cannot be read ({type(exception).__name__})")

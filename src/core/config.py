@@ -15,6 +15,7 @@ import yaml
 
 from core.errors import CheckpointError, ConfigError
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FROM_ENVIRONMENT = "environment:"  # stands in config.yaml where an environment variable's value was used
 MOST_VALUES = 10_000  # in a run's config; ours have about a hundred
 
@@ -76,7 +77,8 @@ def _everything(record: Any) -> Iterator[tuple[str, Any]]:
 def fill_environment(record: dict[str, Any]) -> dict[str, Any]:
     """A run's config, its data root taken from this machine; other values from an environment must be given again."""
     values = copy.deepcopy(record)
-    root = values.get("data", {}).get("root")
+    data = values.get("data")
+    root = data.get("root") if isinstance(data, dict) else None
     if root == f"{FROM_ENVIRONMENT}PRECEPTOR_DATA":
         values["data"]["root"] = os.environ.get("PRECEPTOR_DATA", "datasets")
     for name, value in leaves(values):

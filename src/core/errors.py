@@ -118,6 +118,12 @@ def as_ours(exception: Exception, *, place: str = "storage", step: str | None = 
     return exception
 
 
+def internal_error(exception: BaseException) -> PreceptorError:
+    """Return the error for an exception that is a bug of ours: exit code 1."""
+    what = f"{type(exception).__name__}: {exception}"
+    return PreceptorError("internal", f"{what}; traceback=true shows where. Please report it")
+
+
 def spell(value: object) -> str:
     """A value as YAML's users write it: `null`, `true`, text without quotes."""
     if value is None:
@@ -127,7 +133,12 @@ def spell(value: object) -> str:
     return str(value)
 
 
+SYNONYMS = {"gpu": "cuda"}  # what users write for something that is spelled otherwise
+
+
 def suggest(word: str, choices: Iterable[str]) -> str:
     """`did you mean X?` for the choice nearest to a misspelt word, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    choices = list(choices)
+    near = [choice for choice in [SYNONYMS.get(word.lower())] if choice in choices]
+    near = near or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""

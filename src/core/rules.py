@@ -29,11 +29,19 @@ def number(low: float = -math.inf, high: float = math.inf, *, without: str = "")
         real = type(value) in (int, float) and math.isfinite(value)
         if real and (value > low if above else value >= low) and (value < high if below else value <= high):
             return None
+        quoted = "; this is text: write it without quotes" if isinstance(value, str) and _is_number(value) else ""
         if high == math.inf:
-            return f"must be a number {'>' if above else '>='} {low:g}"
-        return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+            return f"must be a number {'>' if above else '>='} {low:g}{quoted}"
+        return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}{quoted}"
 
     return rule
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def one_of(*choices: Any) -> Rule:
@@ -94,6 +102,11 @@ def like(pattern: re.Pattern[str], allowed: str) -> Rule:
 def flag(value: Any) -> str | None:
     """True or false."""
     return None if isinstance(value, bool) else "must be true or false"
+
+
+def switched_off_by(override: str) -> Rule:
+    """A section that null does not turn off; `override` does."""
+    return lambda value: None if isinstance(value, dict) else f"must be a section of keys; to turn it off: {override}"
 
 
 def section(value: Any) -> str | None:

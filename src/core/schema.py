@@ -21,6 +21,7 @@ from core.rules import (
     one_of,
     optional,
     section,
+    switched_off_by,
     text,
     whole,
 )
@@ -116,7 +117,7 @@ TRAIN: dict[str, Rule] = {
     "trainer.histograms_every": optional(duration),
     "trainer.log_graph": flag,
     "trainer.log_images": flag,
-    "trainer.early_stopping": section,
+    "trainer.early_stopping": switched_off_by("trainer.early_stopping.patience=null"),
     "trainer.early_stopping.monitor": METRIC,
     "trainer.early_stopping.mode": MODE,
     "trainer.early_stopping.patience": optional(whole(1)),
@@ -183,12 +184,16 @@ REQUIRED = (
     "data.timeout_s",
 )
 
+# Free on resume too, as long as their product stays: what did not fit into memory may continue in smaller batches.
+BATCHES = ("data.batch_size", "trainer.accumulate")
+
 # What a resumed run may change: how long and where it runs, what it logs, and what a user who watches it may turn: the
-# base rate, which scales the whole schedule from the next step on, weight decay and momentum. Never what it computes.
+# base rate, which scales the whole schedule from the next step on, weight decay, momentum, clipping, and what is done
+# about a step that is not finite.
 FREE_ON_RESUME = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.device", "trainer.threads"),
     *("trainer.log_every", "trainer.histograms_every", "trainer.log_graph", "trainer.log_images"),
-    *("trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
+    *("trainer.checkpoint.every_steps", "trainer.checkpoint.keep", "trainer.clip_norm", "trainer.on_nonfinite"),
     *(
         "optimizer.lr",
         "optimizer.adamw_lr",

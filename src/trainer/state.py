@@ -151,6 +151,7 @@ class TrainState:
             "best": self.best,
             "data": dict(self.data),
             "optimizers": plain,
+            "steps_per_epoch": self.steps_per_epoch,
             **{name: component.state_dict() for name, component in self._components.items()},
         }
         return Snapshot(tensors, values)
@@ -163,6 +164,9 @@ class TrainState:
         values = snapshot.values
         if values["data"]["fingerprint"] != self.data["fingerprint"]:
             raise CheckpointError("data", changed_data(values["data"], self.data))
+        if values["steps_per_epoch"] != self.steps_per_epoch:
+            explanation = f"an epoch would have {self.steps_per_epoch} steps, not {values['steps_per_epoch']} as before"
+            raise CheckpointError("data.batch_size", f"{explanation} (data.drop_last); choose another size")
         saved = snapshot.part("data")
         if any(not torch.equal(tensor, saved[name]) for name, tensor in self.normalisation.tensors.items()):
             raise CheckpointError("data", "its normalisation is not the one that this state was built with")

@@ -11,7 +11,7 @@ from core.schema import TRAIN
 # Free to change on resume, but no two trials with different ones can be compared.
 COMPARED = (
     *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
-    *("trainer.max_epochs", "trainer.max_steps"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.clip_norm", "trainer.on_nonfinite"),
 )
 NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes

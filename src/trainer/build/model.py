@@ -14,7 +14,12 @@ from trainer.build.instantiate import construct
 def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
     """Return the model, its initial weights a function of the seed; the caller's generators stay as they are."""
     with seeded(init_seed):
-        model = construct(values["model"], "model")
+        try:
+            model = construct(values["model"], "model")
+        except ConfigError as error:
+            if error.subject == "model.image_size":  # it follows the data's
+                raise ConfigError("data.image_size", error.explanation, value=error.value) from None
+            raise
     if not isinstance(model, nn.Module):
         raise ConfigError("model._target_", "must build a torch.nn.Module", value=values["model"]["_target_"])
     return model
