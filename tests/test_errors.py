@@ -42,6 +42,18 @@ CONFIG = {
     "C01 group": (["modle=mlp"], "modle = mlp", ["did you mean model?"]),
     "C02 key": (["trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
     "C02 plus": (["+trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
+    "interval of a built-in schedule": (["+schedule.interval=step"], "schedule.interval = step", ["schedule=torch"]),
+    "warm-up of torch's": (["schedule=torch", "+schedule.warmup_epochs=5"], "schedule.warmup_epochs = 5", ["not used"]),
+    "momentum of plateau": (
+        ["schedule=plateau", "+schedule.momentum=[0.8,0.9]"],
+        "schedule.momentum = [0.8, 0.9]",
+        ["schedule=one_cycle"],
+    ),
+    "root of embedded data": (
+        ["data=digits", "+data.root=/nowhere"],
+        "data.root = /nowhere",
+        ["takes no such argument"],
+    ),
     "another spelling": (["trainer.device=gpu"], "trainer.device = gpu", ["did you mean cuda?"]),
     "another section": (["optimiser.lr=0.1"], "optimiser.lr = 0.1", ["did you mean optimizer.lr?"]),
     "no section": (["lr=0.1"], "lr = 0.1", ["did you mean optimizer.lr?"]),

@@ -93,6 +93,8 @@ def as_error(exception: BaseException, rules: Mapping[str, Rule]) -> PreceptorEr
             if (CONFIGS / group).is_dir() and not (CONFIGS / group / f"{given}.yaml").exists():
                 options = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
                 return ConfigError(group, f"must name one of {', '.join(options)}", value=given)
+    if message.startswith("Config group override"):  # trainer.checkpoint=2 where a group is meant
+        return ConfigError("command line", message)
     if message.startswith("Error merging override "):  # trainer.early_stopping=[0]
         name, _, given = message.removeprefix("Error merging override ").partition("=")
         return ConfigError(name.lstrip("+"), str(exception.__cause__ or "does not fit there"), value=given)

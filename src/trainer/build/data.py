@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError
-from core.schema import TRAIN
 from data.augment.per_sample import ASampleAtATime
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import EvalLoader, TrainLoader
@@ -18,8 +17,12 @@ from trainer.build.checks import check_sizes
 from trainer.build.dry_run import check_augmentation
 from trainer.build.instantiate import check_arguments, construct, parameters_of, resolve
 
-# Keys of the config of every data set that splitting and loading read; the rest is for the function that it names.
-SHARED_DATA_KEYS = [name.removeprefix("data.") for name in TRAIN if name.startswith("data.")]
+LOADING_KEYS = ("batch_size", "eval_batch_size", "num_workers", "timeout_s", "drop_last")
+# Keys of the config of every data set that splitting and loading read; all others are for the function it names.
+SHARED_DATA_KEYS = (
+    *LOADING_KEYS,
+    *(set(inspect.signature(prepare).parameters) - {"collection", "seed", "normalisation"}),
+)
 
 
 def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisation | None = None) -> Splits:

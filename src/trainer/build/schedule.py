@@ -15,6 +15,12 @@ from trainer.monitor.metrics import resolve_mode
 from trainer.optim.schedules import Factor, one_cycle_momentum
 from trainer.optim.scheduling import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of
 
+USED_BY = {  # keys of the trainer beside the arguments of a schedule
+    "interval": "it is for schedule=torch",
+    "momentum": "it is for schedule=one_cycle",
+    "warmup_epochs": "all but schedule=torch have it",
+}
+
 
 def build_schedule(
     node: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
@@ -23,9 +29,17 @@ def build_schedule(
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
     target = resolve("schedule", node["_target_"])
+    is_torchs = inspect.isclass(target) and issubclass(target, LRScheduler)
+    unused = (
+        ("warmup_epochs", "momentum") if is_torchs else ("interval", "momentum") if target is Plateau else ("interval",)
+    )
+    for key in unused:
+        if node.get(key) is not None:
+            explanation = f"is not used by this schedule; {USED_BY[key]}"
+            raise ConfigError(f"schedule.{key}", explanation, value=node[key])
     if target is ReduceLROnPlateau:
         raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
-    if inspect.isclass(target) and issubclass(target, LRScheduler):
+    if is_torchs:
         try:
             scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
         except (TypeError, ValueError) as exception:
