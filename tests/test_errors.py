@@ -49,6 +49,21 @@ CONFIG = {
         "schedule.momentum = [0.8, 0.9]",
         ["schedule=one_cycle"],
     ),
+    "cycle of two": (
+        ["seed=${trainer.accumulate}", "trainer.accumulate=${seed}"],
+        "seed: refers to itself: seed -> trainer.accumulate -> seed",
+        ["give one of them a value"],
+    ),
+    "cycle behind a key": (
+        [
+            "run_dir=${seed}",
+            "seed=${trainer.threads}",
+            "trainer.threads=${trainer.accumulate}",
+            "trainer.accumulate=${seed}",
+        ],
+        "seed: refers to itself: seed -> trainer.threads -> trainer.accumulate -> seed",
+        [],
+    ),
     "root of embedded data": (
         ["data=digits", "+data.root=/nowhere"],
         "data.root = /nowhere",
@@ -410,6 +425,14 @@ def test_traceback_may_be_asked_for_in_a_yaml_file(script, tmp_path, monkeypatch
     monkeypatch.setattr("trainer.run.build", lambda config: 1 / 0)
     _, _, err = script("train", "--config-dir", str(tmp_path / "mine"), "debug=loud")
     assert "Traceback" in err and "1 / 0" in err
+
+
+@pytest.mark.parametrize("group", ["experiment", "debug"])
+def test_file_without_its_package_line_is_told_of_it(script, tmp_path, group):
+    (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / group / "short.yaml").write_text("trainer:\n  max_epochs: 1\n")
+    code, _, err = script("train", "--config-dir", str(tmp_path / "mine"), f"{group}=short")
+    assert code == 2 and "starts with the line # @package _global_" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("content", [b"a: \xff\n", b"seed: ${\n", b"a: [1\n"])

@@ -7,6 +7,7 @@ RUN/config.yaml   -> overrides from the command line, where a change is allowed 
 import copy
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,8 @@ def settle(
     config_dirs: Sequence[str] = (),
 ) -> Config:
     """Resolve a composed config and check it; `choices` maps each group to the name of the option that was chosen."""
+    if cycle := _cycle(cast(dict[str, Any], OmegaConf.to_container(composed))):
+        raise ConfigError(cycle[0], f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; give one of them a value")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
@@ -107,6 +110,21 @@ def _without_environment(composed: DictConfig) -> dict[str, Any]:
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+
+
+def _cycle(unresolved: Mapping[str, Any]) -> list[str]:
+    """Return the first keys that are interpolated from one another in a circle."""
+    references = {key: re.findall(r"\$\{([\w.]+)\}", str(value)) for key, value in leaves(unresolved)}
+
+    def follow(path: list[str]) -> list[str]:
+        for name in references.get(path[-1], ()):
+            if name in path:
+                return path[path.index(name) :]
+            if found := follow([*path, name]):
+                return found
+        return []
+
+    return next(filter(None, (follow([key]) for key in references)), [])
 
 
 def resumed_folder(arguments: list[str]) -> Path | None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from core.config import leaves
+from core.config import CONFIGS, leaves
 from core.errors import ConfigError, suggest
 from core.rules import (
     Rule,
@@ -227,6 +227,8 @@ def check(config: dict[str, Any], rules: Mapping[str, Rule], *, shown: dict[str,
         if rule is None and parent in closed:
             siblings = [known for known in rules if known.rpartition(".")[0] == parent]
             hint = suggest(name, siblings) or f"known here: {', '.join(siblings)}"
+            if (CONFIGS / name).is_dir() and isinstance(value, Mapping):
+                hint = "a file whose keys are those of the whole config starts with the line # @package _global_"
             raise ConfigError(name, f"unknown key; {hint}", value=spelled[name])
         if rule is not None and (allowed := rule(value)):
             raise ConfigError(name, allowed, value=spelled[name])
