@@ -1,5 +1,7 @@
 """TrainState: all that survives a restart is in it, also with several models and optimizers."""
 
+from pathlib import Path
+
 import torch
 from conftest import built, packed
 from torch import nn
@@ -64,13 +66,19 @@ def one_step(state: TrainState) -> None:
     state.settle()
 
 
+def stopped_and_resumed(folder: Path, *, steps: int) -> TrainState:
+    """The state of another seed, loaded from a checkpoint after some steps of the first."""
+    stopped, resumed = adversarial(0), adversarial(1)
+    for _ in range(steps):
+        one_step(stopped)
+    resumed.load_state_dict(unpack(packed(stopped.state_dict()), source=folder))
+    return resumed
+
+
 def test_several_models_and_optimizers_continue_bit_identically_from_a_checkpoint(tmp_path):
-    whole, stopped, resumed = adversarial(0), adversarial(0), adversarial(1)
+    whole, resumed = adversarial(0), stopped_and_resumed(tmp_path, steps=3)
     for _ in range(6):
         one_step(whole)
-    for _ in range(3):
-        one_step(stopped)
-    resumed.load_state_dict(unpack(packed(stopped.state_dict()), source=tmp_path))
     for _ in range(3):
         one_step(resumed)
     expected, found = whole.state_dict(), resumed.state_dict()
@@ -84,12 +92,9 @@ def test_several_models_and_optimizers_continue_bit_identically_from_a_checkpoin
 
 def test_an_optimizer_that_is_not_restored_is_noticed(tmp_path):
     """The mutant of the test above: with one optimizer from step 0, the weights differ."""
-    whole, stopped, resumed = adversarial(0), adversarial(0), adversarial(1)
+    whole, resumed = adversarial(0), stopped_and_resumed(tmp_path, steps=3)
     for _ in range(4):
         one_step(whole)
-    for _ in range(3):
-        one_step(stopped)
-    resumed.load_state_dict(unpack(packed(stopped.state_dict()), source=tmp_path))
     resumed.optimizers["critic_optimizer"].state.clear()
     one_step(resumed)
     assert not torch.equal(resumed.models["critic"][0].weight, whole.models["critic"][0].weight)

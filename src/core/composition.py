@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from core.config import CONFIGS, FROM_ENVIRONMENT, Config, fill_environment, leaves, read_run_config
@@ -74,12 +74,16 @@ def settle(
     config_dirs: Sequence[str] = (),
 ) -> Config:
     """Resolve a composed config and check it; `choices` maps each group to the name of the option that was chosen."""
-    if cycle := _cycle(cast(dict[str, Any], OmegaConf.to_container(composed))):
-        raise ConfigError(cycle[0], f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; give one of them a value")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
-    values = _plain(composed)
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
+        values = _plain(composed)
+    except InterpolationResolutionError:
+        if cycle := _cycle(cast(dict[str, Any], OmegaConf.to_container(composed))):
+            explanation = f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; give one of them a value"
+            raise ConfigError(cycle[0], explanation) from None
+        raise
     record = _without_environment(composed)
     if "augment" in rules:  # augment=[] chooses no file at all
         values.setdefault("augment", {})

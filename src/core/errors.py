@@ -136,9 +136,15 @@ def spell(value: object) -> str:
 SYNONYMS = {"gpu": "cuda"}  # what users write for something that is spelled otherwise
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """`did you mean X?` for the choice nearest to a misspelt word, or nothing when none is near."""
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice nearest to a misspelt word, if one is near."""
     choices = list(choices)
     near = [choice for choice in [SYNONYMS.get(word.lower())] if choice in choices]
     near = near or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else ""
+    return near[0] if near else None
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """`did you mean X?` for the choice nearest to a misspelt word, or nothing when none is near."""
+    near = nearest(word, choices)
+    return "" if near is None else f"did you mean {near}?"

@@ -9,35 +9,29 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from core.config import CONFIGS, leaves
-from core.errors import ConfigError, PreceptorError, internal_error, suggest
+from core.errors import ConfigError, PreceptorError, internal_error, nearest, suggest
 from core.rules import Rule
 
 
-def _options_with(name: str) -> dict[str, list[str]]:
-    """Return the options of each group that have a key, as {"model": ["mlp"]}; the bases of options do not count."""
-    group, _, key = name.partition(".")
+def _keys_of_options() -> dict[str, list[str]]:
+    """Return the options of its group that have a key, as {"model.hidden": ["mlp"]}; a base of options is none."""
     found: dict[str, list[str]] = {}
-    for path in sorted((CONFIGS / group).glob("[!_]*.yaml")) if key else ():
-        if key in dict(leaves(yaml.safe_load(path.read_text()) or {})):
-            found.setdefault(group, []).append(path.stem)
+    for path in sorted(CONFIGS.glob("*/*.yaml")):
+        for key, _ in leaves(yaml.safe_load(path.read_text()) or {}):
+            options = found.setdefault(f"{path.parent.name}.{key}", [])
+            if not path.stem.startswith("_"):
+                options.append(path.stem)
     return found
-
-
-def _known(rules: Mapping[str, Rule]) -> set[str]:
-    """Return every key of the rules and of the options of the groups."""
-    known = set(rules)
-    for path in CONFIGS.glob("*/*.yaml"):
-        known |= {f"{path.parent.name}.{key}" for key, _ in leaves(yaml.safe_load(path.read_text()) or {})}
-    return known
 
 
 def _hint(name: str, rules: Mapping[str, Rule]) -> str:
     """Return what an unknown key may have been meant for: another spelling, section, or option of its group."""
-    known = _known(rules)
+    options = _keys_of_options()
+    known = {*rules, *options}
     if name in known:
-        options = _options_with(name)
-        where = "; ".join(f"{group}={', '.join(names[:6])}" for group, names in options.items())
-        return f"not in the option chosen, but in {where}; +{name}=... adds it if the class takes it"
+        having = ", ".join(options.get(name, ())[:6])
+        where = f"not in the option chosen, but in {name.partition('.')[0]}={having}; " if having else ""
+        return f"{where}+{name}=... adds it if the class takes it"
     section = name.rpartition(".")[0]
     near = sorted(key for key in known if key.startswith(section + ".") or (not section and "." not in key))
     if hint := suggest(name, near):
@@ -47,8 +41,8 @@ def _hint(name: str, rules: Mapping[str, Rule]) -> str:
         return suggest(name, known)
     if not section:  # lr, epochs
         by_last = {key.rpartition(".")[2]: key for key in sorted(known, reverse=True) if key in rules}
-        if hint := suggest(name, by_last):
-            return f"did you mean {by_last[hint.removeprefix('did you mean ').removesuffix('?')]}?"
+        if near_key := nearest(name, by_last):
+            return f"did you mean {by_last[near_key]}?"
     return f"known there: {', '.join(key for key in near if key in rules)}"
 
 

@@ -12,7 +12,21 @@ from data.augment.checks import require_within
 from data.augment.distributions import SymmetricBeta
 
 
-class Mixup:
+class Mixing:
+    """What the mixtures share: how much of a sample is its own."""
+
+    mixes = True
+
+    def __init__(self, alpha: float, probability: float) -> None:
+        self.beta = SymmetricBeta("alpha", alpha)
+        self.probability = require_within("probability", probability, 0, 1)
+
+    def shares(self, numbers: Tensor) -> Tensor:
+        """Return l of each sample (B,), 1 for those that are left alone; the numbers (B, >= 2) are uniform."""
+        return torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+
+
+class Mixup(Mixing):
     """Both pictures, one shining through the other: l x_i + (1 - l) x_j, and the labels likewise; l from Beta(a, a).
 
     The pictures become float32. They are mixed on the scale 0 to 255: a standardised mixture is the mixture of the
@@ -22,19 +36,14 @@ class Mixup:
     """
 
     numbers = 2  # whether, share
-    mixes = True
-
-    def __init__(self, alpha: float, probability: float) -> None:
-        self.beta = SymmetricBeta("alpha", alpha)
-        self.probability = require_within("probability", probability, 0, 1)
 
     def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
-        share = torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+        share = self.shares(numbers)
         return _mixed(own, other, share[:, None, None, None]), _mixed(label, other_label, share[:, None])
 
 
-class CutMix:
+class CutMix(Mixing):
     """A rectangle of the other picture in this one; the labels are mixed by the areas.
 
         width W sqrt(1 - l), height H sqrt(1 - l), l from Beta(a, a); its centre is any point, and what sticks out is
@@ -46,15 +55,10 @@ class CutMix:
     """
 
     numbers = 4  # whether, share, centre right, centre down
-    mixes = True
-
-    def __init__(self, alpha: float, probability: float) -> None:
-        self.beta = SymmetricBeta("alpha", alpha)
-        self.probability = require_within("probability", probability, 0, 1)
 
     def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
-        share = torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+        share = self.shares(numbers)
         height, width = images.shape[2:]
         rows = _between(numbers[:, 3], share, size=height)  # (B, H)
         columns = _between(numbers[:, 2], share, size=width)  # (B, W)

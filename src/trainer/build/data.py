@@ -17,12 +17,11 @@ from trainer.build.checks import check_sizes
 from trainer.build.dry_run import check_augmentation
 from trainer.build.instantiate import check_arguments, construct, parameters_of, resolve
 
-LOADING_KEYS = ("batch_size", "eval_batch_size", "num_workers", "timeout_s", "drop_last")
 # Keys of the config of every data set that splitting and loading read; all others are for the function it names.
-SHARED_DATA_KEYS = (
-    *LOADING_KEYS,
-    *(set(inspect.signature(prepare).parameters) - {"collection", "seed", "normalisation"}),
+SPLITTING_KEYS = tuple(
+    key for key in inspect.signature(prepare).parameters if key not in ("collection", "seed", "normalisation")
 )
+LOADING_KEYS = ("batch_size", "eval_batch_size", "num_workers", "timeout_s", "drop_last")
 
 
 def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisation | None = None) -> Splits:
@@ -33,13 +32,13 @@ def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisati
     function = resolve("data", node["_target_"])
     takes = parameters_of(function) or {}
     arguments = {key: value for key, value in node.items() if key in takes}
-    check_arguments(node, "data", also=SHARED_DATA_KEYS)
+    check_arguments(node, "data", also=(*SPLITTING_KEYS, *LOADING_KEYS))
     collection = construct({"_target_": node["_target_"], **arguments}, "data")
     if not isinstance(collection, Collection):
         raise ConfigError("data._target_", "must give a data.sources.collection.Collection", value=node["_target_"])
-    keys = [key for key in inspect.signature(prepare).parameters if key in node and key != "normalisation"]
+    splitting = {key: node[key] for key in SPLITTING_KEYS if key in node}
     try:
-        return prepare(collection, seed=seed, normalisation=normalisation, **{key: node[key] for key in keys})
+        return prepare(collection, seed=seed, normalisation=normalisation, **splitting)
     except ConfigError as error:
         raise error.under("data") from None
 

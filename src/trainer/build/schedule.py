@@ -27,14 +27,12 @@ def build_schedule(
 ) -> Schedule:
     """Return the schedule over the learning rates of the parameter groups."""
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    own = {key: value for key, value in node.items() if key not in ("warmup_epochs", "interval", "momentum")}
+    own = {key: value for key, value in node.items() if key not in USED_BY}
     target = resolve("schedule", node["_target_"])
     is_torchs = inspect.isclass(target) and issubclass(target, LRScheduler)
-    unused = (
-        ("warmup_epochs", "momentum") if is_torchs else ("interval", "momentum") if target is Plateau else ("interval",)
-    )
-    for key in unused:
-        if node.get(key) is not None:
+    used = {"interval"} if is_torchs else {"warmup_epochs"} if target is Plateau else {"warmup_epochs", "momentum"}
+    for key in USED_BY:
+        if key not in used and node.get(key) is not None:
             explanation = f"is not used by this schedule; {USED_BY[key]}"
             raise ConfigError(f"schedule.{key}", explanation, value=node[key])
     if target is ReduceLROnPlateau:

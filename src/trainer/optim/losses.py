@@ -36,12 +36,8 @@ class Objective:
         return minimised, loss, logits
 
 
-class CrossEntropy(nn.Module):
-    """-sum_k q_k log p_k, with the target smoothed as in Szegedy 2016, section 7.
-
-    With class weights w it is -sum_k w_k q_k log p_k, and the mean is over samples. (Torch divides by the batch's sum
-    of weights instead, so that the same samples in other batches would give another loss.)
-    """
+class Loss(nn.Module):
+    """What the losses share: the target, smoothed as in Szegedy 2016, section 7, and the weights of the classes."""
 
     class_weights: Tensor | None
 
@@ -49,6 +45,24 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weights", as_buffer(class_weights))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
+        target = as_probabilities(targets, logits.shape[1])
+        losses = self.of_classes(logits.float(), smooth(target, self.label_smoothing)).sum(1)
+        return weighted_mean(losses, target, self.class_weights)
+
+    def of_classes(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Return the loss of each class (B, K), from logits and probabilities (B, K)."""
+        raise NotImplementedError
+
+
+class CrossEntropy(Loss):
+    """-sum_k q_k log p_k, with the target smoothed as in Szegedy 2016, section 7.
+
+    With class weights w it is -sum_k w_k q_k log p_k, and the mean is over samples. (Torch divides by the batch's sum
+    of weights instead, so that the same samples in other batches would give another loss.)
+    """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
@@ -59,7 +73,7 @@ class CrossEntropy(nn.Module):
         return losses.mean()
 
 
-class SquaredError(nn.Module):
+class SquaredError(Loss):
     """sum_k (p_k - q_k)^2, the Brier score: 0 for a certain and right answer, 2 for a certain and wrong one.
 
     It is bounded, so that a wrong label costs little; its gradient fades for answers that are certain and wrong.
@@ -67,21 +81,11 @@ class SquaredError(nn.Module):
     Source: Brier 1950, Verification of Forecasts Expressed in Terms of Probability, equation 2.
     """
 
-    class_weights: Tensor | None
-
-    def __init__(self, *, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", as_buffer(class_weights))
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
-        target = as_probabilities(targets, logits.shape[1])
-        differences = logits.float().softmax(1) - smooth(target, self.label_smoothing)
-        return weighted_mean(differences.square().sum(1), target, self.class_weights)
+    def of_classes(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        return (logits.softmax(1) - wanted).square()
 
 
-class Huber(nn.Module):
+class Huber(Loss):
     """sum_k h(p_k - q_k): h(d) = d^2 / 2 where |d| <= delta, and delta (|d| - delta / 2) beyond.
 
     Between squared and absolute error: large differences, those of wrong labels, pull no harder than delta.
@@ -89,26 +93,19 @@ class Huber(nn.Module):
     Source: Huber 1964, Robust Estimation of a Location Parameter.
     """
 
-    class_weights: Tensor | None
-
     def __init__(
         self, *, delta: float = 0.5, label_smoothing: float = 0.0, class_weights: list[float] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(label_smoothing=label_smoothing, class_weights=class_weights)
         if not 0 < delta <= 1:  # no two probabilities are further apart
             raise ConfigError("delta", "must be in (0, 1]", value=delta)
-        self.delta, self.label_smoothing = delta, label_smoothing
-        self.register_buffer("class_weights", as_buffer(class_weights))
+        self.delta = delta
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
-        target = as_probabilities(targets, logits.shape[1])
-        answer, wanted = logits.float().softmax(1), smooth(target, self.label_smoothing)
-        losses = functional.huber_loss(answer, wanted, delta=self.delta, reduction="none").sum(1)
-        return weighted_mean(losses, target, self.class_weights)
+    def of_classes(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        return functional.huber_loss(logits.softmax(1), wanted, delta=self.delta, reduction="none")
 
 
-class BinaryCrossEntropy(nn.Module):
+class BinaryCrossEntropy(Loss):
     """-sum_k [q_k log s_k + (1 - q_k) log(1 - s_k)], s = sigmoid(logits): each class a yes-or-no question of its own.
 
     The sum over classes, not their mean, so that a logit's gradient is s_k - q_k, as cross-entropy's is p_k - q_k. With
@@ -117,19 +114,8 @@ class BinaryCrossEntropy(nn.Module):
     Source: Beyer et al. 2020, Are We Done with ImageNet?; Wightman et al. 2021, ResNet Strikes Back (its mean).
     """
 
-    class_weights: Tensor | None
-
-    def __init__(self, *, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", as_buffer(class_weights))
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, K), labels (B,) or probabilities (B, K) -> scalar."""
-        target = as_probabilities(targets, logits.shape[1])
-        wanted = smooth(target, self.label_smoothing)
-        losses = functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").sum(1)
-        return weighted_mean(losses, target, self.class_weights)
+    def of_classes(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
