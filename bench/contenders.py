@@ -25,7 +25,7 @@ Seen = Callable[[int], None]
 def composed(*overrides: str) -> Any:
     """A config as the command line composes it; made-up data where the official one is missing."""
     from core.composition import compose_config
-    from core.schema import TRAIN
+    from core.options.declarations import TrainConfig
 
     places = {"data=mnist": "MNIST", "data=cifar10": "cifar-10-batches-py"}
     sizes = {"data=mnist": ("28", "1"), "data=cifar10": ("32", "3")}
@@ -36,7 +36,7 @@ def composed(*overrides: str) -> Any:
         given = ["data=synthetic", f"data.image_size={size}", f"data.channels={channels}", "data.train_samples=2000"]
     given += ["trainer.log_graph=false", "trainer.log_images=false", "trainer.checkpoint.monitor=null"]
     given += ["trainer.evaluate_every=1000 epochs", "trainer.early_stopping.patience=null", "trainer.max_epochs=1000"]
-    return compose_config("train", [*given, *rest], TRAIN)
+    return compose_config("train", [*given, *rest], TrainConfig)
 
 
 def assembled(*overrides: str) -> Any:
@@ -72,7 +72,7 @@ def ours(run: Any) -> Callable[[Seen], object]:
 
         def watched() -> str | None:
             nonlocal before
-            reason = conclude()
+            reason: str | None = conclude()
             samples, before = clock.samples - before, clock.samples
             seen(samples)
             return reason

@@ -53,7 +53,7 @@ class Contender:
         others = worker_pids() - self._workers
         self._signal(signal.SIGCONT)
         self._seconds, self._samples, self._began = seconds, 0, time.perf_counter()
-        reached = self._running.switch()
+        reached: float = self._running.switch()
         self._workers = worker_pids() - others
         self._signal(signal.SIGSTOP)
         return reached

@@ -7,7 +7,7 @@ RUN/evaluation-SPLIT.json.
 """
 
 from core.command_line import launch
-from core.schema import EVALUATE
+from core.options.declarations import EvaluateConfig
 
 if __name__ == "__main__":
-    launch("analysis.evaluate.evaluate_run", config_name="evaluate", rules=EVALUATE)
+    launch("analysis.evaluate.evaluate_run", config_name="evaluate", schema=EvaluateConfig)

@@ -12,7 +12,7 @@ and the same for TensorBoard.
 """
 
 from core.command_line import launch
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
 
 if __name__ == "__main__":
-    launch("analysis.look.look_at", config_name="train", rules=TRAIN)
+    launch("analysis.look.look_at", config_name="train", schema=TrainConfig)

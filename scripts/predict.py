@@ -6,7 +6,7 @@ Writes one line per image: file, class, probability, and the probability of each
 """
 
 from core.command_line import launch
-from core.schema import PREDICT
+from core.options.declarations import PredictConfig
 
 if __name__ == "__main__":
-    launch("analysis.predict.predict_images", config_name="predict", rules=PREDICT)
+    launch("analysis.predict.predict_images", config_name="predict", schema=PredictConfig)

@@ -4,7 +4,7 @@ scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv] [curves=
 """
 
 from core.command_line import launch
-from core.schema import RUNS
+from core.options.declarations import RunsConfig
 
 if __name__ == "__main__":
-    launch("analysis.runs_table.tabulate_runs", config_name="runs", rules=RUNS)
+    launch("analysis.runs_table.tabulate_runs", config_name="runs", schema=RunsConfig)

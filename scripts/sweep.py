@@ -6,7 +6,7 @@ scripts/sweep.py ...                                the same command resumes the
 """
 
 from core.command_line import launch
-from core.schema import SWEEP
+from core.options.declarations import SweepConfig
 
 if __name__ == "__main__":
-    launch("sweeps.search.search", config_name="sweep", rules=SWEEP)
+    launch("sweeps.search.search", config_name="sweep", schema=SweepConfig)

@@ -7,7 +7,7 @@ scripts/train.py resume=outputs/RUN                 resumes a run
 """
 
 from core.command_line import launch
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
 
 if __name__ == "__main__":
-    launch("trainer.run.execute", config_name="train", rules=TRAIN, before_import="data.loading.server.warm_up")
+    launch("trainer.run.execute", config_name="train", schema=TrainConfig, before_import="data.loading.server.warm_up")

@@ -21,11 +21,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import trainer.run
-from core.composition import resumed, settle
+from core.composition import settle
 from core.config import CONFIGS, Config
 from core.errors import STOP_SIGNALS
 from core.json_lines import read_lines
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
+from core.resume import resumed
 from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder, pack
@@ -52,7 +53,7 @@ def composed(*overrides: str) -> Config:
     start = [*(() if "data" in given else SYNTHETIC), *(() if "model" in given else MLP)]
     choices = {"model": given.get("model", "mlp"), "data": given.get("data", "synthetic")}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settle(compose("train", [*start, *SMALL, *overrides]), TRAIN, choices=choices)
+        return settle(compose("train", [*start, *SMALL, *overrides]), TrainConfig, choices=choices)
 
 
 def built(folder: Path, *overrides: str) -> Run:
@@ -89,15 +90,18 @@ def packed(snapshot: Snapshot) -> bytes:
 
 
 def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
-    """Whatever a resumed run must have in common with an uninterrupted one; the wall clock is left out."""
+    """Whatever a resumed run must have in common with an uninterrupted one.
+
+    The wall clock is left out, and so is the config: it has the run's folder and number of workers in it.
+    """
     checkpoints = CheckpointFolder(folder / "checkpoints")
     snapshot, _, damaged = checkpoints.load("last")
     assert not damaged
-    tensors, values = dict(snapshot.tensors), {**snapshot.values, "clock": None}
+    tensors, values = dict(snapshot.tensors), {**snapshot.values, "clock": None, "config": None}
     if checkpoints.files("best"):
         best = checkpoints.load("best")[0]
         tensors |= {f"best.{name}": tensor for name, tensor in best.tensors.items()}
-        values["best file"] = best.values | {"clock": None}
+        values["best file"] = best.values | {"clock": None, "config": None}
     summary = json.loads((folder / "summary.json").read_text())
     values["summary"] = {key: summary[key] for key in ("status", "stop_reason", "step", "best", "test")}
     lines = [
@@ -109,7 +113,7 @@ def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
 
 def reopened(folder: Path, *overrides: str) -> Run | None:
     """What `resume=FOLDER` and these overrides restore: None for a finished run."""
-    return Run.resume(resumed(folder, [f"resume={folder}", *overrides], TRAIN))
+    return Run.resume(resumed(folder, [f"resume={folder}", *overrides], TrainConfig))
 
 
 # Command lines, in processes of their own that are forked from this one: torch is there already

@@ -95,8 +95,8 @@ def test_parts_and_weights():
 
 
 def test_another_format_is_refused():
-    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"preceptor": json.dumps({"format": 4, "step": 1})})
-    with pytest.raises(CheckpointError, match="format 4; this version reads format 3"):
+    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"preceptor": json.dumps({"format": 5, "step": 1})})
+    with pytest.raises(CheckpointError, match="format 5; this version reads format 4"):
         unpack(content, source=Path("x"))
     with pytest.raises(CheckpointError, match="not a checkpoint of ours"):
         unpack(safetensors.torch.save({"a": torch.ones(1)}), source=Path("x"))

@@ -19,7 +19,7 @@ from sklearn import metrics
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from core.config import read_run_config
+from core.run_config import read_run_config
 from data.sources.datasets import digits
 from data.sources.pixels import resize
 from trainer.inference.load_run import load_run

@@ -456,7 +456,7 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
 
 def call(command: Callable[[Config], None], values: dict[str, object]) -> None:
     """Call a script's function with a config of these values."""
-    command(Config(values, record={}, changes={}, job=None))
+    command(Config(values, record={}, job=None))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

@@ -67,13 +67,17 @@ CONFIG = {
     "root of embedded data": (
         ["data=digits", "+data.root=/nowhere"],
         "data.root = /nowhere",
-        ["takes no such argument"],
+        ["takes no such argument", "data=cifar10", "have it"],
     ),
     "another spelling": (["trainer.device=gpu"], "trainer.device = gpu", ["did you mean cuda?"]),
     "another section": (["optimiser.lr=0.1"], "optimiser.lr = 0.1", ["did you mean optimizer.lr?"]),
     "no section": (["lr=0.1"], "lr = 0.1", ["did you mean optimizer.lr?"]),
     "no section and another name": (["epochs=5"], "epochs = 5", ["did you mean trainer.max_epochs?"]),
     "another option's": (["model.hidden=[8]"], "model.hidden = [8]", ["in model=mlp"]),
+    "another option's, added": (["+model.hidden=[8]"], "model.hidden = [8]", ["model=mlp has it"]),
+    "another option's, in a grid": (["-m", "model.hidden=[8],[9]"], "model.hidden = [8]", ["in model=mlp"]),
+    "exists already": (["+trainer.l1=0.1"], "trainer.l1 = 0.1", ["leave out the +"]),
+    "a section's": (["model.hidden.first=3", "model=mlp"], "model.hidden.first = 3", []),
     "not by null": (
         ["trainer.early_stopping=null"],
         "trainer.early_stopping = null",
@@ -191,7 +195,7 @@ CONFIG = {
     "flag": (["--multi-run", "seed=0,1"], "--multi-run", ["did you mean --multirun?"]),
     "pickle": (["--experimental-rerun=x.pickle"], "--experimental-rerun", ["unknown flag"]),
     "interpolation": (["trainer.device=${nope}"], "trainer.device", ["nope"]),
-    "resume twice": (["resume=x", "-m"], "-m", ["not together with resume="]),
+    "resume twice": (["resume=x", "-m"], "-m", ["cannot be combined with resume="]),
 }
 
 

@@ -16,7 +16,7 @@ from trainer.inference.load_run import load_run
 
 def evaluated(folder, split="test", root=None):
     values = {"run": str(folder), "split": split, "checkpoint": "best", "device": "cpu", "root": root, "trust": []}
-    evaluate_run(Config(values=values, record={}, changes={}, job=None))
+    evaluate_run(Config(values=values, record={}, job=None))
     return json.loads((folder / f"evaluation-{split}.json").read_text())
 
 

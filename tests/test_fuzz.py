@@ -31,7 +31,8 @@ from torch import nn
 import trainer.build.training
 from core.command_line import launch
 from core.config import CONFIGS, Config, leaves
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
+from core.options.schema import options_of
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
 SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, where 32 is too small
@@ -146,7 +147,7 @@ def mutated(arguments: Sequence[str], chosen: dict[str, str], draw: random.Rando
     """One to four changes of a command line."""
     # Mostly keys that are there: any other is refused by Hydra, and nothing behind it is reached.
     there = sorted({key for group, option in chosen.items() for key in keys(group, option)} | TOP)
-    everywhere = sorted({*there, *TRAIN} - {"resume"})
+    everywhere = sorted({*there, *options_of(TrainConfig)} - {"resume"})
     targets = [key for key in there if key.endswith("_target_")]
     result = list(arguments)
     for _ in range(draw.choice((1, 1, 1, 1, 2, 2, 3, 4))):
@@ -292,7 +293,7 @@ def run_here(arguments: list[str], main: Callable[[Config], object], folder: Pat
         warnings.resetwarnings()
         sys.argv = ["scripts/train.py", *arguments]
         try:
-            launch(f"{__name__}.run_main", config_name="train", rules=TRAIN)
+            launch(f"{__name__}.run_main", config_name="train", schema=TrainConfig)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -315,7 +316,7 @@ def bounded(monkeypatch):
     monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
     # Once here, so that the forks need not import what torch and Hydra load late: seconds each.
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *base("augment", "rand_augment")[0]])
-    launch(f"{__name__}.build_everything", config_name="train", rules=TRAIN)
+    launch(f"{__name__}.build_everything", config_name="train", schema=TrainConfig)
 
 
 def test_every_option_builds(bounded, tmp_path, full):

@@ -26,7 +26,8 @@ from PIL import Image
 
 from core.config import CONFIGS, leaves
 from core.errors import NumericalError, StopSignal
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
+from core.options.schema import options_of
 from core.seeding import fold
 from trainer.run import Run
 from trainer.snapshot import Snapshot
@@ -43,7 +44,7 @@ def options(group: str) -> list[str]:
 
 def allowed(key: str) -> list[str]:
     """The values of a key that is one of a few, as its rule tells them."""
-    return str(TRAIN[key](None)).removeprefix("must be one of ").split(", ")
+    return str(options_of(TrainConfig)[key].rule(None)).removeprefix("must be one of ").split(", ")
 
 
 # The factors
@@ -295,7 +296,9 @@ def test_each_option_meets_each_switch_on_and_off():
 
 def test_each_key_is_varied_or_excluded(typed):
     configs = [dict(leaves(composed(*row).values)) for row in typed]
-    keys = [key for key in TRAIN if key.partition(".")[0] in ("data", "trainer", *GROUPS) and "." in key]
+    keys = [
+        key for key in options_of(TrainConfig) if key.partition(".")[0] in ("data", "trainer", *GROUPS) and "." in key
+    ]
     assert constant(configs, keys) == set(EXCLUDED)
     # A feature that nobody has put into the matrix:
     assert constant(configs, [*keys, "trainer.lookahead"]) == {*EXCLUDED, "trainer.lookahead"}
@@ -438,13 +441,16 @@ def test_workers_change_nothing(tmp_path, pictures, full, promise):
 DIVIDED = {"schedule", "early_stopping", "sums", "scaler"}  # plain values that are forgotten one by one
 PIECES = (
     *("model", "ema", "step", "evaluated", "best", "sums.window", "sums.total"),
-    *("early_stopping.best", "early_stopping.best_epoch", "early_stopping.stopped"),
+    *("early_stopping.best", "early_stopping.best_epoch", "early_stopping.epoch"),
     *("schedule.current", "schedule.best", "schedule.waited", "schedule.scheduler", "schedule.groups"),
     *("optimizer.momentum_buffer", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"),
     *("optimizer.square_avg", "optimizer.grad_avg", "optimizer.sum"),
 )
 NO_PIECES = {
     "clock": "the wall clock's",
+    "config": "compared with config.yaml on resume: tests/test_options.py",
+    "early_stopping.monitor": "a function of the config; compared on resume: tests/test_options.py",
+    "early_stopping.mode": "likewise",
     "format": "the file's",
     "steps_per_epoch": "a function of data and config: compared on resume",
     "data": "a function of the data: the same at each start on the same machine",

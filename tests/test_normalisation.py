@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import built, composed, last_state, reopened, run_to_end, stop_after, trained
 from PIL import Image
 from torch import Tensor
@@ -302,7 +301,7 @@ def test_evaluation_measures_what_training_measured_and_fits_nothing(tmp_path, m
     run = trained(tmp_path / "run", *ZCA)
     monkeypatch.setattr(normalisation, "whitening", None)
     values = {"run": str(tmp_path / "run"), "split": "val", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate_run(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    evaluate_run(Config(values=values | {"trust": []}, record={}, job=None))
     line = f"accuracy {run.state.best['metrics']['val/accuracy']:.4f}"
     assert line in capsys.readouterr().out
 
@@ -331,19 +330,6 @@ def test_resume_on_other_pixels_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.build.training.build_data", other_pixels)
     with pytest.raises(CheckpointError, match="its mean differs"):
         reopened(tmp_path / "run", "trainer.max_epochs=3")
-
-
-def test_run_from_before_there_was_a_choice(tmp_path):
-    """Its config says nothing of normalisation, and its checkpoints hold mean and standard deviation."""
-    run = trained(tmp_path / "run", "trainer.max_epochs=1")
-    file = tmp_path / "run/config.yaml"
-    config = yaml.safe_load(file.read_text())
-    del config["data"]["normalise"], config["data"]["whitening_epsilon"]
-    file.write_text(yaml.safe_dump(config))
-    assert same_input(load_run(tmp_path / "run"), run)
-    again = reopened(tmp_path / "run", "trainer.max_epochs=2")
-    run_to_end(again)
-    assert again.state.step == 2 * run.state.step
 
 
 def test_first_batch_is_shown_as_it_was_before_normalisation(tmp_path, monkeypatch):

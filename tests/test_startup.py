@@ -44,7 +44,7 @@ def test_help_lists_all_that_can_be_chosen_and_the_keys_as_they_are_chosen(tmp_p
     given = ("--help", "-m", "--config-dir", str(tmp_path), "model=mine", "optimizer.lr=0.3", "data=image_folder")
     _, out, _ = start("scripts/train.py", *given)
     choices, keys = out.partition("Choices")[2].split("Keys")
-    listed = dict(line.split(": ") for line in choices.splitlines() if ": " in line)
+    listed = dict(line.split(": ") for line in choices.replace("\n  ", " ").splitlines() if ": " in line)
     for group in (ROOT / "configs").glob("[!_]*/"):
         options = {path.stem for path in group.glob("[!_]*.yaml")} | ({"mine"} if group.name == "model" else set())
         if group.name != "hydra":
@@ -68,5 +68,5 @@ def test_training_imports_nothing_that_it_does_not_need(tmp_path):
 
 def test_a_config_is_read_without_hydra():
     """A notebook that loads a run needs no more of a config than this."""
-    _, _, modules = start("-c", "import core.config")
+    _, _, modules = start("-c", "import core.run_config")
     assert "yaml" in modules and not modules & {"hydra", "omegaconf", "rich", "tensorboard"}

@@ -49,6 +49,7 @@ def adversarial(seed: int) -> TrainState:
         ema=ExponentialMovingAverage(generator, decay=0.9),
         normalisation=Normalisation({"mean": torch.zeros(1), "std": torch.ones(1)}),
         data={"class_names": ["a", "b"], "fingerprint": "f", "counts": {"train": 5}},
+        config={"seed": 0},
         steps_per_epoch=5,
     )
 
@@ -105,7 +106,7 @@ def test_a_checkpoint_holds_the_state_and_nothing_else(tmp_path):
     run = built(tmp_path / "run", "trainer.ema_decay=0.9", "model.batch_norm=true")
     found = run.folder.checkpoints.load("last")[0]
     now = run.state.state_dict()
-    assert found.values | {"clock": None} == now.values | {"clock": None, "format": 3}
+    assert found.values | {"clock": None} == now.values | {"clock": None, "format": 4}
     assert found.tensors.keys() == now.tensors.keys()
     assert all(torch.equal(tensor, now.tensors[name]) for name, tensor in found.tensors.items())
     with run:

@@ -219,7 +219,7 @@ def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path):
 
     run = load_run(trained(tmp_path / "run", *given(root, None)).folder.path)
     values = {"run": str(tmp_path / "run"), "split": "train", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate_run(Config(values=values | {"trust": []}, record={}, changes={}, job=None))
+    evaluate_run(Config(values=values | {"trust": []}, record={}, job=None))
     told = json.loads((tmp_path / "run" / "evaluation-train.json").read_text())
     with torch.no_grad():
         logits = run.model(torch.stack([run.transform(path) for path in splits.train.pixels.paths]))

@@ -36,7 +36,7 @@ ALLOWED = {
 }
 MAY_IMPORT_DATA = ("trainer/build/", "trainer/inference/", "trainer/run.py")
 LOADERS = ("data.loading.loaders", "data.loading.prefetch", "data.loading.workers", "data.augment")
-MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py", "core/hydra_errors.py")
+MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py", "core/options/overrides.py")
 SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
 
 MOST_LINES, MOST_LINES_OF_SCRIPT, MOST_LINES_OF_FUNCTION = 300, 40, 60
@@ -229,6 +229,8 @@ def defined(path: Path) -> dict[str, str]:
     """Each attribute that a file's classes define, with its class: fields, `self.x = ...`, parameters and buffers."""
     found = {}
     for owner in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)):
+        if path.name == "declarations.py":  # of keys
+            continue
         for node in owner.body:
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 names = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -39,7 +39,7 @@ from core.composition import compose_config
 from core.config import CONFIGS
 from core.fork_server import ForkServer
 from core.json_lines import read_lines
-from core.schema import SWEEP
+from core.options.declarations import SweepConfig
 from sweeps.define.compose import compose_trial
 from sweeps.define.plan import read_plan
 from sweeps.define.space import draw, grid, overrides, read_space
@@ -416,7 +416,7 @@ WRONG_SPACES = {
     "{augment:{choice:[]}}": "sweep.space.augment.choice = []: must be a list of different values",
     "{data:{batch_size:{choice:[8],when:{model:x}}}}": "sweep.space.data.batch_size.when = model: names no dimension",
     "{model:{choice:[mlp,lenet9]}}": "error[config] model = lenet9: no such option; did you mean lenet? One of",
-    "{optimizer:{lrr:{uniform:[0,1]}}}": "error[config] optimizer.lrr: unknown key; did you mean optimizer.lr?",
+    "{optimizer:{lrr:{uniform:[0,1]}}}": "error[config] optimizer.lrr = 0: unknown key; did you mean optimizer.lr?",
     "{optimizer:{lr:{uniform:[-1,1]}}}": "error[config] optimizer.lr = -1: must be a number > 0",
 }
 
@@ -431,7 +431,7 @@ def test_a_space_that_cannot_be_is_told_at_once(tmp_path, space):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "sweep").glob("[!_]*.yaml")))
 def test_every_sweep_that_comes_with_the_code_can_be_drawn_from(name):
     """Every option and bound of its space composes, as at the start of a sweep, and so do points by its sampler."""
-    plan = read_plan(compose_config("sweep", [f"sweep={name}"], SWEEP))
+    plan = read_plan(compose_config("sweep", [f"sweep={name}"], SweepConfig))
     study = optuna.create_study(directions=[direction for direction, _ in plan.objectives])
     for number in range(min(3, plan.trials)):
         study.sampler = plan.sampler(number)
@@ -643,7 +643,7 @@ def test_grace():
     """No pruner ends a trial before so many evaluations, and each may at that one."""
     for pruner in ("median", "asha", "hyperband"):
         given = ["sweep=random", f"sweep.pruner={pruner}", "sweep.grace=3", "sweep.startup=1"]
-        plan = read_plan(compose_config("sweep", given, SWEEP))
+        plan = read_plan(compose_config("sweep", given, SweepConfig))
         study = optuna.create_study(direction="maximize", pruner=plan.pruner())
         ended_at = []
         for quality in (0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.1):

@@ -10,6 +10,7 @@ from rich.table import Table
 from core.config import Config
 from core.durable import write_durably
 from core.errors import CheckpointError, DataError
+from core.options.declarations import DataOptions, EvaluateConfig, TrainConfig
 from data.loading.loaders import EvalLoader
 from data.sources.splits import Splits
 from trainer.build.data import build_data
@@ -20,12 +21,12 @@ from trainer.inference.load_run import LoadedRun, load_run, with_data_root
 MAX_CLASSES = 20  # of a confusion matrix in the terminal; a larger one is only in the JSON file
 
 
-def evaluate_run(config: Config) -> None:
+def evaluate_run(config: Config[EvaluateConfig]) -> None:
     """Rebuild the run, predict the split, compute the metrics, write RUN/evaluation-SPLIT.json and print them."""
     values = config.values
     folder, split = Path(values["run"]), values["split"]
     run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
-    configure_tf32(run.config["trainer"].get("tf32", "auto"), run.device)
+    configure_tf32(run.config["trainer"]["tf32"], run.device)
     report = {"run": str(folder), "split": split, "step": run.snapshot.step}
     report |= compute(run, split, data_config=with_data_root(run, values["root"]))
     show(report)
@@ -34,7 +35,7 @@ def evaluate_run(config: Config) -> None:
     print(f"written to {path}")
 
 
-def compute(run: LoadedRun, split: str, *, data_config: dict[str, Any]) -> dict[str, Any]:
+def compute(run: LoadedRun, split: str, *, data_config: TrainConfig) -> dict[str, Any]:
     """Return the metrics of the run's model on one split; raise DataError if the data lack it."""
     images = getattr(read_splits(run, split, data_config), split)
     if images is None:
@@ -46,12 +47,13 @@ def compute(run: LoadedRun, split: str, *, data_config: dict[str, Any]) -> dict[
     return measure(logits, labels, run.class_names)
 
 
-def read_splits(run: LoadedRun, split: str, data_config: dict[str, Any]) -> Splits:
+def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
     """Return the splits of the run's data; raise CheckpointError if their fingerprint is not that of the run."""
     # Training images are read at the size of all others.
-    changed = {"stored_size": None} if split == "train" else {}
+    data = data_config["data"]
     normalisation = run.transform.normalisation
-    splits = build_data({**data_config["data"], **changed}, seed=data_config["seed"], normalisation=normalisation)
+    options: DataOptions = {**data, "stored_size": None} if split == "train" else data
+    splits = build_data(options, seed=data_config["seed"], normalisation=normalisation)
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
         raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
     return splits

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from analysis.figures import class_counts, image_table, rate_curve, save
 from core.config import Config
 from core.errors import ConfigError, StorageError
-from core.schema import SPLITS
+from core.options.declarations import SPLITS, TrainConfig
 from data.loading.loaders import TrainLoader
 from data.sources.pixels import resize
 from data.sources.splits import Splits
@@ -31,7 +31,7 @@ MAX_CLASSES = 20  # rows of images
 MAX_POINTS = 1000  # of the learning rate in TensorBoard
 
 
-def look_at(config: Config) -> None:
+def look_at(config: Config[TrainConfig]) -> None:
     """Build the training, draw what it would see, write it and print the folder."""
     values = config.values
     if config.from_run:

@@ -55,7 +55,7 @@ def build(name: str, entry: Entry) -> nn.Module:
     channels, height, _ = entry["input"]
     data = {"num_classes": entry["num_classes"], "channels": channels, "image_size": height}
     overrides = [f"+model={name}", *(f"++data.{key}={value}" for key, value in data.items()), *entry["overrides"]]
-    return build_model(compose_config(None, overrides, rules={}).values, init_seed=0)
+    return build_model(compose_config(None, overrides, schema=None).values, init_seed=0)
 
 
 def measure(name: str, entry: Entry) -> Entry:

@@ -10,19 +10,20 @@ from torch import Tensor
 from core.config import Config
 from core.durable import write_durably
 from core.errors import DataError
+from core.options.declarations import PredictConfig
 from data.sources.decode import SUFFIXES
 from data.sources.image_folder import pictures_in
 from trainer.device import configure_tf32
 from trainer.inference.load_run import LoadedRun, load_run
 
 
-def predict_images(config: Config) -> None:
+def predict_images(config: Config[PredictConfig]) -> None:
     """Rebuild the run, decode the images as in training, write one line of probabilities per image."""
     values = config.values
     source, output = Path(values["input"]), Path(values["output"])
     paths = image_paths(source)
     run = load_run(values["run"], checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
-    configure_tf32(run.config["trainer"].get("tf32", "auto"), run.device)
+    configure_tf32(run.config["trainer"]["tf32"], run.device)
     content = io.StringIO(newline="")  # the file is written at the end, whole
     table = csv.writer(content)
     table.writerow(["file", "class", "probability", *run.class_names])

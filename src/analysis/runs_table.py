@@ -13,15 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from core.config import Config, leaves, read_run_config
+from core.config import Config, leaves
 from core.errors import ConfigError, DataError, PreceptorError
 from core.json_lines import read_lines
+from core.options.declarations import RunsConfig
+from core.options.schema import is_compared
+from core.run_config import read_run_config
 
-# Two runs whose configs differ in these alone are seeds of one experiment.
-NOT_THE_EXPERIMENT = ("seed", "run_dir", "resume", "traceback", "trainer.threads", "data.root", "data.num_workers")
 
-
-def tabulate_runs(config: Config) -> None:
+def tabulate_runs(config: Config[RunsConfig]) -> None:
     """Read every summary, sort, print, write."""
     values = config.values
     folder, metric = Path(values["folder"]), values["sort"]
@@ -78,7 +78,8 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         return None
     best = summary.get("best") or {}
     test = {f"test/{name}": value for name, value in (summary.get("test") or {}).items()}
-    same = [(name, value) for name, value in leaves(config) if name not in NOT_THE_EXPERIMENT]
+    # Runs whose compared options are equal, but for the seed, are seeds of one experiment.
+    same = [(name, value) for name, value in leaves(config) if name != "seed" and is_compared(name)]
     return {
         "run": str(run.relative_to(folder)),
         "model": config["choices"]["model"],

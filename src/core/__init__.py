@@ -1,14 +1,16 @@
 """What every package uses: configs, errors, the command line, seeds and durable files. Nothing here imports torch.
 
-A script calls `command_line.launch`. Hydra's composition becomes a checked `Config` of plain values (composition,
-schema, rules). The function that the script names gets that `Config`. What it raises becomes an exit code (errors).
+A script calls `command_line.launch`. Hydra's composition becomes a checked `Config` of plain values (composition), as
+the declarations of the options require (options). The function that the script names gets that `Config`. What it raises
+becomes an exit code (errors).
 
-    command_line.py   start of every script: arguments, signals, exit codes
-    composition.py    Hydra: compose, resolve, check; the config of a run to resume
-    hydra_errors.py   Hydra's errors in one line, with hints
-    config.py         `Config`, and reading RUN/config.yaml; needs no Hydra
-    schema.py         tables of the allowed keys, one per script, and the check that applies them
-    rules.py          constructors of the schema's rules: `whole`, `number`, `one_of`, ...
+    command_line.py   start of every script: signals, exit codes
+    arguments.py      the arguments of a command, in the order that Hydra wants
+    composition.py    Hydra: compose, resolve, check; explain what fails
+    options/          every option, declared once; rules, overrides, help
+    config.py         `Config`; needs no Hydra
+    run_config.py     RUN/config.yaml, read as data and checked
+    resume.py         the config of a run to resume, and which changes are allowed
     errors.py         one class per kind of error, each with its exit code
     seeding.py        seeds as a pure function of the run's seed and a purpose
     durable.py        files that are written completely or not at all

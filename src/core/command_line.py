@@ -15,84 +15,80 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from core.composition import facts_of, resumed, resumed_folder, settle
+from core.arguments import HELP, argv_for_hydra, asks_for_help, config_folders, named_arguments
+from core.composition import as_error, explained, facts_of, settle
 from core.config import CONFIGS, Config
 from core.errors import (
     STOP_SIGNALS,
-    ConfigError,
     PreceptorError,
     StopSignal,
     StorageError,
     as_ours,
     internal_error,
     is_hung_up_in_vain,
-    suggest,
 )
-from core.hydra_errors import as_error
-from core.rules import Rule
-
-HELP = {"--help", "-h"}
-FLAGS = (  # of Hydra's, less --experimental-rerun, which opens a pickle
-    *sorted(HELP),
-    *("--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
-    *("--multirun", "-m", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i"),
-    *("--shell-completion", "-sc"),
-)
+from core.options.help import help_text
+from core.options.overrides import check_overrides, parse_overrides
+from core.options.schema import Schema
+from core.resume import resumed, resumed_folder
 
 
-def launch(main: str, *, config_name: str, rules: Mapping[str, Rule], before_import: str | None = None) -> None:
+def launch(main: str, *, config_name: str, schema: Schema, before_import: str | None = None) -> None:
     """Call the function with the dotted name `main` with a checked config, and exit.
 
     The function's module is imported after the check, because it imports torch. The function `before_import` gets the
     config before that, to start what can run while torch is imported. A grid (-m) calls both once per job.
     """
-    with _exit_code(rules):
+    with _exit_code():
         _prepare_environment()
-        sys.argv[1:] = named_arguments(sys.argv[1:], rules)
-        folder = resumed_folder(sys.argv[1:])
-        wants_help = asks_for_help(sys.argv[1:])
+        sys.argv[1:] = named_arguments(sys.argv[1:], schema)
+        folder, wants_help = resumed_folder(sys.argv[1:]), asks_for_help(sys.argv[1:])
+        jobs = Jobs()
         if folder is not None and not wants_help:
-            config: Config | None = resumed(folder, sys.argv[1:], rules)
+            jobs.single = resumed(folder, sys.argv[1:], schema)
         else:
-            jobs = Jobs()
-            with _argv_for_hydra() as scratch:
-                task = _help if wants_help else _job(main, before_import, rules, jobs, scratch=scratch)
-                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
-            if jobs.failures:
-                raise jobs.failures[0]
-            config = jobs.single
+            with argv_for_hydra() as (scratch, arguments):
+                overrides, folders = parse_overrides(arguments), config_folders(sys.argv[1:])
+                check_overrides(overrides, schema, folders=folders)
+                if wants_help:
+                    sys.argv[1:] = [item for item in sys.argv[1:] if item not in (*HELP, "-m", "--multirun")]
+                    task: Callable[[DictConfig], object] = _help(config_name, schema)
+                else:
+                    task = _job(main, before_import, schema, jobs, scratch=scratch)
+                with explained(overrides, config_name, schema, folders=folders):
+                    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+        if jobs.failures:
+            raise jobs.failures[0]
+        if jobs.single is not None:
             os.environ.update(jobs.environment)
-        if config is not None:
-            with _function(main, before_import, config) as function:
-                function(config)
+            with _function(main, before_import, jobs.single) as function:
+                function(jobs.single)
 
 
 @dataclass
 class Jobs:
     """What Hydra's calls of `job` leave for `launch`."""
 
-    single: Config | None = None  # the config of a single run; None for a grid, and if Hydra only shows something
+    single: Config[Any] | None = None  # the config of a single run; None for a grid, and if Hydra only shows something
     environment: dict[str, str] = field(default_factory=dict)  # hydra.job.env_set of a single run
     failures: list[Exception] = field(default_factory=list)
 
 
 def _job(
-    main: str, before_import: str | None, rules: Mapping[str, Rule], jobs: Jobs, *, scratch: str
+    main: str, before_import: str | None, schema: Schema, jobs: Jobs, *, scratch: str
 ) -> Callable[[DictConfig], object]:
     """Return what Hydra calls with a composed config: it keeps that of a single run, and runs one of a grid."""
 
@@ -102,7 +98,7 @@ def _job(
         shutil.rmtree(scratch, ignore_errors=True)  # a kill during the job must not leave it
         number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
         try:
-            config = settle(composed, rules, **facts_of(hydra_config), job=number)
+            config = settle(composed, schema, **facts_of(hydra_config), job=number)
             if number is not None:
                 with _function(main, before_import, config) as function:
                     return function(config)
@@ -114,7 +110,7 @@ def _job(
             if number is None:
                 jobs.failures.append(exception)
                 return None
-            error = as_error(exception, rules)
+            error = as_error(exception)
             _trace(exception)
             print(f"job {number}: {error}", file=sys.stderr, flush=True)
             # Without its traceback, which holds on to all that the job had: the next one needs the memory.
@@ -129,7 +125,7 @@ def _job(
 
 
 @contextlib.contextmanager
-def _function(main: str, before_import: str | None, config: Config) -> Iterator[Callable[[Config], Any]]:
+def _function(main: str, before_import: str | None, config: Config[Any]) -> Iterator[Callable[[Config[Any]], Any]]:
     """Call the function `before_import` and import the function `main` by their dotted names, for a call within `with`.
 
     What it raises besides our own errors comes from the machine's storage or memory, or is an internal error.
@@ -148,9 +144,10 @@ def _function(main: str, before_import: str | None, config: Config) -> Iterator[
         raise internal_error(exception) from exception
 
 
-def _imported(dotted_name: str) -> Callable[[Config], Any]:
+def _imported(dotted_name: str) -> Callable[[Config[Any]], Any]:
     module, _, name = dotted_name.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    function: Callable[[Config[Any]], Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _prepare_environment() -> None:
@@ -172,7 +169,7 @@ def _prepare_environment() -> None:
 
 
 @contextlib.contextmanager
-def _exit_code(rules: Mapping[str, Rule]) -> Iterator[None]:
+def _exit_code() -> Iterator[None]:
     """Handle stop signals, and turn what is raised within `with` into a line on stderr and the exit code."""
     global _asked_for, _wants_traceback
     _asked_for, _wants_traceback = None, False
@@ -191,7 +188,7 @@ def _exit_code(rules: Mapping[str, Rule]) -> Iterator[None]:
         _ignore_signals()  # it ends already
         if _asked_for is not None:
             sys.exit(_asked_for)
-        error = as_error(exception, rules)
+        error = as_error(exception)
         if not getattr(exception, "reported", False):
             _trace(exception)
             print(error, file=sys.stderr, flush=True)
@@ -226,62 +223,23 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def named_arguments(arguments: list[str], rules: Mapping[str, Rule]) -> list[str]:
-    """Return the arguments with their keys: `evaluate.py RUN` as `run=RUN`, `train.py resume RUN` as `resume=RUN`."""
-    if "" in arguments:
-        raise ConfigError("command line", "has an empty argument; write KEY=null for no value")
-    if "resume" in arguments[:-1] and "resume" in rules:
-        place = arguments.index("resume")
-        return [*arguments[:place], f"resume={arguments[place + 1]}", *arguments[place + 2 :]]
-    bare = [item for item in arguments if "=" not in item and not item.startswith(("-", "~"))]
-    takes_value = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
-    takes_value |= {"--cfg", "-c", "--info", "-i"}
-    if "run" in rules and bare == arguments[:1] and not takes_value & set(arguments):
-        return [f"run={bare[0]}", *arguments[1:]]
-    return arguments
+def _help(config_name: str, schema: Schema) -> Callable[[DictConfig], None]:
+    """Return what Hydra calls to print the help of a composed config."""
 
-
-def asks_for_help(arguments: list[str]) -> bool:
-    """For ours: together with other things that Hydra may be asked for, `--help` is left to it."""
-    flags = {item.partition("=")[0] for item in arguments}
-    others = {"--hydra-help", "--cfg", "-c", "--resolve", "--info", "-i", "--shell-completion", "-sc", "--version"}
-    return bool(HELP & flags) and flags.isdisjoint(others) and not any(flag.startswith("hydra") for flag in flags)
-
-
-def _help(composed: DictConfig) -> None:
-    """What `--help` prints: the template of the script's config, filled in. Hydra's own help says the same, and takes
-    half as long again: it searches all groups anew for each of them."""
-    hydra_config = HydraConfig.get()
-    groups: dict[str, set[str]] = {}
-    for source in hydra_config.runtime.config_sources:
-        for path in Path(source.path).glob("**/[!_]*.yaml") if source.schema == "file" else ():
-            groups.setdefault(path.parent.relative_to(source.path).as_posix(), set()).add(path.stem)
-    shown = sorted(group for group in groups if group != "." and not group.startswith("hydra/"))
-    choices = "".join(f"{group}: {', '.join(sorted(groups[group]))}\n" for group in shown)
-    text = Template(hydra_config.help.template)
-    try:
-        print(text.safe_substitute(APP_CONFIG_GROUPS=choices, CONFIG=OmegaConf.to_yaml(composed)), flush=True)
-    except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _argv_for_hydra() -> Iterator[str]:
-    """Flags first, as Hydra's argparse wants them; and the multirun.yaml that Hydra writes for a grid goes and is lost:
-    our run folders hold all there is to know of its jobs."""
-    before = list(sys.argv)
-    overrides = [item for item in before[1:] if item[0] != "-" and ("=" in item or item[0] == "~")]
-    others = [item for item in before[1:] if item not in overrides]
-    for flag in (item.partition("=")[0] for item in others if item.startswith("-")):
-        if flag not in FLAGS:  # argparse would print its usage
-            raise ConfigError(flag, f"unknown flag; {suggest(flag, FLAGS) or 'known: ' + ' '.join(FLAGS)}")
-    if asks_for_help(before[1:]):
-        others = [item for item in others if item not in (*HELP, "-m", "--multirun")]
-    with tempfile.TemporaryDirectory(prefix="preceptor-") as scratch:
-        if {"-m", "--multirun"} & set(others) and not any(item.startswith("hydra.sweep.dir=") for item in overrides):
-            overrides.append(f"hydra.sweep.dir={scratch}")
-        sys.argv[1:] = others + overrides
+    def task(composed: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
+        text = help_text(
+            hydra_config.help.template,
+            cast(dict[str, Any], OmegaConf.to_container(composed)),
+            schema=schema,
+            choices=dict(hydra_config.runtime.choices),
+            config_name=config_name,
+            folders=folders,
+        )
         try:
-            yield scratch
-        finally:
-            sys.argv[:] = before
+            print(text, flush=True)
+        except BrokenPipeError:  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return task

@@ -1,58 +1,69 @@
-"""Configs made by Hydra: composed, resolved, checked; and the config of a run to resume.
+"""Configs made by Hydra: composed, resolved, checked; and what fails on the way, in one line.
 
-composed by Hydra -> resolved, and resolved again without the environment's values -> check -> Config
-RUN/config.yaml   -> overrides from the command line, where a change is allowed    -> check -> Config
+overrides, parsed and checked -> composed by Hydra -> resolved, and resolved again without the environment's values
+-> checked against the declarations -> Config
+
+What can only be known of the composed config is explained afterwards, by applying the overrides one by one: none of
+Hydra's messages is matched.
 """
 
-import copy
-import math
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from core.config import CONFIGS, FROM_ENVIRONMENT, Config, fill_environment, leaves, read_run_config
-from core.errors import CheckpointError, ConfigError, spell, suggest
-from core.hydra_errors import as_error
-from core.rules import Rule
-from core.schema import BATCHES, FREE_ON_RESUME, check
+from core.config import CONFIGS, FROM_ENVIRONMENT, Config, leaves
+from core.errors import ConfigError, PreceptorError, internal_error
+from core.options.files import first_unreadable_file, options_of_group
+from core.options.overrides import check_overrides, key_hint, no_such_option, options_in, parse_overrides, values_of
+from core.options.schema import Schema, check, options_of
 
 
 def compose_config(
     config_name: str | None,
-    overrides: Sequence[str],
-    rules: Mapping[str, Rule],
+    arguments: Sequence[str],
+    schema: Schema | None,
     *,
+    folders: Sequence[Path] = (),
     without: Sequence[str] = (),
     missing: Any = "???",
-) -> Config:
+) -> Config[Any]:
     """Compose a config as the command line does, without the sections `without`, and check it.
 
-    If `config_name` is None, only the groups that the overrides add are composed. Mandatory keys without a value get
-    the value `missing`; by default they are an error.
+    If `config_name` is None, only the groups that the overrides add are composed. If `schema` is None, nothing is
+    checked. `folders` are those of --config-dir. Mandatory keys without a value get the value `missing`; by default
+    they are an error.
     """
+    overrides = parse_overrides(arguments)
+    check_overrides(overrides, schema, folders=folders)
+    with explained(overrides, config_name, schema, folders=folders):
+        composed = _compose(config_name, arguments, folders, return_hydra_config=True)
+    facts = facts_of(composed.hydra)
+    with open_dict(composed):
+        for section in ("hydra", *without):
+            del composed[section]
+    for key in OmegaConf.missing_keys(composed) if missing != "???" else ():
+        OmegaConf.update(composed, key, missing)
+    return settle(composed, schema, **facts)
+
+
+def _compose(
+    config_name: str | None, arguments: Sequence[str], folders: Sequence[Path], *, return_hydra_config: bool = False
+) -> DictConfig:
     GlobalHydra.instance().clear()  # the command line's own composition is done and no longer needed
+    path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            composed = hydra.compose(config_name, list(overrides), return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as exception:
-            raise as_error(exception, rules) from None
-        facts = facts_of(composed.hydra)
-        with open_dict(composed):
-            for section in ("hydra", *without):
-                del composed[section]
-        for key in OmegaConf.missing_keys(composed) if missing != "???" else ():
-            OmegaConf.update(composed, key, missing)
-        return settle(composed, rules, **facts)
+        return hydra.compose(config_name, [*path, *arguments], return_hydra_config=return_hydra_config)
 
 
 def facts_of(hydra_config: Any) -> dict[str, Any]:
@@ -66,13 +77,13 @@ def facts_of(hydra_config: Any) -> dict[str, Any]:
 
 def settle(
     composed: DictConfig,
-    rules: Mapping[str, Rule],
+    schema: Schema | None,
     *,
     choices: Mapping[str, Any],
     job: int | None = None,
     overrides: Sequence[str] = (),
     config_dirs: Sequence[str] = (),
-) -> Config:
+) -> Config[Any]:
     """Resolve a composed config and check it; `choices` maps each group to the name of the option that was chosen."""
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
@@ -85,20 +96,20 @@ def settle(
             raise ConfigError(cycle[0], explanation) from None
         raise
     record = _without_environment(composed)
-    if "augment" in rules:  # augment=[] chooses no file at all
-        values.setdefault("augment", {})
-        record.setdefault("augment", {})
-    if "choices" in rules:
-        named = {group: str(option) for group, option in choices.items() if group in values}
-        values["choices"] = record["choices"] = named
-    check(values, rules, shown=record)
-    return Config(
-        values=values, record=record, changes={}, job=job, overrides=list(overrides), config_dirs=list(config_dirs)
-    )
+    if schema is not None:
+        declared = options_of(schema)
+        if "augment" in declared:  # augment=[] chooses no file at all
+            values.setdefault("augment", {})
+            record.setdefault("augment", {})
+        if "choices" in declared:
+            named = {group: str(option) for group, option in choices.items() if group in values}
+            values["choices"] = record["choices"] = named
+        check(values, schema, shown=record)
+    return Config(values=values, record=record, job=job, overrides=list(overrides), config_dirs=list(config_dirs))
 
 
 def _without_environment(composed: DictConfig) -> dict[str, Any]:
-    """The config resolved once more, with a marker wherever an environment variable would have been read."""
+    """Return the config resolved once more, with a marker in place of each value of an environment variable."""
 
     def marker(name: str, default: Any = None) -> Any:
         return f"{FROM_ENVIRONMENT}{name}" if name in os.environ else default
@@ -116,6 +127,9 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
+# What fails
+
+
 def _cycle(unresolved: Mapping[str, Any]) -> list[str]:
     """Return the first keys that are interpolated from one another in a circle."""
     references = {key: re.findall(r"\$\{([\w.]+)\}", str(value)) for key, value in leaves(unresolved)}
@@ -131,70 +145,77 @@ def _cycle(unresolved: Mapping[str, Any]) -> list[str]:
     return next(filter(None, (follow([key]) for key in references)), [])
 
 
-def resumed_folder(arguments: list[str]) -> Path | None:
-    """Return the folder of a `resume=` among the arguments; it is needed before anything is composed."""
-    values = [item.partition("=")[2] for item in arguments if item.partition("=")[0].lstrip("+") == "resume"]
-    named = [value.strip("'\"") for value in values if value.strip("'\"") not in ("", "null")]
-    return Path(named[-1]) if named else None
+@contextlib.contextmanager
+def explained(
+    overrides: Sequence[Override], config_name: str | None, schema: Schema | None, *, folders: Sequence[Path] = ()
+) -> Iterator[None]:
+    """Within `with`, turn what Hydra's composition fails with into one line: the key or file, and what is allowed."""
+    try:
+        yield
+    except PreceptorError:
+        raise
+    except Exception as exception:
+        raise _explanation(exception, overrides, config_name, schema, folders) from exception
 
 
-def resumed(folder: Path, arguments: list[str], rules: Mapping[str, Rule]) -> Config:
-    """Return the config of a run to resume: the run's own, with the command line's overrides where a change is allowed.
-
-    Raises CheckpointError if an override changes anything else.
-    """
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags:
-        raise ConfigError(flags[0], "not together with resume=; a run is resumed by itself")
-    if "sweep" in rules:
-        raise ConfigError("resume", "is for train.py; the same command line resumes a sweep", value=str(folder))
-    record = read_run_config(folder)
-    values = copy.deepcopy(record)
-    changes: dict[str, list[Any]] = {}
-    own: dict[str, Any] = {"resume": str(folder), "trust": [], "traceback": False}
-    known = dict(leaves(record))
-    for override in OverridesParser.create().parse_overrides(arguments):
-        name, value = override.key_or_group, override.value()
-        if override.is_sweep_override():
-            raise ConfigError(name, "takes one value on resume", value=str(override.input_line).partition("=")[2])
-        if name in own:
-            own[name] = value
-        elif name not in known:
-            raise ConfigError(name, f"unknown key; {suggest(name, known)}", value=value)
-        elif known[name] != value:
-            changes[name] = [known[name], value]
-    free = {*FREE_ON_RESUME, *(BATCHES if _same_samples_per_step(known, changes) else ())}
-    refused = {name: change for name, change in changes.items() if name not in free}
-    if refused:
-        diff = "; ".join(f"{name}: {_brief(before)} -> {_brief(now)}" for name, (before, now) in refused.items())
-        raise CheckpointError(
-            f"resume={folder}",
-            f"a resumed run may not change {diff}. Free to change: {', '.join(FREE_ON_RESUME)}, "
-            "data.batch_size if data.batch_size x trainer.accumulate stays equal; "
-            "for anything else start anew, with init_from= for its weights",
-        )
-    if "optimizer.momentum" in changes and values["schedule"].get("momentum") is not None:
-        raise ConfigError("optimizer.momentum", "is what schedule.momentum moves, from its own lowest to its highest")
-    for name, (_, value) in changes.items():
-        parent, _, key = name.rpartition(".")
-        for config in (values, record):
-            section = config
-            for part in parent.split("."):
-                section = section[part]
-            section[key] = value
-    values = fill_environment(values)
-    values |= own
-    check(values, rules, shown=record | own)
-    return Config(values=values, record=record, changes=changes, job=None, from_run=True, overrides=list(arguments))
+def _explanation(
+    exception: Exception,
+    overrides: Sequence[Override],
+    config_name: str | None,
+    schema: Schema | None,
+    folders: Sequence[Path],
+) -> PreceptorError:
+    if isinstance(exception, MissingConfigException) and "/" in str(exception.missing_cfg_file):
+        group, _, option = str(exception.missing_cfg_file).rpartition("/")
+        options = sorted(name for name in exception.options or options_of_group(group) if not name.startswith("_"))
+        return no_such_option(group, option, options)
+    if error := first_unreadable_file(list(folders)):
+        return error
+    if schema is not None and (error := _first_misfit(overrides, config_name, schema, folders)):
+        return error
+    return as_error(exception)
 
 
-def _same_samples_per_step(before: Mapping[str, Any], changes: Mapping[str, list[Any]]) -> bool:
-    """Return whether a step has as many samples as before, in batches of another size perhaps."""
-    then = [before.get(name) for name in BATCHES]
-    now = [changes[name][1] if name in changes else before.get(name) for name in BATCHES]
-    numbers = [number for number in (*then, *now) if type(number) is int]
-    return len(numbers) == 4 and math.prod(numbers[:2]) == math.prod(numbers[2:])
+def _first_misfit(
+    overrides: Sequence[Override], config_name: str | None, schema: Schema, folders: Sequence[Path]
+) -> ConfigError | None:
+    """Return the error of the first override that does not fit the config that the chosen options compose."""
+    chosen = [each for each in overrides if each.is_hydra_override() or options_in(each.key_or_group, folders)]
+    with contextlib.suppress(HydraException, OmegaConfBaseException):
+        composed = _compose(config_name, [str(override.input_line) for override in chosen], folders)
+        for override in overrides:
+            if override not in chosen and (error := _misfit(composed, override, schema)):
+                return error
+    return None
 
 
-def _brief(value: Any) -> str:
-    return value.get("_target_", "...") if isinstance(value, dict) else spell(value)
+def _misfit(composed: DictConfig, override: Override, schema: Schema) -> ConfigError | None:
+    """Apply an override to a composed config; returns the error if it does not fit."""
+    name, adds = override.key_or_group, override.is_add() or override.is_force_add()
+    given = {} if override.is_delete() else {"value": next(values_of(override), None)}
+    exists = name in dict(leaves(cast(dict[str, Any], OmegaConf.to_container(composed))))
+    if not exists and not adds:
+        return ConfigError(name, f"unknown key; {key_hint(name, schema)}", **given)
+    if override.is_delete():
+        return None
+    value = given["value"]
+    if exists and override.is_add() and not isinstance(value, dict | list):
+        return ConfigError(name, "exists already; leave out the +", value=value)
+    try:
+        OmegaConf.update(composed, name, value, merge=True, force_add=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as exception:
+        return ConfigError(name, f"does not fit there: {str(exception).partition(chr(10))[0]}", value=value)
+    return None
+
+
+def as_error(exception: BaseException) -> PreceptorError:
+    """Return an exception as one of our errors: OmegaConf's names a key; any other is an internal error."""
+    if isinstance(exception, PreceptorError):
+        return exception
+    if not isinstance(exception, HydraException | OmegaConfBaseException):
+        return internal_error(exception)
+    while not str(exception) and (cause := exception.__cause__ or exception.__context__) is not None:
+        exception = cause  # Hydra wraps some of OmegaConf's errors in one without a message
+    key = getattr(exception, "full_key", None)
+    text = (str(exception).partition("\n")[0] if key else str(exception)).strip()
+    return ConfigError(key or "command line", text or f"cannot be read ({type(exception).__name__})")

@@ -25,9 +25,14 @@ class PreceptorError(Exception):
         self.explanation = explanation
         self.value = value
 
-    def __str__(self) -> str:
+    @property
+    def described(self) -> str:
+        """The error without its kind: `optimizer.lr = -0.1: must be > 0`."""
         shown = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
-        return " ".join(f"error[{self.kind}] {self.subject}{shown}: {self.explanation}".split())
+        return " ".join(f"{self.subject}{shown}: {self.explanation}".split())
+
+    def __str__(self) -> str:
+        return f"error[{self.kind}] {self.described}"
 
     def under(self, section: str) -> "PreceptorError":
         """The same error with its subject put under a config section: `hidden` becomes `model.hidden`."""
@@ -125,11 +130,15 @@ def internal_error(exception: BaseException) -> PreceptorError:
 
 
 def spell(value: object) -> str:
-    """A value as YAML's users write it: `null`, `true`, text without quotes."""
+    """Return a value as YAML's users write it: `null`, `true`, `[1, 2]`, text without quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {spell(item)}' for key, item in value.items())}}}"
     return str(value)
 
 

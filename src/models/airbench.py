@@ -64,11 +64,13 @@ class Airbench(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the largest value of each map, (B, W)."""
-        return self.blocks(self.activation(self.whiten(images))).amax(dim=(2, 3)) / 9
+        maps: Tensor = self.blocks(self.activation(self.whiten(images)))
+        return maps.amax(dim=(2, 3)) / 9
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def block(in_channels: int, width: int) -> nn.Sequential:

@@ -112,12 +112,14 @@ class GoogLeNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the maps of the last block (B, 1024, H/32, W/32)."""
-        return self.to_5b(self.to_4d(self.to_4a(images)))
+        maps: Tensor = self.to_5b(self.to_4d(self.to_4a(images)))
+        return maps
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Images (B, C, H, W) to logits (B, num_classes); in training a tuple with those of the auxiliary heads."""
         if not (self.training and self.auxiliary_heads):
-            return self.head(self.features(images))
+            logits: Tensor = self.head(self.features(images))
+            return logits
         behind_4a = self.to_4a(images)
         behind_4d = self.to_4d(behind_4a)
         logits = self.head(self.to_5b(behind_4d))
@@ -179,7 +181,8 @@ class AuxiliaryHead(nn.Module):
         # To 4x4 pixels: from 14, windows of 14 - 3 * 3 = 5 in steps of 3, where torch's adaptive pool has windows of 4.
         steps = [side // 4 for side in maps.shape[2:]]
         windows = [side - 3 * step for side, step in zip(maps.shape[2:], steps, strict=True)]
-        return self.head(self.unit(functional.avg_pool2d(maps, windows, steps)))
+        logits: Tensor = self.head(self.unit(functional.avg_pool2d(maps, windows, steps)))
+        return logits
 
 
 def unit(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, batch_norm: bool) -> nn.Sequential:

@@ -97,7 +97,8 @@ class InceptionV3(nn.Module):
 
     def head(self, maps: Tensor) -> Tensor:
         """Maps (B, 2048, h, w) to logits (B, num_classes)."""
-        return self.fc(self.dropout(maps.mean(dim=(2, 3))))
+        logits: Tensor = self.fc(self.dropout(maps.mean(dim=(2, 3))))
+        return logits
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images (B, C, H, W) to logits (B, num_classes); in training a pair with those of the auxiliary head."""
@@ -110,11 +111,14 @@ class InceptionV3(nn.Module):
         maps = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
         maps = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(maps)))
         maps = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(maps))))
-        return self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(maps)))))
+        maps = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(maps))))
+        output: Tensor = self.Mixed_6e(maps)
+        return output
 
     def _behind_6e(self, maps: Tensor) -> Tensor:
         """Maps (B, 768, h, w) to those of the last block (B, 2048, (h - 1) / 2, (w - 1) / 2)."""
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(maps)))
+        output: Tensor = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(maps)))
+        return output
 
 
 class InceptionA(nn.Module):
@@ -242,7 +246,8 @@ class AuxiliaryHead(nn.Module):
         windows = [min(5, side - 4 * step) for side, step in zip(maps.shape[2:], steps, strict=True)]
         maps = functional.avg_pool2d(maps, windows, steps)  # (B, in_channels, 5, 5)
         maps = self.conv1(self.conv0(maps))  # (B, 768, 1, 1)
-        return self.fc(maps.mean(dim=(2, 3)))  # more than one pixel only in images of 347 and more
+        logits: Tensor = self.fc(maps.mean(dim=(2, 3)))  # more than one pixel only in images of 347 and more
+        return logits
 
 
 class Unit(nn.Module):
@@ -264,7 +269,8 @@ class Unit(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, h, w)."""
-        return self.relu(self.bn(self.conv(maps)))
+        output: Tensor = self.relu(self.bn(self.conv(maps)))
+        return output
 
 
 def mean_pool(maps: Tensor) -> Tensor:

@@ -67,4 +67,5 @@ class MaxoutNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits

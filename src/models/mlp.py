@@ -69,4 +69,5 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits

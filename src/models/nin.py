@@ -81,7 +81,8 @@ class NIN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def _normal(layer: nn.Conv2d | nn.Linear) -> None:

@@ -77,14 +77,15 @@ class ResNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the maps of the last stage (B, channels, h, w)."""
-        maps = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in self.stages:
             maps = getattr(self, stage)(maps)
         return maps
 
     def head(self, maps: Tensor) -> Tensor:
         """Maps (B, channels, h, w) to logits (B, num_classes)."""
-        return self.fc(maps.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(maps.mean(dim=(2, 3)))
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
@@ -111,7 +112,8 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.downsample is not None:
             out += self.downsample(maps)
-        return self.relu(out)
+        output: Tensor = self.relu(out)
+        return output
 
 
 class Bottleneck(nn.Module):
@@ -138,7 +140,8 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         if self.downsample is not None:
             out += self.downsample(maps)
-        return self.relu(out)
+        output: Tensor = self.relu(out)
+        return output
 
 
 class PaddedShortcut(nn.Module):

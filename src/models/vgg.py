@@ -96,7 +96,8 @@ class VGG(nn.Module):
         if maps.shape[2:] != (self.side, self.side):
             exact = torch.are_deterministic_algorithms_enabled()
             maps = average(maps, side=self.side) if exact else functional.adaptive_avg_pool2d(maps, self.side)
-        return self.classifier(maps.flatten(1))  # (B, channels, side, side) -> (B, channels * side * side)
+        logits: Tensor = self.classifier(maps.flatten(1))  # (B, channels, side, side) -> (B, channels * side * side)
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""

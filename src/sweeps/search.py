@@ -6,6 +6,7 @@ from optuna.trial import TrialState
 
 from core.config import Config
 from core.errors import StorageError, TrialError
+from core.options.declarations import SweepConfig
 from sweeps.define.plan import read_plan
 from sweeps.execute.database import database_errors
 from sweeps.execute.pool import Pool
@@ -14,7 +15,7 @@ from sweeps.execute.sweep import Sweep
 from sweeps.results.table import Table
 
 
-def search(config: Config) -> None:
+def search(config: Config[SweepConfig]) -> None:
     """Run the trials that are left, then write the report. With failed trials, raise the first one's error."""
     plan = read_plan(config)
     try:

@@ -2,13 +2,12 @@
 
 import ctypes
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
 
 import torch
 
 from core.errors import ConfigError
+from core.options.declarations import TrainerOptions
 
 
 def choose_device(name: str, precision: str) -> torch.device:
@@ -29,7 +28,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
-def configure_torch(settings: Mapping[str, Any]) -> None:
+def configure_torch(settings: TrainerOptions) -> None:
     """Set what is process-wide in torch as the section `trainer` of a config says. For commands and runs only."""
     keep_freed_memory()
     if settings["threads"] is not None:

@@ -2,7 +2,7 @@
 
 import math
 
-from core.rules import DURATION
+from core.options.rules import DURATION
 
 
 def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, total_steps: int) -> int:

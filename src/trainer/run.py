@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from core.config import Config
+from core.config import Config, leaves
 from core.errors import CheckpointError, NumericalError, StopSignal, StorageError, as_ours
-from core.schema import SPLITS
+from core.options.declarations import SPLITS, TrainConfig
+from core.resume import Changes, changes_between, refuse_changes
 from data.sources.splits import Splits, same_mean
 from trainer.build.training import build
 from trainer.build.trust import trusted_values
@@ -32,7 +33,7 @@ from trainer.storage.run_folder import RunFolder, chosen_path
 from trainer.training import Training
 
 
-def execute(config: Config, *, judge: Judge = never_prune) -> float | None:
+def execute(config: Config[TrainConfig], *, judge: Judge = never_prune) -> float | None:
     """Create or resume the run that a config describes, and train it to its end.
 
     Returns the best monitored value; None for a resumed run that is finished already. The judge sees each line of
@@ -80,7 +81,7 @@ class Run:
         return self
 
     @classmethod
-    def create(cls, config: Config, *, judge: Judge = never_prune) -> "Run":
+    def create(cls, config: Config[TrainConfig], *, judge: Judge = never_prune) -> "Run":
         """Build the training, then make the run folder, and log what the run begins with."""
         values = config.values
         with ExitStack() as closing:
@@ -101,15 +102,18 @@ class Run:
             return run._keep_open()
 
     @classmethod
-    def resume(cls, config: Config, *, judge: Judge = never_prune) -> "Run | None":
+    def resume(cls, config: Config[TrainConfig], *, judge: Judge = never_prune) -> "Run | None":
         """Restore a run from its newest good checkpoint, its logs cut back to that step; None if it is finished."""
         with ExitStack() as closing:
             notices = closing.enter_context(Notices())
             configure_torch(config.values["trainer"])
             trusted_values(config)  # refuses what the config may not name, before the folder is touched
-            folder = RunFolder.open(Path(config.values["resume"]))
+            folder = RunFolder.open(Path(str(config.values["resume"])))
             closing.callback(folder.close)
             snapshot, path, damaged = folder.checkpoints.load("last", "best", "step")
+            before = snapshot.values["config"]
+            changes = changes_between(before, config.record)
+            refuse_changes(changes, dict(leaves(before)), source=str(folder.path / "config.yaml"))
             training, splits = build(config, saved=snapshot)
             origin = provenance() | _machine(training)
             interrupts = closing.enter_context(Interrupts())
@@ -122,23 +126,23 @@ class Run:
             total = training.settings.total_steps
             recorder = Recorder(folder, total_steps=total, resumed_at=training.state.step)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
-            run._record_resume(config, checkpoint=path, damaged=damaged)
+            run._record_resume(changes, checkpoint=path, damaged=damaged)
             notices.pass_to(run.warn)
             return run._keep_open()
 
-    def _record_resume(self, config: Config, *, checkpoint: Path, damaged: Mapping[Path, str]) -> None:
+    def _record_resume(self, changes: Changes, *, checkpoint: Path, damaged: Mapping[Path, str]) -> None:
         """Log where the run continues, and what has changed."""
         for file, text in damaged.items():
             file.rename(file.with_suffix(".damaged"))  # or it would count as one of the newest, which are kept
             self.warn(f"{text}; set aside as {file.stem}.damaged")
-        if config.changes:
+        if changes:
             self.folder.write_config(self.training.record)
-        facts = {"checkpoint": checkpoint.name, "changes": config.changes, "provenance": dict(self.origin)}
+        facts = {"checkpoint": checkpoint.name, "changes": changes, "provenance": dict(self.origin)}
         step, total = self.state.step, self.training.settings.total_steps
         self.recorder.event("resume", step=step, **facts)
         self.recorder.say(f"resumed {self.folder.path} at step {step:,} of {total:,} from {checkpoint.name}")
-        changes = [f"{name}: {before} -> {now}" for name, (before, now) in config.changes.items()]
-        self.recorder.changes(changes, step=step)
+        lines = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
+        self.recorder.changes(lines, step=step)
 
     def __enter__(self) -> "Run":
         self._closing.enter_context(self.recorder.display)
@@ -156,7 +160,8 @@ class Run:
     @property
     def best_value(self) -> float | None:
         """The best value of the monitored metric."""
-        return self.state.best.get("metrics", {}).get(self.training.settings.monitor)
+        value: float | None = self.state.best.get("metrics", {}).get(self.training.settings.monitor)
+        return value
 
     def warn(self, text: str) -> None:
         """Record a warning at the present step."""
@@ -244,7 +249,7 @@ def _sizes(splits: Splits) -> dict[str, int]:
     return {name: len(split) for name in SPLITS if (split := getattr(splits, name)) is not None}
 
 
-def _new_folder(training: Training, config: Config) -> RunFolder:
+def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
     """Create the folder that the config names, or the default, whose name another run may take in the same second."""
     values, first = config.values, training.state.state_dict()
     names = (values["choices"]["model"], values["choices"]["data"])
@@ -276,4 +281,5 @@ def _is_finished(folder: RunFolder, step: int) -> bool:
 
 def _nothing_to_do(folder: RunFolder, reason: str) -> str:
     text = f"nothing to do: {folder.path} is finished ({reason})"
-    return text if reason == "early_stopping" else f"{text}; a larger trainer.{reason} makes it go on"
+    key = "early_stopping.patience" if reason == "early_stopping" else reason
+    return f"{text}; a larger trainer.{key} continues it"

@@ -16,7 +16,8 @@ class Snapshot:
     @property
     def step(self) -> int:
         """The step after which it was taken."""
-        return self.values["step"]
+        step: int = self.values["step"]
+        return step
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors under a prefix, without it: `part("model")` is the state_dict of the model."""

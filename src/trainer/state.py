@@ -3,7 +3,7 @@
     model.*  ema.*                            tensors of each named model
     optimizer.<model>.<parameter>.<state>     tensors of each named optimizer
     data.*                                    tensors of the normalisation
-    step, evaluated, best, data, clock, ...   plain values, one entry for each component
+    step, evaluated, best, config, data, ...  plain values, one entry for each component
 
 Random values are not part of it: they are functions of the seed and the step.
 """
@@ -47,6 +47,7 @@ class TrainState:
         ema: ExponentialMovingAverage | None,
         normalisation: Normalisation,
         data: Mapping[str, Any],
+        config: Mapping[str, Any],
         steps_per_epoch: int,
     ) -> None:
         self.models = {**models, **({"ema": ema.average} if ema else {})}
@@ -55,6 +56,7 @@ class TrainState:
         self.early_stopping, self.ema = early_stopping, ema
         self.clock = Clock()
         self.normalisation = normalisation  # the one that all loaders use
+        self.config = config  # as it may be written; a resumed run compares its config.yaml with it
         self.data = data  # class names, fingerprint, counts: what a checkpoint must record of its data
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
@@ -149,6 +151,7 @@ class TrainState:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
+            "config": dict(self.config),
             "data": dict(self.data),
             "optimizers": plain,
             "steps_per_epoch": self.steps_per_epoch,

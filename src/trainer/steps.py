@@ -76,7 +76,7 @@ class ClassificationStep:
     def _clip_gradients(self) -> Tensor:
         """Return the L2 norm of all gradients, a scalar on the device; scale them down to `clip_norm` if it is set."""
         gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         return norm

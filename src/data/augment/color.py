@@ -88,7 +88,8 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.split(1, dim=1)
-    return red * 0.2989 + green * 0.587 + blue * 0.114
+    luma: Tensor = red * 0.2989 + green * 0.587 + blue * 0.114
+    return luma
 
 
 def turn_hue(images: Tensor, turn: Tensor) -> Tensor:

@@ -105,11 +105,12 @@ def whitening(covariance: Tensor, *, kind: str, epsilon: float) -> Tensor:
     # An eigenvector's sign means nothing, and is left to chance: make its largest entry positive.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, D)
     vectors = vectors * largest.sign()
-    scaled = vectors * (values + epsilon).rsqrt()  # (D, D): U (L + epsilon I)^-1/2
+    scaled: Tensor = vectors * (values + epsilon).rsqrt()  # (D, D): U (L + epsilon I)^-1/2
     if kind == "pca":
         return scaled.T
     matrix = scaled @ vectors.T
-    return (matrix + matrix.T) / 2  # symmetric to the last bit
+    symmetric: Tensor = (matrix + matrix.T) / 2  # it is, but for the last bit
+    return symmetric
 
 
 def statistics(pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

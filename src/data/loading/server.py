@@ -4,11 +4,12 @@ from functools import cache
 
 from core.config import Config
 from core.fork_server import ForkServer
+from core.options.declarations import TrainConfig
 
 PRELOAD = ("data.loading.worker_process", "data.sources.cache")
 
 
-def warm_up(config: Config) -> None:
+def warm_up(config: Config[TrainConfig]) -> None:
     """Start the server if the config asks for workers: called before torch is imported, it imports torch meanwhile."""
     if config.values["data"]["num_workers"]:
         worker_server().warm_up()

@@ -1,25 +1,20 @@
 """A trial's config, composed by Hydra; apart from the rest, as a trial's process needs neither Optuna nor the store."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from core.composition import compose_config
 from core.config import Config
 from core.errors import spell
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
 
-# Free to change on resume, but no two trials with different ones can be compared.
-COMPARED = (
-    *("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.momentum"),
-    *("trainer.max_epochs", "trainer.max_steps", "trainer.clip_norm", "trainer.on_nonfinite"),
-)
-NOT_COMPARED = ("run_dir", "resume", "traceback", "trust")
 BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes
 
 
-def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config:
+def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config[TrainConfig]:
     """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
-    return compose_config("sweep", [*search_path(config_dirs), *arguments], TRAIN, without=["sweep"])
+    return compose_config("sweep", arguments, TrainConfig, folders=list(map(Path, config_dirs)), without=["sweep"])
 
 
 def search_path(config_dirs: list[str]) -> list[str]:

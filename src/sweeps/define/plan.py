@@ -1,7 +1,7 @@
 """What a sweep is to do: its settings, the config that its trials share, and the config of each."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSamp
 
 from core.config import Config, leaves
 from core.errors import ConfigError, suggest
-from core.schema import CONSTRAINT, FREE_ON_RESUME, OBJECTIVE
+from core.options.declarations import CONSTRAINT, OBJECTIVE, SweepConfig, SweepOptions, TrainConfig
+from core.options.schema import is_compared
 from core.seeding import fold
-from sweeps.define.compose import COMPARED, NOT_COMPARED, compose_trial
+from sweeps.define.compose import compose_trial
 from sweeps.define.space import Dimension, grid, overrides, read_space
 from sweeps.execute.database import experimental
 
@@ -43,12 +44,12 @@ class Constraint:
 class Plan:
     """A sweep, read and checked. `options` are the values of the config's section `sweep`."""
 
-    options: Mapping[str, Any]
+    options: SweepOptions
     folder: Path
     space: list[Dimension]
     objectives: list[tuple[str, str]]  # (maximize or minimize, metric)
     constraints: list[Constraint]
-    base: Config  # of a trial for which nothing was drawn
+    base: Config[TrainConfig]  # of a trial for which nothing was drawn
     given: list[str]  # the overrides on the command line that hold for every trial
     config_dirs: list[str]  # the user's own, by --config-dir
     points: list[dict[str, Any]]  # of a grid
@@ -64,7 +65,8 @@ class Plan:
         wanted = self.options["trials"]
         if self.points:
             return min(wanted or len(self.points), len(self.points))
-        return int(wanted)
+        assert wanted is not None  # by read_plan
+        return wanted
 
     @property
     def prunes(self) -> bool:
@@ -78,21 +80,20 @@ class Plan:
 
     def definition(self) -> dict[str, Any]:
         """Whatever makes two trials comparable; another machine or a relaunch must agree on it."""
-        free = {*FREE_ON_RESUME, *NOT_COMPARED} - {*COMPARED}
         known = dict(leaves(self.base.record))
-        config = {name: value for name, value in known.items() if name not in free and not isinstance(value, dict)}
+        config = {name: value for name, value in known.items() if is_compared(name) and not isinstance(value, dict)}
         space = {
             f"sweep.space.{each.key}": [each.kind, *each.options, dict(each.when), each.points] for each in self.space
         }
         how = ("objectives", "constraints", "sampler", "pruner", "seeds", "grace", "reduction", "startup")
-        return {**config, **space, **{f"sweep.{key}": self.options[key] for key in how}}
+        return {**config, **space, **{f"sweep.{key}": dict(self.options)[key] for key in how}}
 
     def sampler(self, number: int) -> BaseSampler:
         """The sampler of one trial. Its seed is a function of the trial's number, so that a random search has the same
         points wherever, and however often, it was killed."""
         seed = fold(self.base.values["seed"], "sweep", number) % 2**32
         startup = self.options["startup"]
-        makers: dict[str, Any] = {
+        makers: dict[str, Callable[..., BaseSampler]] = {
             "random": RandomSampler,
             "grid": RandomSampler,  # its points are fixed before
             "tpe": partial(TPESampler, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True),
@@ -124,7 +125,7 @@ class Plan:
         return self.folder / f"trial-{number:04}{suffix}"
 
 
-def read_plan(config: Config) -> Plan:
+def read_plan(config: Config[SweepConfig]) -> Plan:
     """The plan of a composed config and its command line; ConfigError before anything is begun."""
     options = config.values["sweep"]
     if config.job is not None:

@@ -20,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.composition import resumed
-from core.config import Config, leaves, read_run_config
+from core.config import Config, leaves
 from core.errors import STOP_SIGNALS, CheckpointError, InUse, NumericalError, PreceptorError, StopSignal, as_ours, spell
-from core.schema import FREE_ON_RESUME, TRAIN
-from sweeps.define.compose import COMPARED, NOT_COMPARED, compose_trial, written
+from core.options.declarations import TrainConfig
+from core.options.schema import is_compared, names_of
+from core.resume import resumed
+from core.run_config import read_run_config
+from sweeps.define.compose import compose_trial, written
 
 Job = Mapping[str, Any]
 WARM_UP, TIMED = 5, 30  # pictures whose time is not taken, and is
@@ -102,7 +104,7 @@ def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
     }
 
 
-def fit_and_report(config: Config, job: Job, index: int, line: Line) -> None:
+def fit_and_report(config: Config[TrainConfig], job: Job, index: int, line: Line) -> None:
     """Run or resume the training of a config; nothing if it has finished."""
     from trainer.run import execute
 
@@ -115,7 +117,7 @@ def fit_and_report(config: Config, job: Job, index: int, line: Line) -> None:
     execute(config, judge=judge)
 
 
-def config_of(job: Job, folder: Path, index: int) -> Config:
+def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
     """The config of a trial's training: its own folder's where it was begun before, in which case only what a resumed
     run may change can have changed. CheckpointError where the folder holds another run."""
     composed = compose_trial(
@@ -125,23 +127,23 @@ def config_of(job: Job, folder: Path, index: int) -> Config:
     targets = {str(value) for name, value in leaves(composed.values) if name.rpartition(".")[2] == "_target_"}
     trust = sorted({target.partition(".")[0] for target in targets} | set(composed.values["trust"]))
     if not (folder / "config.yaml").exists():
-        return replace(composed, values=composed.values | {"trust": trust})
+        return replace(composed, values={**composed.values, "trust": trust})
     before = dict(leaves(read_run_config(folder)))
-    changes = {}
+    changes, free = {}, names_of(TrainConfig, free_on_resume=True)
     for name, value in leaves(composed.record):
         is_counted = name.endswith("num_classes") and value is None
-        if isinstance(value, dict) or is_counted or name in NOT_COMPARED or before.get(name) == value:
+        if isinstance(value, dict) or is_counted or before.get(name) == value:
             continue
-        if name not in FREE_ON_RESUME or name in COMPARED:
+        if is_compared(name):
             explanation = f"holds another run ({name}: {spell(before.get(name))} -> {spell(value)})"
             raise CheckpointError(str(folder), f"{explanation}; move it away, or choose another sweep.dir")
-        if name != "trainer.threads":  # with another number its last bits would differ
+        if name in free and name != "trainer.threads":  # with another number of threads the last bits would differ
             changes[name] = value
     own = {"resume": str(folder), "trust": trust, **changes}
-    return resumed(folder, [f"{name}={written(value)}" for name, value in own.items()], TRAIN)
+    return resumed(folder, [f"{name}={written(value)}" for name, value in own.items()])
 
 
-def latency_ms(folder: Path, config: Config) -> float:
+def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
     """The median time of one picture through the trained network, on the device of the run, in milliseconds."""
     import torch
 

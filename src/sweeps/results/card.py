@@ -1,5 +1,6 @@
 """A trial as an experiment card, which `train.py` runs as it is."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,7 +9,7 @@ from optuna.trial import FrozenTrial
 from core.composition import compose_config
 from core.config import Config, leaves
 from core.durable import write_durably
-from core.schema import TRAIN
+from core.options.declarations import TrainConfig
 from sweeps.define.compose import compose_trial, search_path, written
 from sweeps.define.plan import Plan
 from sweeps.define.space import point
@@ -50,9 +51,9 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
     write_durably(path, "\n".join(lines).encode())
 
 
-def _differing(plan: Plan, config: Config, arguments: list[str]) -> list[tuple[str, Any]]:
+def _differing(plan: Plan, config: Config[TrainConfig], arguments: list[str]) -> list[tuple[str, Any]]:
     """The leaves of a trial's config that train.py would not have by these overrides alone."""
-    composed = compose_config("train", [*search_path(plan.config_dirs), *arguments], TRAIN, missing=None)
+    composed = compose_config("train", arguments, TrainConfig, folders=list(map(Path, plan.config_dirs)), missing=None)
     before = dict(leaves(composed.record))
     return [
         (key, value)

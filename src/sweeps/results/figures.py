@@ -172,7 +172,8 @@ def _share(dimension: Dimension, trial: FrozenTrial) -> float:
     low, high = distribution.low, distribution.high
     if distribution.log:
         place, low, high = math.log(place), math.log(low), math.log(high)
-    return (place - low) / ((high - low) or 1)
+    share: float = (place - low) / ((high - low) or 1)
+    return share
 
 
 def _ends(dimension: Dimension) -> list[tuple[float, str]]:

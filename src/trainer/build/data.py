@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from core.errors import ConfigError
+from core.options.declarations import DataOptions, TrainConfig
 from data.augment.per_sample import ASampleAtATime
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import EvalLoader, TrainLoader
@@ -17,14 +18,11 @@ from trainer.build.checks import check_sizes
 from trainer.build.dry_run import check_augmentation
 from trainer.build.instantiate import check_arguments, construct, parameters_of, resolve
 
-# Keys of the config of every data set that splitting and loading read; all others are for the function it names.
-SPLITTING_KEYS = tuple(
-    key for key in inspect.signature(prepare).parameters if key not in ("collection", "seed", "normalisation")
-)
-LOADING_KEYS = ("batch_size", "eval_batch_size", "num_workers", "timeout_s", "drop_last")
+# Splitting and loading read the keys of every data set; all others are for the function that `_target_` names.
+SPLITTING_KEYS = DataOptions.__required_keys__ & inspect.signature(prepare).parameters.keys()
 
 
-def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisation | None = None) -> Splits:
+def build_data(node: DataOptions, *, seed: int, normalisation: Normalisation | None = None) -> Splits:
     """Return the data set that a config names, read, split and measured.
 
     Its function gets the keys that its signature names. A `normalisation` is used as it is, and none is fitted.
@@ -32,18 +30,18 @@ def build_data(node: Mapping[str, Any], *, seed: int, normalisation: Normalisati
     function = resolve("data", node["_target_"])
     takes = parameters_of(function) or {}
     arguments = {key: value for key, value in node.items() if key in takes}
-    check_arguments(node, "data", also=(*SPLITTING_KEYS, *LOADING_KEYS))
+    check_arguments(node, "data", also=DataOptions.__required_keys__)
     collection = construct({"_target_": node["_target_"], **arguments}, "data")
     if not isinstance(collection, Collection):
         raise ConfigError("data._target_", "must give a data.sources.collection.Collection", value=node["_target_"])
-    splitting = {key: node[key] for key in SPLITTING_KEYS if key in node}
+    splitting: dict[str, Any] = {key: value for key, value in node.items() if key in SPLITTING_KEYS}
     try:
         return prepare(collection, seed=seed, normalisation=normalisation, **splitting)
     except ConfigError as error:
         raise error.under("data") from None
 
 
-def build_augmentation(nodes: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def build_augmentation(nodes: Mapping[str, Any], data: DataOptions) -> dict[str, Any]:
     """Return the augmentation steps of a config, in order, after a dry run.
 
     A class that is no step of ours is taken for a transform of one image. No data is needed: errors are found before
@@ -60,7 +58,7 @@ def build_augmentation(nodes: Mapping[str, Any], data: Mapping[str, Any]) -> dic
 
 
 def build_loaders(
-    values: Mapping[str, Any],
+    values: TrainConfig,
     splits: Splits,
     augmentation: Mapping[str, Any],
     *,
@@ -70,7 +68,7 @@ def build_loaders(
     """Return the loaders of the train, val and test splits."""
     data, seed = values["data"], values["seed"]
     shared: dict[str, Any] = {"normalisation": normalisation, "device": device}
-    shared |= {key: data[key] for key in ("num_workers", "timeout_s")}
+    shared |= {"num_workers": data["num_workers"], "timeout_s": data["timeout_s"]}
     if fitted := [step for step in augmentation.values() if hasattr(step, "fit")]:
         colours = covariance(measured(splits.train, image_size=data["image_size"], seed=seed))
         for step in fitted:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
+from core.options.declarations import DataOptions, TrainConfig
 
 
-def check_model(model: nn.Module, values: Mapping[str, Any]) -> None:
+def check_model(model: nn.Module, values: TrainConfig) -> None:
     """Pass two images through a new model, as in evaluation and as in training; ConfigError if it cannot take them."""
     data = values["data"]
     shape = (2, data["channels"], data["image_size"], data["image_size"])
@@ -33,13 +34,13 @@ def check_model(model: nn.Module, values: Mapping[str, Any]) -> None:
             raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
-def check_augmentation(steps: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def check_augmentation(steps: Mapping[str, Any], data: DataOptions) -> None:
     """Pass two dummy images of the stored size through all augmentation steps.
 
     Raises ConfigError unless the result has the size that the model is given.
     """
     size, channels = data["image_size"], data["channels"]
-    stored = data.get("stored_size") or size
+    stored = data["stored_size"] or size
     images, labels = torch.zeros(2, channels, stored, stored, dtype=torch.uint8), torch.full((4, 2), 0.5)
     for step in steps.values():
         if hasattr(step, "fit"):  # to made-up colours: those of the data are not known yet
@@ -55,11 +56,11 @@ def check_augmentation(steps: Mapping[str, Any], data: Mapping[str, Any]) -> Non
         raise ConfigError(
             "data.stored_size",
             f"{explanation}; a step such as augment=random_resized_crop brings them to it",
-            value=data.get("stored_size"),
+            value=data["stored_size"],
         )
 
 
-def check_single_image(model: nn.Module, values: Mapping[str, Any], device: torch.device) -> None:
+def check_single_image(model: nn.Module, values: TrainConfig, device: torch.device) -> None:
     """Pass a batch of one image through the model in training mode: batch norm may have no variance to divide by."""
     data = values["data"]
     shape = (1, data["channels"], data["image_size"], data["image_size"])

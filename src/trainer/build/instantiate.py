@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from core.errors import ConfigError, PreceptorError, suggest
+from core.options.files import options_with
 
 SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
@@ -132,4 +133,6 @@ def check_arguments(
         if not key.startswith("_") and key not in parameters and key not in also:
             known = [*(name for name in parameters if name not in given), *also]
             hint = suggest(key, known) or f"it takes {', '.join(known)}"
+            if options := options_with(f"{section}.{key}"):
+                hint = f"{options} {'has' if ',' not in options else 'have'} it; {hint}"
             raise ConfigError(f"{section}.{key}", f"{node['_target_']} takes no such argument; {hint}", value=value)

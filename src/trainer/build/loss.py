@@ -1,18 +1,16 @@
 """The loss of a training."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
 from core.errors import ConfigError
+from core.options.declarations import LossOptions
 from data.sources.splits import Splits
 from trainer.build.instantiate import construct, parameters_of, resolve
 from trainer.optim.losses import balanced_weights
 
 
-def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Module:
+def build_loss(node: LossOptions, splits: Splits, *, mixes: bool) -> nn.Module:
     """Return the loss, after a dry run on labels as augmentation makes them.
 
     The class weights `balanced` are computed from the train split.
@@ -27,6 +25,8 @@ def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Mo
     # A loss from elsewhere, put in the place of ours, need not take what is not set.
     given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
     loss = construct(given, "loss")
+    if not isinstance(loss, nn.Module):
+        raise ConfigError("loss._target_", "must build a torch.nn.Module", value=node["_target_"])
     targets = torch.full((2, count), 1 / count) if mixes else torch.zeros(2, dtype=torch.long)
     try:
         value = loss(torch.zeros(2, count), targets)
@@ -38,7 +38,7 @@ def build_loss(node: Mapping[str, Any], splits: Splits, *, mixes: bool) -> nn.Mo
     return loss
 
 
-def auxiliary_weight(node: Mapping[str, Any], model: nn.Module) -> float:
+def auxiliary_weight(node: LossOptions, model: nn.Module) -> float:
     """Return the weight of each auxiliary head's loss: the config's, else the model's own, else GoogLeNet's."""
     weight = node.get("auxiliary_weight")
     return getattr(model, "auxiliary_weight", 0.3) if weight is None else weight

@@ -1,17 +1,15 @@
 """The model: constructed with weights that are a function of the seed, and moved to its device."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
 from core.errors import ConfigError
+from core.options.declarations import TrainConfig
 from trainer.build.generators import seeded
 from trainer.build.instantiate import construct
 
 
-def build_model(values: Mapping[str, Any], *, init_seed: int) -> nn.Module:
+def build_model(values: TrainConfig, *, init_seed: int) -> nn.Module:
     """Return the model, its initial weights a function of the seed; the caller's generators stay as they are."""
     with seeded(init_seed):
         try:

@@ -1,33 +1,33 @@
 """The optimizer of a training."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from core.errors import ConfigError
+from core.options.declarations import OptimizerOptions
 from trainer.build.instantiate import construct, parameters_of, resolve
 from trainer.optim.muon import Muon
 from trainer.optim.parameter_groups import fill_momentum, group_parameters
 
 
 def build_optimizer(
-    node: Mapping[str, Any], model: nn.Module, *, decayed: Collection[nn.Parameter], device: torch.device
+    node: OptimizerOptions, model: nn.Module, *, decayed: Collection[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
     """Return the optimizer over its parameter groups; parameters that are not `decayed` get no weight decay."""
     if "lr" not in node:
         raise ConfigError("optimizer.lr", "missing: the learning rate, a number > 0")
-    target = resolve("optimizer", node["_target_"])
+    target, extra = resolve("optimizer", node["_target_"]), {}
     is_torchs = str(getattr(target, "__module__", "")).startswith("torch.optim")
     takes_fused = is_torchs and "fused" in (parameters_of(target) or {}) and not node.get("foreach")
     # One kernel a step: 2.5 to 4 times as fast on a CPU, and on CUDA it can be told on the device to skip. Adagrad's is
     # for the CPU alone in older versions of torch.
     if takes_fused and (device.type == "cpu" or target is not torch.optim.Adagrad):
-        node = {"fused": True, **node}
-    make = construct({**node, "_partial_": True}, "optimizer")
+        extra = {"fused": True}
+    make = construct({**extra, **node, "_partial_": True}, "optimizer")
     try:
-        optimizer = make(group_parameters(model, decayed=decayed, with_muon=target is Muon))
+        optimizer: torch.optim.Optimizer = make(group_parameters(model, decayed=decayed, with_muon=target is Muon))
     except ConfigError as error:
         raise error.under("optimizer") from None
     except (TypeError, ValueError, RuntimeError) as exception:

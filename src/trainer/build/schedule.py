@@ -1,40 +1,36 @@
 """The schedule of a training."""
 
 import inspect
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from core.errors import ConfigError
+from core.options.declarations import ScheduleOptions
+from core.options.files import options_with
 from trainer.build.instantiate import construct, resolve
 from trainer.durations import warmup_steps
 from trainer.monitor.metrics import resolve_mode
 from trainer.optim.schedules import Factor, one_cycle_momentum
 from trainer.optim.scheduling import FactorSchedule, Plateau, Schedule, TorchScheduler, momentum_of
 
-USED_BY = {  # keys of the trainer beside the arguments of a schedule
-    "interval": "it is for schedule=torch",
-    "momentum": "it is for schedule=one_cycle",
-    "warmup_epochs": "all but schedule=torch have it",
-}
+NOT_ARGUMENTS = ("interval", "momentum", "warmup_epochs")  # keys that the trainer reads, for some schedules
 
 
 def build_schedule(
-    node: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
+    node: ScheduleOptions, optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
 ) -> Schedule:
     """Return the schedule over the learning rates of the parameter groups."""
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    own = {key: value for key, value in node.items() if key not in USED_BY}
+    own = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     target = resolve("schedule", node["_target_"])
     is_torchs = inspect.isclass(target) and issubclass(target, LRScheduler)
     used = {"interval"} if is_torchs else {"warmup_epochs"} if target is Plateau else {"warmup_epochs", "momentum"}
-    for key in USED_BY:
-        if key not in used and node.get(key) is not None:
-            explanation = f"is not used by this schedule; {USED_BY[key]}"
-            raise ConfigError(f"schedule.{key}", explanation, value=node[key])
+    for key in NOT_ARGUMENTS:
+        if key not in used and dict(node).get(key) is not None:
+            explanation = f"is not used by this schedule, but by {options_with(f'schedule.{key}')}"
+            raise ConfigError(f"schedule.{key}", explanation, value=dict(node)[key])
     if target is ReduceLROnPlateau:
         raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
     if is_torchs:
@@ -58,7 +54,8 @@ def build_schedule(
         )
     if target is Plateau:
         own["mode"] = resolve_mode(node["mode"], node["monitor"])
-        return construct(own, "schedule", base_lrs=base_lrs, warmup_steps=warmup)
+        plateau: Schedule = construct(own, "schedule", base_lrs=base_lrs, warmup_steps=warmup)
+        return plateau
     factor = construct({**own, "_partial_": True}, "schedule")
     momentum = _momentum_cycle(node, optimizer)
     try:
@@ -70,15 +67,16 @@ def build_schedule(
     return FactorSchedule(factor, base_lrs=base_lrs, total_steps=total, warmup_steps=warmup, momentum=momentum)
 
 
-def _momentum_cycle(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Factor | None:
+def _momentum_cycle(node: ScheduleOptions, optimizer: torch.optim.Optimizer) -> Factor | None:
     """Return the function that moves momentum against the learning rate, if the config asks for it."""
-    if node.get("momentum") is None:
+    momentum = node.get("momentum")
+    if momentum is None:
         return None
     if "rise" not in node:
         raise ConfigError("schedule.momentum", "needs schedule.rise beside it, as in schedule=one_cycle")
     if not any(momentum_of(group) for group in optimizer.param_groups):
         raise ConfigError("schedule.momentum", "this optimizer has none, or 0; set null", value=node["momentum"])
-    low, high = node["momentum"]  # the schema checks its form
+    low, high = momentum  # the schema checks its form
     if low > high:
         raise ConfigError("schedule.momentum", "must be [lowest, highest]", value=node["momentum"])
     return partial(one_cycle_momentum, low=low, high=high, rise=node["rise"])

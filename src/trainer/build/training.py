@@ -18,6 +18,7 @@ from torch import nn
 
 from core.config import Config
 from core.errors import ConfigError
+from core.options.declarations import EarlyStoppingOptions, TrainConfig
 from core.seeding import fold
 from data.loading.loaders import TrainLoader
 from data.sources.splits import Splits
@@ -48,7 +49,7 @@ from trainer.steps import ClassificationStep
 from trainer.training import Training
 
 
-def build(config: Config, *, saved: Snapshot | None = None) -> tuple[Training, Splits]:
+def build(config: Config[TrainConfig], *, saved: Snapshot | None = None) -> tuple[Training, Splits]:
     """Return the training that a config describes, at step 0, and its data.
 
     `saved` is the snapshot that a resumed run will load: its normalisation is used, and nothing is fitted or loaded
@@ -61,14 +62,14 @@ def build(config: Config, *, saved: Snapshot | None = None) -> tuple[Training, S
 
 
 def _build(
-    config: Config, values: dict[str, Any], device: torch.device, saved: Snapshot | None
+    config: Config[TrainConfig], values: TrainConfig, device: torch.device, saved: Snapshot | None
 ) -> tuple[Training, Splits]:
     """Do what `build` does, within seeded generators."""
     settings, seed = values["trainer"], values["seed"]
     check_classes(values)
     augmentation = build_augmentation(values["augment"], values["data"])
 
-    known = saved_normalisation(saved, str(values["resume"]), kind=values["data"].get("normalise")) if saved else None
+    known = saved_normalisation(saved, str(values["resume"]), kind=values["data"]["normalise"]) if saved else None
     splits = build_data(values["data"], seed=seed, normalisation=known)
     monitors = check_monitors(values, has_val=splits.val is not None)
     record = with_classes(config.record, splits.class_names)
@@ -89,8 +90,9 @@ def _build(
     state = build_state(
         values,
         model,
-        early_stopping=EarlyStopping(**{**settings["early_stopping"], "mode": monitors["trainer.early_stopping"]}),
+        early_stopping=build_early_stopping(settings["early_stopping"], mode=monitors["trainer.early_stopping"]),
         normalisation=normalisation,
+        config=record,
         data={"class_names": splits.class_names, "fingerprint": splits.fingerprint, "counts": splits.counts},
         device=device,
         total_steps=loop_settings.total_steps,
@@ -115,7 +117,18 @@ def _build(
     return training, splits
 
 
-def build_settings(values: Mapping[str, Any], loader: TrainLoader, *, monitor_mode: str) -> Settings:
+def build_early_stopping(options: EarlyStoppingOptions, *, mode: str) -> EarlyStopping:
+    """Return the rule that ends a run whose metric does not improve; `mode` is min or max."""
+    return EarlyStopping(
+        monitor=options["monitor"],
+        mode=mode,
+        patience=options["patience"],
+        min_delta=options["min_delta"],
+        geometric=options["geometric"],
+    )
+
+
+def build_settings(values: TrainConfig, loader: TrainLoader, *, monitor_mode: str) -> Settings:
     """Return the settings of the loop, every duration in steps."""
     trainer, checkpoint = values["trainer"], values["trainer"]["checkpoint"]
     per_epoch = loader.steps_per_epoch
@@ -123,13 +136,14 @@ def build_settings(values: Mapping[str, Any], loader: TrainLoader, *, monitor_mo
     if total is None:
         raise ConfigError("trainer.max_epochs", "set it or trainer.max_steps: schedules span the whole run", value=None)
     steps = partial(to_steps, steps_per_epoch=per_epoch, samples_per_epoch=loader.samples_per_epoch, total_steps=total)
-    every = {key: trainer[key] and steps(trainer[key]) for key in ("evaluate_every", "log_every", "histograms_every")}
     return Settings(
         seed=values["seed"],
         total_steps=total,
         budget="max_steps" if total == trainer["max_steps"] else "max_epochs",
         max_minutes=trainer["max_minutes"],
-        **every,
+        evaluate_every=steps(trainer["evaluate_every"]),
+        log_every=steps(trainer["log_every"]),
+        histograms_every=steps(trainer["histograms_every"]) if trainer["histograms_every"] else None,
         checkpoint_every=checkpoint["every_steps"],
         checkpoint_keep=checkpoint["keep"],
         monitor=checkpoint["monitor"],
@@ -139,12 +153,13 @@ def build_settings(values: Mapping[str, Any], loader: TrainLoader, *, monitor_mo
 
 
 def build_state(
-    values: Mapping[str, Any],
+    values: TrainConfig,
     model: nn.Module,
     *,
     early_stopping: EarlyStopping,
     normalisation: Normalisation,
     data: Mapping[str, Any],
+    config: Mapping[str, Any],
     device: torch.device,
     total_steps: int,
     steps_per_epoch: int,
@@ -175,12 +190,13 @@ def build_state(
         ema=ExponentialMovingAverage(model, decay=settings["ema_decay"]) if settings["ema_decay"] else None,
         normalisation=normalisation,
         data=data,
+        config=config,
         steps_per_epoch=steps_per_epoch,
     )
 
 
 def build_step(
-    values: Mapping[str, Any], state: TrainState, loss_function: nn.Module, precision: AbstractContextManager[object]
+    values: TrainConfig, state: TrainState, loss_function: nn.Module, precision: AbstractContextManager[object]
 ) -> ClassificationStep:
     """Return the object that makes one optimizer step; it calls the model compiled if the config asks for it."""
     settings, model = values["trainer"], state.model

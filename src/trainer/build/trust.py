@@ -10,6 +10,7 @@ from typing import Any
 
 from core.config import Config
 from core.errors import SecurityError
+from core.options.declarations import TrainConfig
 
 # Of ours those modules alone whose classes and functions a config is meant to name: others read and write files.
 TRUSTED = (
@@ -22,7 +23,7 @@ HYDRA_KEYS = {"_args_", "_convert_", "_recursive_"}
 DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 
 
-def trusted_values(config: Config) -> dict[str, Any]:
+def trusted_values(config: Config[TrainConfig]) -> TrainConfig:
     """Return the values that may be built; SecurityError if the config of a run names what is not trusted."""
     if not config.from_run:
         return config.values
@@ -44,7 +45,7 @@ def refuse_untrusted(config: Mapping[str, Any], *, trust: list[str]) -> None:
             _refuse_target(name, value, (*TRUSTED, *trust))
 
 
-def without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_downloads(config: TrainConfig) -> TrainConfig:
     """The config with no pretrained weights asked for: those of the run are in its checkpoint."""
 
     def clean(node: Any) -> Any:

@@ -1,12 +1,11 @@
 """The weights that a new run starts from, beside random ones: fitted to images, or those of another run."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
+from core.options.declarations import TrainConfig
 from core.seeding import fold
 from data.sources.splits import Splits, sample
 from trainer.storage.checkpoint import CheckpointFolder, load_weights_file
@@ -14,7 +13,7 @@ from trainer.storage.checkpoint import CheckpointFolder, load_weights_file
 FITTED = 1000  # training images that a model may fit itself to; 600 MB at 224 px
 
 
-def initialise(model: nn.Module, values: Mapping[str, Any], splits: Splits, *, shown: str | None) -> list[str]:
+def initialise(model: nn.Module, values: TrainConfig, splits: Splits, *, shown: str | None) -> list[str]:
     """Give a new run's model the weights that it starts from; returns the report of `init_from`, one fact per line.
 
     A model with a method `fit` sees training images first. `shown` is the source as it may be written to disk.

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.config import fill_environment, read_run_config
 from core.errors import CheckpointError
+from core.options.declarations import TrainConfig
+from core.run_config import checked_run_config, fill_environment
 from data.loading.normalisation import Normalisation
 from data.sources.decode import decode
 from data.sources.pixels import recolour, resize
@@ -30,13 +30,6 @@ from trainer.device import autocast, choose_device
 from trainer.inference.tta import with_tta
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
-
-NEEDED = {
-    "model": ("_target_",),
-    "loss": ("_target_",),
-    "data": ("_target_", "image_size", "channels", "fit"),
-    "trainer": ("tta",),
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class LoadedRun:
     probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
     transform: Transform
     class_names: list[str]
-    config: dict[str, Any]
+    config: TrainConfig
     snapshot: Snapshot
     device: torch.device
     autocast: AbstractContextManager[object]  # within it the model computes in the precision it was trained in
@@ -80,11 +73,7 @@ def load_run(
     are neither built in nor of torch or torchvision; `trust=["package"]` allows those of a package.
     """
     folder = Path(path)
-    config = read_run_config(folder)
-    for section, keys in NEEDED.items():
-        lacking = [key for key in keys if not isinstance(config.get(section), dict) or key not in config[section]]
-        if lacking:
-            raise CheckpointError(str(folder / "config.yaml"), f"lacks {section}.{lacking[0]}")
+    config = checked_run_config(folder)
     config = without_downloads(config)
     refuse_untrusted(config, trust=trust or [])
     checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -112,7 +101,7 @@ def load_run(
         config=config,
         snapshot=snapshot,
         device=place,
-        autocast=autocast(place, _precision(config["trainer"].get("precision", "fp32"), place)),
+        autocast=autocast(place, _precision(config["trainer"]["precision"], place)),
     )
 
 
@@ -121,7 +110,8 @@ def _precision(precision: str, device: torch.device) -> str:
     return "fp32" if precision == "fp16" and device.type == "cpu" else precision
 
 
-def with_data_root(run: LoadedRun, root: str | None) -> dict[str, Any]:
+def with_data_root(run: LoadedRun, root: str | None) -> TrainConfig:
     """The run's config, its data where it lies on this machine."""
-    config = {**run.config, "data": {**run.config["data"], **({"root": root} if root else {})}}
+    data = run.config["data"]
+    config: TrainConfig = {**run.config, "data": {**data, "root": root} if root else data}
     return fill_environment(config)

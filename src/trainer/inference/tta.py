@@ -17,7 +17,8 @@ class Mirrored(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, K)."""
-        return (self.network(images) + self.network(images.flip(3))) / 2
+        logits: Tensor = (self.network(images) + self.network(images.flip(3))) / 2
+        return logits
 
 
 def with_tta(network: nn.Module, tta: str) -> nn.Module:

@@ -22,24 +22,37 @@ class EarlyStopping:
         self.patience, self.min_delta, self.geometric = patience, min_delta, geometric
         self.best: float | None = None
         self.best_epoch = 0.0
-        self.stopped = False
+        self.epoch = 0.0  # of the last evaluation
 
     def observe(self, value: float, epoch: float) -> None:
         """Take the metric after an epoch; `stopped` becomes true if training should stop."""
+        self.epoch = epoch
         if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
             self.best, self.best_epoch = value, epoch
+
+    @property
+    def stopped(self) -> bool:
+        """Whether training should stop after the last evaluation."""
         if self.patience is None:
-            return
+            return False
         if self.geometric is None:
             end = self.best_epoch + self.patience
         else:
             end = max(self.patience, self.geometric * self.best_epoch)
-        self.stopped = epoch >= end - 1e-6  # 14/3 - 8/3 may be slightly less than 2
+        return self.epoch >= end - 1e-6  # 14/3 - 8/3 may be slightly less than 2
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return {"best": self.best, "best_epoch": self.best_epoch, "stopped": self.stopped}
+        return {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "epoch": self.epoch,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]
+        """Continue from `state_dict()`. If another metric is watched from now on, patience begins at this epoch."""
+        self.epoch = self.best_epoch = state["epoch"]
+        if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
+            self.best, self.best_epoch = state["best"], state["best_epoch"]

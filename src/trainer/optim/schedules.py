@@ -61,7 +61,8 @@ def multistep(
 def exponential(step: int, total_steps: int, warmup_steps: int, *, final: float = 0.01) -> float:
     """final^progress: each step multiplies the rate by the same number, and the run ends at `final`."""
     require("final", final, 0 < final <= 1, "must be in (0, 1]")
-    return ramp(step, warmup_steps) * final ** progress(step, total_steps, warmup_steps)
+    factor: float = final ** progress(step, total_steps, warmup_steps)
+    return ramp(step, warmup_steps) * factor
 
 
 def inverse_time(step: int, total_steps: int, warmup_steps: int, *, decay: float = 99.0) -> float:
@@ -77,7 +78,7 @@ def polynomial(step: int, total_steps: int, warmup_steps: int, *, power: float =
     """final + (1 - final) (1 - progress)^power; power 1 is a straight line down."""
     require("power", power, power > 0, "must be > 0")
     require("final", final, 0 <= final <= 1, "must be in [0, 1]")
-    left = (1 - progress(step, total_steps, warmup_steps)) ** power
+    left: float = (1 - progress(step, total_steps, warmup_steps)) ** power
     return ramp(step, warmup_steps) * (final + (1 - final) * left)
 
 

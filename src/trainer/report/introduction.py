@@ -1,15 +1,15 @@
 """What a new run shows before its first step: model, data, device, automatic choices, a first batch, the graph."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from core.options.declarations import TrainConfig
 from trainer.report.recorder import Recorder
 from trainer.training import Training
 
 
-def introduce(training: Training, recorder: Recorder, values: Mapping[str, Any], samples: Mapping[str, int]) -> None:
+def introduce(training: Training, recorder: Recorder, values: TrainConfig, samples: Mapping[str, int]) -> None:
     """Log the facts of a new run; `samples` are the sizes of its splits."""
     choices, state, folder = values["choices"], training.state, recorder.folder.path
     count = sum(parameter.numel() for parameter in state.model.parameters())

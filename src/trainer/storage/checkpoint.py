@@ -25,7 +25,7 @@ from core.errors import CheckpointError
 from trainer.snapshot import Snapshot
 from trainer.storage.safetensors_file import read_header, written
 
-FORMAT = 3  # of what is in a checkpoint; any other is refused
+FORMAT = 4  # of what is in a checkpoint; any other is refused
 METADATA_KEY = "preceptor"  # one key: safetensors writes several in any order, and the hash must be reproducible
 NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
 

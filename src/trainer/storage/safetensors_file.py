@@ -77,7 +77,7 @@ def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
     try:
         if text.count(b"{") + text.count(b"[") > MOST_BRACKETS:
             raise ValueError("too many entries")
-        header = json.loads(text, object_pairs_hook=_unique)
+        header: dict[str, Any] = json.loads(text, object_pairs_hook=_unique)
         _check_tensors(header, size=len(content) - 8 - length)
     except (ValueError, RecursionError) as exception:
         raise CheckpointError(str(source), f"not a safetensors file: {exception}") from None

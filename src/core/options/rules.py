@@ -1,4 +1,4 @@
-"""Rules of the config schema: functions that build the checks of single values.
+"""Rules: functions that build the checks of single values, for the declarations in core.options.declarations.
 
 A rule takes a value. It returns None if the value is allowed, and otherwise a text that describes what is allowed.
 """
@@ -67,12 +67,14 @@ def optional(rule: Rule) -> Rule:
     return checked
 
 
-def either(first: Rule, second: Rule) -> Rule:
-    """What one of two rules allows."""
+def either(*rules: Rule) -> Rule:
+    """What one of several rules allows."""
 
     def rule(value: Any) -> str | None:
-        one, other = first(value), second(value)
-        return f"{one}, or {other.removeprefix('must be ')}" if one and other else None
+        refusals = [each(value) for each in rules]
+        if None in refusals:
+            return None
+        return "must be " + ", or ".join(str(refusal).removeprefix("must be ") for refusal in refusals)
 
     return rule
 

@@ -1,0 +1,279 @@
+"""The options of every script: each is declared once, here, with its type, its range and what may change it.
+
+The declaration of an option is a key of a TypedDict, so a type checker knows the type of every value that is read from
+a config. The default and the comment of the option are the YAML line in configs/. What follows from a declaration:
+
+    validation and its error messages             core.options.schema
+    which keys a resumed run may change           FREE_ON_RESUME
+    which keys two comparable runs may differ in  NOT_COMPARED
+
+A section with a `_target_` also holds the arguments of that class or function. Its keys that are declared here are
+checked before torch is imported; the builder checks the others against the signature.
+"""
+
+import re
+from enum import Enum
+from typing import Annotated, Any, Literal, Required, TypedDict
+
+from core.options.rules import duration, like, list_of, number, switched_off_by, whole
+
+
+class Mark(Enum):
+    """A property of an option besides its type and range."""
+
+    FREE_ON_RESUME = "a resumed run may change it"
+    NOT_COMPARED = "runs with other values are comparable: it changes no result"
+
+
+FREE_ON_RESUME, NOT_COMPARED = Mark.FREE_ON_RESUME, Mark.NOT_COMPARED
+
+# Types with a range
+
+Count = Annotated[int, whole(1)]
+CountOrZero = Annotated[int, whole(0)]
+Pixels = Annotated[int, whole(1, 2**14)]
+Positive = Annotated[float, number(0, without="low")]
+NonNegative = Annotated[float, number(0)]
+Share = Annotated[float, number(0, 1)]
+ShareBelowOne = Annotated[float, number(0, 1, without="high")]
+ShareAboveZero = Annotated[float, number(0, 1, without="low")]
+OpenShare = Annotated[float, number(0, 1, without="low high")]
+Duration = Annotated[str, duration]
+Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
+Mode = Literal["auto", "min", "max"]
+Device = Literal["auto", "cpu", "cuda"]
+Switch = Literal["auto", True, False]
+
+SPLITS = ("train", "val", "test")
+OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
+CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
+
+
+# train.py: sections with a `_target_`
+
+
+class ModelOptions(TypedDict, total=False):
+    """Section `model`."""
+
+    _target_: Required[str]
+    num_classes: Annotated[int, whole(2)] | None
+    in_channels: Count
+
+
+class DataOptions(TypedDict, total=False):
+    """Section `data`: the keys of every data set (required), then arguments that several data sets take."""
+
+    _target_: Required[str]
+    image_size: Required[Pixels]
+    stored_size: Required[Pixels | None]
+    channels: Required[Literal[1, 3]]
+    num_classes: Required[Annotated[int, whole(2)] | None]
+    fit: Required[Literal["resize", "pad"]]
+    val_fraction: Required[ShareBelowOne]
+    limit_train: Required[Count | None]
+    limit_eval: Required[Count | None]
+    batch_size: Required[Count]  # free on resume together with trainer.accumulate: see BATCHES
+    eval_batch_size: Required[Count]
+    drop_last: Required[Switch]
+    num_workers: Required[Annotated[CountOrZero, FREE_ON_RESUME, NOT_COMPARED]]
+    timeout_s: Required[Annotated[Positive, FREE_ON_RESUME, NOT_COMPARED]]
+    memory_budget: Required[NonNegative]
+    normalise: Required[Literal["none", "per_channel", "pca", "zca"]]
+    whitening_epsilon: Required[Positive]
+
+    root: Annotated[str | None, FREE_ON_RESUME, NOT_COMPARED]
+    download: Annotated[bool, FREE_ON_RESUME, NOT_COMPARED]
+    test_fraction: ShareBelowOne
+    on_bad_image: Annotated[Literal["error", "skip"], FREE_ON_RESUME, NOT_COMPARED]
+    max_pixels: Count
+    cache_dir: Annotated[str | None, FREE_ON_RESUME, NOT_COMPARED]
+
+
+class OptimizerOptions(TypedDict, total=False):
+    """Section `optimizer`."""
+
+    _target_: Required[str]
+    lr: Annotated[Positive, FREE_ON_RESUME]
+    momentum: Annotated[ShareBelowOne, FREE_ON_RESUME]
+    betas: Annotated[list[float], list_of(number(0, 1, without="high"), length=2)]
+    eps: Positive
+    weight_decay: Annotated[NonNegative, FREE_ON_RESUME]
+    nesterov: bool
+    alpha: ShareBelowOne
+    centered: bool
+    lr_decay: NonNegative
+    initial_accumulator_value: NonNegative
+    adamw_lr: Annotated[Positive | None, FREE_ON_RESUME]
+
+
+class ScheduleOptions(TypedDict, total=False):
+    """Section `schedule`."""
+
+    _target_: Required[str]
+    warmup_epochs: Annotated[float, number(0, 1e6)]
+    momentum: Annotated[list[float], list_of(number(0, 1, without="low high"), length=2)] | None
+    rise: OpenShare
+    every: ShareAboveZero
+    final: Share
+    decay: NonNegative
+    power: Positive
+    periods: Annotated[int, whole(1, 100)]
+    multiplier: Annotated[float, number(1, 1000)]
+    start_divisor: Annotated[float, number(1)]
+    final_divisor: Annotated[float, number(1)]
+    interval: Literal["epoch", "step"]
+    monitor: Metric
+    mode: Mode
+
+
+class LossOptions(TypedDict, total=False):
+    """Section `loss`."""
+
+    _target_: Required[str]
+    auxiliary_weight: NonNegative | None
+    delta: ShareAboveZero
+    label_smoothing: ShareBelowOne
+    class_weights: Literal["balanced"] | list[Positive] | None
+
+
+# train.py: sections of the trainer
+
+
+class EarlyStoppingOptions(TypedDict):
+    """Section `trainer.early_stopping`."""
+
+    monitor: Annotated[Metric, FREE_ON_RESUME]
+    mode: Annotated[Mode, FREE_ON_RESUME]
+    patience: Annotated[Count | None, FREE_ON_RESUME]
+    min_delta: Annotated[NonNegative, FREE_ON_RESUME]
+    geometric: Annotated[Annotated[float, number(1, without="low")] | None, FREE_ON_RESUME]
+
+
+class CheckpointOptions(TypedDict):
+    """Section `trainer.checkpoint`."""
+
+    every_steps: Annotated[Count | None, FREE_ON_RESUME, NOT_COMPARED]
+    keep: Annotated[Count | None, FREE_ON_RESUME, NOT_COMPARED]
+    monitor: Metric | None
+    mode: Mode
+
+
+class TrainerOptions(TypedDict):
+    """Section `trainer`."""
+
+    max_epochs: Annotated[Count | None, FREE_ON_RESUME]
+    max_steps: Annotated[Count | None, FREE_ON_RESUME]
+    max_minutes: Annotated[Positive | None, FREE_ON_RESUME]
+    device: Annotated[Device, FREE_ON_RESUME, NOT_COMPARED]
+    threads: Annotated[Annotated[int, whole(1, 4096)] | None, FREE_ON_RESUME, NOT_COMPARED]
+    precision: Literal["fp32", "bf16", "fp16"]
+    tf32: Switch
+    compile: bool
+    channels_last: Switch
+    deterministic: bool
+    accumulate: Count  # free on resume together with data.batch_size: see BATCHES
+    clip_norm: Annotated[Positive | None, FREE_ON_RESUME]
+    l1: NonNegative
+    on_nonfinite: Annotated[Literal["stop", "skip"], FREE_ON_RESUME]
+    ema_decay: OpenShare | None
+    weight_decay_on: Literal["all", "weights"]
+    bias_lr_factor: Positive
+    tta: Literal["none", "mirror"]
+    evaluate_every: Duration
+    log_every: Annotated[Duration, FREE_ON_RESUME, NOT_COMPARED]
+    histograms_every: Annotated[Duration | None, FREE_ON_RESUME, NOT_COMPARED]
+    log_graph: Annotated[bool, FREE_ON_RESUME, NOT_COMPARED]
+    log_images: Annotated[bool, FREE_ON_RESUME, NOT_COMPARED]
+    early_stopping: Annotated[EarlyStoppingOptions, switched_off_by("trainer.early_stopping.patience=null")]
+    checkpoint: CheckpointOptions
+
+
+# Free on resume too, as long as their product stays: what did not fit into memory may continue in smaller batches.
+BATCHES = ("data.batch_size", "trainer.accumulate")
+
+
+# The config of each script
+
+
+class TrainConfig(TypedDict):
+    """The config of train.py, and of a run folder."""
+
+    seed: CountOrZero
+    run_dir: Annotated[str | None, NOT_COMPARED]
+    resume: Annotated[str | None, NOT_COMPARED]
+    init_from: str | None
+    trust: Annotated[list[str], NOT_COMPARED]
+    traceback: Annotated[bool, NOT_COMPARED]
+    choices: dict[str, str]  # group -> the name of the option that was chosen; not a key of any YAML file
+    model: ModelOptions
+    data: DataOptions
+    augment: dict[str, Any]  # step -> its class and arguments
+    optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    loss: LossOptions
+    trainer: TrainerOptions
+
+
+class SweepOptions(TypedDict):
+    """Section `sweep`."""
+
+    dir: str | None
+    name: str | None
+    storage: str | None
+    trials: Count | None
+    parallel: Annotated[int, whole(1, 1000)]
+    seeds: Annotated[int, whole(1, 1000)]
+    minutes: Positive | None
+    objectives: list[Annotated[str, like(OBJECTIVE, "max METRIC or min METRIC")]]
+    constraints: list[Annotated[str, like(CONSTRAINT, "METRIC < NUMBER, or with >, <= or >=")]]
+    sampler: Literal["random", "grid", "tpe", "cmaes", "nsga2"]
+    startup: CountOrZero
+    pruner: Literal["none", "median", "asha", "hyperband"]
+    grace: Count
+    reduction: Annotated[int, whole(2, 100)]
+    retries: Annotated[int, whole(0, 100)]
+    on_error: Literal["continue", "stop"]
+    warm: bool
+    stale_after: Annotated[int, whole(10)]
+    space: dict[str, Any]
+
+
+class SweepConfig(TrainConfig):
+    """The config of sweep.py: that of all its trials, and the section `sweep`."""
+
+    sweep: SweepOptions
+
+
+class RunConfig(TypedDict):
+    """What evaluate.py and predict.py have in common."""
+
+    run: str
+    checkpoint: Literal["best", "last"]
+    device: Device
+    trust: list[str]
+    traceback: bool
+
+
+class EvaluateConfig(RunConfig):
+    """The config of evaluate.py."""
+
+    split: Literal["train", "val", "test"]
+    root: str | None
+
+
+class PredictConfig(RunConfig):
+    """The config of predict.py."""
+
+    input: str
+    output: str
+    batch_size: Count
+
+
+class RunsConfig(TypedDict):
+    """The config of runs.py."""
+
+    folder: str
+    sort: str
+    output: str | None
+    curves: str | None
+    traceback: bool
