@@ -8,21 +8,21 @@
     step        samples a second in training steps. `limit` repeats one batch that lies ready, with the same network,
                 layout and optimizer; `ours` is the trainer itself, with its logs; `plain` is a loop over torchvision's
                 transforms and a DataLoader; Lightning and fastai (the extra `bench`) get the same DataLoader. These
-                three have torch's defaults: SGD not fused, pictures not channels_last
+                three have torch's defaults: SGD not fused, images not channels_last
     own         microseconds a step that are the trainer's own: less a bare loop over the same batches
     loader      samples a second from uint8 to augmented, normalised batches, no network; against a DataLoader
     folder      an epoch of a folder of photographs: decoded each time, and read from its cache
     evaluation  samples a second in evaluation, against the forward pass of one batch that lies ready
     logs        what logging at every step and saving at every fifth cost, against neither
     growth      microseconds a sample in training, as data, batches and networks grow
-    memory      peak memory of a process that trains; the others hold as many pictures, as an array
+    memory      peak memory of a process that trains; the others hold as many images, as an array
     start       seconds from the command to the end of a first step, and of `import torch, torchvision`
-    cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop: pictures on the
+    cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop: images on the
                 device, and photographs that workers read from their cache; then `experiment=cifar10_gpu`
 
 All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
 CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where the first two are missing, made-up
-pictures of that size stand in, and what needs the folder is left out.
+images of that size stand in, and what needs the folder is left out.
 """
 
 import argparse

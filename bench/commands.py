@@ -30,8 +30,8 @@ def peer(name):
     values = c.composed(*given).values
     data = values["data"]
     count = 60000 if given[0] == "data=mnist" else 50000
-    pictures = numpy.random.randint(0, 256, (count, *[data["image_size"]] * 2, data["channels"]), numpy.uint8)
-    batches = c.loader_of(pictures, [0] * count, batch_size=data["batch_size"], augment=False, workers=0)
+    images = numpy.random.randint(0, 256, (count, *[data["image_size"]] * 2, data["channels"]), numpy.uint8)
+    batches = c.loader_of(images, [0] * count, batch_size=data["batch_size"], augment=False, workers=0)
     return getattr(c, name)(build_model(values, init_seed=0), batches)
 try:
     if {name!r} == "ours":

@@ -103,7 +103,7 @@ def bare(training: Any, *, one_batch: bool) -> Callable[[Seen], object]:
     return train
 
 
-# Others. What most people write: a Dataset of pictures, torchvision's transforms, a DataLoader.
+# Others. What most people write: a Dataset of images, torchvision's transforms, a DataLoader.
 
 
 def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
@@ -115,7 +115,7 @@ def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
 
 
 def loader_of(pictures: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
-    """A DataLoader of uint8 pictures (N, H, W, C)."""
+    """A DataLoader of uint8 images (N, H, W, C)."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 

@@ -26,7 +26,7 @@ def bench_cuda(options: argparse.Namespace) -> dict[str, Line]:
 def bench_large(
     options: argparse.Namespace, networks: Sequence[str], *, size: int, batch: int, given: tuple[str, ...]
 ) -> dict[str, Line]:
-    """Each network on pictures that lie on the device, and on photographs that workers read while it computes."""
+    """Each network on images that lie on the device, and on photographs that workers read while it computes."""
     import torch
 
     # With drop_last they are compiled for one size.

@@ -4,9 +4,9 @@
 
 Prints the class counts of each split, and writes into run_dir (null: outputs/<date>_<time>-look-<data>)
 
-    pictures.png   one row per class: a training image without augmentation, then as the first epochs show it
+    images.png   one row per class: a training image without augmentation, then as the first epochs show it
     classes.png    the class counts
-    rate.png       the learning rate over the run
+    lr.png       the learning rate over the run
 
 and the same for TensorBoard.
 """

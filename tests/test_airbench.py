@@ -19,7 +19,7 @@ SMALL = {"num_classes": 5, "in_channels": 3, "widths": [6, 8]}
 
 
 def coloured(count: int, channels: int = 3, side: int = 9) -> torch.Tensor:
-    """Pictures whose neighbouring pixels and channels say nearly the same, as those of photographs do."""
+    """Images whose neighbouring pixels and channels say nearly the same, as those of photographs do."""
     noise = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1))
     smooth = functional.avg_pool2d(noise, 3, stride=1, padding=1) + 0.1 * noise
     return smooth + 0.5 * smooth.mean(1, keepdim=True) + 0.3
@@ -133,7 +133,7 @@ def test_what_cannot_be_fitted_is_told(monkeypatch):
 
 @pytest.mark.parametrize("card", ["cifar10_30min", "cifar10_gpu"])
 def test_recipes_learn_at_small_scale(tmp_path, card):
-    """Narrow, on made-up pictures, uncompiled: for the values of their keys, and not for their figures."""
+    """Narrow, on made-up images, uncompiled: for the values of their keys, and not for their figures."""
     small = ("model.widths=[8,16]", "data.image_size=12", "data.num_classes=4", "data.batch_size=32")
     given = ("trainer.max_epochs=4", "schedule.warmup_epochs=1", "trainer.threads=1", "trainer.compile=false")
     data = ("data=synthetic", "data.train_samples=320", "data.test_samples=100")

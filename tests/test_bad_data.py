@@ -51,7 +51,7 @@ def bad_contents() -> dict[str, bytes]:
     return {
         "truncated JPEG": noise.getvalue()[:1000],
         "zero bytes": b"",
-        "text": b"not a picture",
+        "text": b"not an image",
         "HTML": HTML,
         "truncated PNG": encoded(1)[:-30],
         "too large": encoded(1, size=(31, 30)),
@@ -59,7 +59,7 @@ def bad_contents() -> dict[str, bytes]:
 
 
 def write(base: Path, counts: dict[str, int], bad: dict[tuple[str, int], bytes]) -> None:
-    """Pictures whose red tells their class and number, but for the bad ones."""
+    """Images whose red tells their class and number, but for the bad ones."""
     for shift, (name, count) in enumerate(counts.items()):
         (base / name).mkdir(parents=True)
         for number in range(count):
@@ -160,7 +160,7 @@ def test_d04_too_many_bad_pictures(tmp_path, streamed):
     write(tmp_path, {"a": 150, "b": 149}, {("a", 3): b"", ("b", 7): HTML})
     prepared(tmp_path, streamed=streamed)  # 2 of 299
     (tmp_path / "a/004.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"3 of 299 pictures are bad, where data.on_bad_image=skip bears 2") as caught:
+    with pytest.raises(DataError, match=r"3 of 299 images are bad, where data.on_bad_image=skip bears 2") as caught:
         prepared(tmp_path, streamed=streamed)
     assert Path(caught.value.subject).name in ("003.jpg", "004.jpg", "007.jpg")
 
@@ -168,10 +168,10 @@ def test_d04_too_many_bad_pictures(tmp_path, streamed):
 def test_d04_a_class_of_bad_pictures_alone(tmp_path):
     write(tmp_path, {"a": 150, "b": 2}, {("b", 0): b"", ("b", 1): b""})
     (tmp_path / "a/000.jpg").rename(tmp_path / "b/extra.txt")
-    with pytest.raises(DataError, match="2 of 151 pictures are bad"):
+    with pytest.raises(DataError, match="2 of 151 images are bad"):
         prepared(tmp_path)
     (tmp_path / "b/001.jpg").unlink()
-    with pytest.raises(DataError, match="is bad, as are all other pictures of its class") as caught:
+    with pytest.raises(DataError, match="is bad, as are all other images of its class") as caught:
         prepared(tmp_path)
     assert caught.value.subject == str(tmp_path / "b/000.jpg")
 
@@ -185,7 +185,7 @@ def test_bad_settings_name_their_key(tmp_path):
 
 
 def test_a_run_skips_bad_pictures_and_goes_on_after_a_stop(tmp_path, caplog):
-    write(tmp_path / "pictures", {"a": 20, "b": 20}, {("a", 3): b"", ("b", 19): HTML})
+    write(tmp_path / "images", {"a": 20, "b": 20}, {("a", 3): b"", ("b", 19): HTML})
     overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
     overrides += ("data.on_bad_image=skip", "data.memory_budget=0", "data.test_fraction=0.5", "data.num_workers=1")
     overrides += ("data.timeout_s=77",)
@@ -404,28 +404,28 @@ def test_d07_sixteen_bits_keep_their_mean(tmp_path, suffix):
 
 
 def test_d15_a_picture_more_is_counted(tmp_path):
-    write(tmp_path / "pictures", {"a": 20, "b": 25}, {})
+    write(tmp_path / "images", {"a": 20, "b": 25}, {})
     overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
     run = built(tmp_path / "run", *overrides)
     stop_after(run, 2)
     with pytest.raises(StopSignal):
         run_to_end(run)
-    picture = tmp_path / "pictures/a/new.jpg"
+    picture = tmp_path / "images/a/new.jpg"
     picture.write_bytes(encoded(1))
-    with pytest.raises(CheckpointError, match="train 36 -> 37 pictures; put it back, .* with init_from=RUN") as caught:
+    with pytest.raises(CheckpointError, match="train 36 -> 37 images; put it back, .* with init_from=RUN") as caught:
         reopened(tmp_path / "run")
     assert caught.value.exit_code == 6
-    (tmp_path / "pictures/a/000.jpg").unlink()
-    with pytest.raises(CheckpointError, match="the same number of pictures, other names or labels"):
+    (tmp_path / "images/a/000.jpg").unlink()
+    with pytest.raises(CheckpointError, match="the same number of images, other names or labels"):
         reopened(tmp_path / "run")
     picture.unlink()
-    (tmp_path / "pictures/a/000.jpg").write_bytes(encoded(0))
+    (tmp_path / "images/a/000.jpg").write_bytes(encoded(0))
     assert reopened(tmp_path / "run") is not None
 
 
 def test_d15_splits_that_come_and_go():
     now = {"counts": {"train": 5, "test": 2}}
-    assert "val 3 -> none pictures, test none -> 2 pictures" in changed_data({"counts": {"train": 5, "val": 3}}, now)
+    assert "val 3 -> none images, test none -> 2 images" in changed_data({"counts": {"train": 5, "val": 3}}, now)
 
 
 # ------------------------------------------------------------------------------------------------------------ archives

@@ -46,7 +46,7 @@ def test_contenders_take_turns_and_are_timed_by_their_steps():
 
 
 def test_a_bench_of_a_moment(tmp_path):
-    """On made-up pictures; in a process of its own, as DataLoaders with workers leave a handler of signals behind."""
+    """On made-up images; in a process of its own, as DataLoaders with workers leave a handler of signals behind."""
     given = ["step", "own", "--only", "MLP", "--rounds", "2", "--seconds", "0.01", "--output", "found/bench.json"]
     command = [sys.executable, str(BENCH / "bench.py"), *given]
     environment = os.environ | {"PRECEPTOR_DATA": str(tmp_path)}

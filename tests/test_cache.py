@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: the same pixels, read without decoding; whole or not there; never in the way."""
+"""The cache of decoded images: the same pixels, read without decoding; whole or not there; never in the way."""
 
 import errno
 import itertools
@@ -28,14 +28,14 @@ BAD = 3
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """36 pictures of three classes, of several sizes and modes."""
+    """36 images of three classes, of several sizes and modes."""
     draw = np.random.default_rng(0)
     for index in range(36):
-        path = tmp_path / "pictures" / f"class {index % 3}" / f"{index:02d}.png"
+        path = tmp_path / "images" / f"class {index % 3}" / f"{index:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (9 + index % 4, 8) if index % 2 else (9, 12, 3)
         Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def files_of(root: Path, *, size: int = 7, on_bad_image: str = "error") -> Images:
@@ -257,7 +257,7 @@ def test_where_it_cannot_be_made_pictures_are_decoded(root, monkeypatch, caplog,
 
 
 def killed_at(number: int) -> Any:
-    """A decoder that kills its process at its number-th picture."""
+    """A decoder that kills its process at its number-th image."""
     real, calls = cache.decode, itertools.count()
 
     def decode(*given: Any, **named: Any) -> Any:
@@ -269,7 +269,7 @@ def killed_at(number: int) -> Any:
 
 
 def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
-    """Killed at every picture: never half a cache; what was begun is removed by whoever makes the next one."""
+    """Killed at every image: never half a cache; what was begun is removed by whoever makes the next one."""
     files = files_of(root).pixels
     assert isinstance(files, Files)
     expected, place = files_of(root).load(), root / ".preceptor"

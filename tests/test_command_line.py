@@ -108,14 +108,14 @@ def test_predict_writes_what_evaluate_counts(folder, run_folder):
     test = digits().test
     pictures = resize(test.pixels[:60], image_size=32, fit="resize")
     for index, picture in enumerate(pictures):
-        place = folder / "pictures" / str(int(test.labels[index]))
+        place = folder / "images" / str(int(test.labels[index]))
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture[0].numpy()).save(place / f"{index:03d}.png")
-    (folder / "pictures" / "notes.txt").write_text("no picture")
-    script("predict", "run=outputs/digits", "input=pictures", "output=out.csv", "batch_size=7", cwd=folder)
+    (folder / "images" / "notes.txt").write_text("no image")
+    script("predict", "run=outputs/digits", "input=images", "output=out.csv", "batch_size=7", cwd=folder)
     rows = read_table(folder / "out.csv")
     assert [row["file"] for row in rows] == sorted(
-        str(path.relative_to(folder / "pictures")) for path in (folder / "pictures").rglob("*.png")
+        str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png")
     )
     run = load_run(run_folder)
     for row in rows:
@@ -212,7 +212,7 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
         assert [event.value for event in scalars[name]] == pytest.approx([line[name] for line in lines], rel=1e-6)
     summary = json.loads((run_folder / "summary.json").read_text())
     assert [event.value for event in scalars["test/accuracy"]] == pytest.approx([summary["test"]["accuracy"]])
-    for tag in ("step/loss", "step/gradient_norm", "rate/all", "momentum/all", "throughput/samples_per_second"):
+    for tag in ("step/loss", "step/gradient_norm", "lr/all", "momentum/all", "throughput/samples_per_second"):
         assert len(scalars[tag]) == summary["step"] // 50 + (summary["step"] % 50 != 0 and summary["epoch"] == 30)
     assert tags["images"] == ["train/augmented"] and tags["graph"] is True
     assert "config/text_summary" in tags["tensors"]
@@ -267,13 +267,13 @@ def test_look_shows_what_would_be_trained_on(tmp_path):
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["all"]] == ["1,294", "144", "359"] and len(rows) == 11
     sizes = {path.name: picture_size(path) for path in (tmp_path / "look").glob("*.png")}
-    assert set(sizes) == {"pictures.png", "classes.png", "rate.png"} and all(min(size) > 200 for size in sizes.values())
+    assert set(sizes) == {"images.png", "classes.png", "lr.png"} and all(min(size) > 200 for size in sizes.values())
 
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
     events.Reload()
-    assert set(events.Runs()["look"]["images"]) == {"look/pictures", "look/classes", "look/rate"}
+    assert set(events.Runs()["look"]["images"]) == {"look/images", "look/classes", "look/lr"}
     steps = -(-1294 // 64) * 3
-    curve = {event.step: event.value for event in events.Scalars("look", "rate/all")}
+    curve = {event.step: event.value for event in events.Scalars("look", "lr/all")}
     assert curve[0] == pytest.approx(0.1 / 25) and max(curve.values()) == pytest.approx(0.1, rel=1e-3)
     assert len(curve) == steps and not (tmp_path / "look/config.yaml").exists()  # nothing was trained
 

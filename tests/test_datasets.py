@@ -45,7 +45,7 @@ def prepare(collection: Collection, **changes: object) -> splits.Splits:
 
 
 def numbered(sizes: list[int], channels: int = 1, size: int = 8) -> Collection:
-    """A collection whose pictures all differ, so that a part can be recognised by its pixels."""
+    """A collection whose images all differ, so that a part can be recognised by its pixels."""
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (len(labels), channels, size, size), generator=generator, dtype=torch.uint8)
@@ -314,7 +314,7 @@ def test_truncated_idx_file(tmp_path):
         datasets.mnist(root=str(tmp_path), download=True)
 
 
-# ------------------------------------------------------------------------------------------------- folders of pictures
+# ------------------------------------------------------------------------------------------------- folders of images
 
 
 def write_folder(base: Path, counts: dict[str, int]) -> None:
@@ -333,7 +333,7 @@ def test_plain_class_folders_get_a_test_part(tmp_path):
     write_folder(tmp_path, {"dog": 10, "cat": 20})
     (tmp_path / "cat/deeper").mkdir()
     (tmp_path / "cat/00.png").rename(tmp_path / "cat/deeper/a.PNG")
-    (tmp_path / "cat/notes.txt").write_text("not a picture")
+    (tmp_path / "cat/notes.txt").write_text("not an image")
     (tmp_path / "cat/._01.png").write_text("what macOS leaves")
     collection = folder(tmp_path)
     assert collection.class_names == ["cat", "dog"] and collection.val is None
@@ -387,13 +387,13 @@ def test_folders_that_cannot_work(tmp_path):
 
 def test_empty_class_folder(tmp_path):
     write_folder(tmp_path, {"a": 4, "b": 0, "c": 4})
-    with pytest.raises(DataError, match="no pictures for b .*data.empty_class=keep"):
+    with pytest.raises(DataError, match="no images for b .*data.empty_class=keep"):
         folder(tmp_path)
     collection = folder(tmp_path, empty_class="keep", test_fraction=0.25)
     assert collection.class_names == ["a", "b", "c"]
     assert collection.train.labels.bincount().tolist() == [3, 0, 3]
     write_folder(tmp_path / "all", {"a": 0, "b": 0})
-    with pytest.raises(DataError, match="no pictures for a, b"):
+    with pytest.raises(DataError, match="no images for a, b"):
         folder(tmp_path / "all", empty_class="keep")
 
 
@@ -421,7 +421,7 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
     loaded = load_run(tmp_path / "run")
     assert loaded.class_names == run.state.data["class_names"]
 
-    # The pictures as they were found, through the run's transform: what the trainer gave to the network.
+    # The images as they were found, through the run's transform: what the trainer gave to the network.
     if name == "imagenet":
         split, found, [batch] = "val", folder(root).val, run.training.val_loader
         pictures = found.pixels.paths
@@ -441,13 +441,11 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
     accuracy = (probabilities.argmax(1) == found.labels).float().mean().item()
     assert f"{len(found)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number, picture in enumerate(pictures[:3]):
         pixels = decode(picture, image_size=None, channels=3) if isinstance(picture, Path) else picture
-        Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"pictures/{number}.png")
-    call(
-        predict_images, shared | {"input": str(tmp_path / "pictures"), "output": str(tmp_path / "out"), "batch_size": 2}
-    )
+        Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"images/{number}.png")
+    call(predict_images, shared | {"input": str(tmp_path / "images"), "output": str(tmp_path / "out"), "batch_size": 2})
     rows = [line.split(",") for line in (tmp_path / "out").read_text().splitlines()]
     assert rows[0][3:] == loaded.class_names
     written = torch.tensor([[float(value) for value in row[3:]] for row in rows[1:]])
@@ -477,7 +475,7 @@ def see_through_palette() -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("picture", "suffix", "colour", "grey"),
+    ("image", "suffix", "colour", "grey"),
     [
         (lambda: Image.new("L", (4, 4), 77), "png", (77, 77, 77), 77),
         (lambda: Image.new("1", (4, 4), 1), "png", (255, 255, 255), 255),
@@ -497,7 +495,7 @@ def see_through_palette() -> Image.Image:
     ],
 )
 def test_golden_pixels_of_each_mode(tmp_path, picture, suffix, colour, grey):
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     picture().save(path)
     pixels = decode(path, image_size=4, channels=3)
     assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.uint8

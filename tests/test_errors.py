@@ -173,10 +173,10 @@ CONFIG = {
     "C04 periods": (["schedule=cosine_restarts", "schedule.periods=2000"], "schedule.periods = 2000", ["<= 100"]),
     "C04 padding": (["augment=crop_flip", "augment.crop.padding=1.5"], "augment.crop.padding = 1.5", ["integer"]),
     "C07 network flag": (["model=vgg_tiny", "model.batch_norm=no"], "model.batch_norm = no", ["must be true or false"]),
-    "C10 one picture": (
+    "C10 one image": (
         ["model=mlp", "model.batch_norm=true", "data.batch_size=1"],
         "data.batch_size = 1",
-        ["batch of one picture"],
+        ["batch of one image"],
     ),
     "mixed labels": (
         ["loss._target_=torch.nn.MultiMarginLoss", "augment=mixup"],
@@ -186,7 +186,7 @@ CONFIG = {
     "some transforms": (
         ["augment=trivial_augment", "augment.trivial_augment.num_magnitude_bins=1"],
         "augment.trivial_augment",
-        ["fails on a picture"],
+        ["fails on an image"],
     ),
     "equal": (["model=mlp", "model.init=equal"], "model.init = equal", ["break symmetry", "equal_anyway"]),
     "threads": (["trainer.threads=999999999999"], "trainer.threads = 999999999999", ["<= 4096"]),
@@ -244,7 +244,7 @@ def pictures(folder: Path, names: list[str], count: int = 3) -> None:
 
 
 def folder_with(tmp_path: Path, case: str) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     if case == "D01 file":
         root.write_text("")
     elif case == "D01 empty":
@@ -261,9 +261,9 @@ def folder_with(tmp_path: Path, case: str) -> Path:
 @pytest.mark.parametrize(
     ("case", "hints"),
     [
-        ("D01 missing", ["pictures", "ROOT/train"]),
-        ("D01 file", ["pictures"]),
-        ("D01 empty", ["pictures"]),
+        ("D01 missing", ["images", "ROOT/train"]),
+        ("D01 file", ["images"]),
+        ("D01 empty", ["images"]),
         ("D02 empty class", ["eel", "empty_class"]),
         ("D03 class sets", ["dog", "eel"]),
     ],

@@ -126,7 +126,7 @@ def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
             if name.removeprefix("override /") != "data" and isinstance(value, str):
                 chosen[name.removeprefix("override /")] = value
         given = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
-        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # made-up pictures have one size
+        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # made-up images have one size
     else:
         chosen[group] = option
         given = [f"{name}={value}" for name, value in chosen.items()]
@@ -137,7 +137,7 @@ def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
     if chosen["data"] == "synthetic":
         given += ["data.train_samples=48", "data.test_samples=8"]
     elif chosen["data"] in ("image_folder", "imagenet"):
-        given += ["data.root=pictures"]
+        given += ["data.root=images"]
     elif "data.download" in keys("data", chosen["data"]):
         given += ["data.download=false"]
     return [*given, f"data.image_size={size}", "data.batch_size=8", "trainer.device=cpu", "trainer.threads=1"], chosen

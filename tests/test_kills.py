@@ -264,7 +264,7 @@ def test_interrupted_ten_times_in_50_ms(tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
     for index in range(60):
         path = root / f"class {index % 3}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)

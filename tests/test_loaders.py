@@ -243,7 +243,7 @@ def test_transforms_run_in_the_workers():
     for num_workers in (0, 1):
         mine = augmentations(mine=ASampleAtATime(InWorker(), name="augment.mine"))
         loader = train_loader(images(8), augmentations=mine, num_workers=num_workers)
-        assert {batch.images.unique().item() for batch in loader.pictures(0)} == {num_workers}
+        assert {batch.images.unique().item() for batch in loader.augmented_batches(0)} == {num_workers}
 
 
 class Breaks:
@@ -256,7 +256,7 @@ def test_a_transform_that_breaks_is_named_also_from_a_worker(num_workers):
     broken = augmentations(mine=ASampleAtATime(Breaks(), name="augment.mine"))
     with pytest.raises(ConfigError) as caught:
         list(train_loader(images(22), augmentations=broken, num_workers=num_workers).steps(0))
-    told = "error[config] augment.mine: fails on a picture (1, 6, 6): RuntimeError: on purpose"
+    told = "error[config] augment.mine: fails on an image (1, 6, 6): RuntimeError: on purpose"
     assert str(caught.value) == told
     assert not workers()  # though `caught` holds the frames of the error
 
@@ -266,7 +266,7 @@ def test_a_broken_file_is_named_also_from_a_worker(files, num_workers):
     files.pixels.paths[7].write_bytes(b"")
     with pytest.raises(DataError) as caught:
         list(train_loader(files, num_workers=num_workers).steps(0))
-    assert str(caught.value).startswith(f"error[data] {files.pixels.paths[7]}: is not a picture")
+    assert str(caught.value).startswith(f"error[data] {files.pixels.paths[7]}: is not an image")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

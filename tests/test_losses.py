@@ -298,7 +298,7 @@ def test_an_evaluation_is_the_same_in_however_many_pieces_it_is_summed_up(monkey
     batches = list(zip(images.split(5), labels.split(5), torch.arange(23).split(5), strict=True))
     found = []
     for noted in (1, 41, 2**24):
-        monkeypatch.setattr(evaluation, "NOTED", noted)
+        monkeypatch.setattr(evaluation, "MAX_PENDING_LOGITS", noted)
         found.append(evaluation.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
     assert found[0] == found[1] == found[2] and network.training
     logits = network(images).double()

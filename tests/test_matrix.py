@@ -103,7 +103,7 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
 SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # off, on
     "dropout": ((), ("model.dropout=0.3",)),
     "batch_norm": ((), ("model.batch_norm=true",)),
-    "files": (("data=synthetic",), ("data=image_folder", "data.memory_budget=0", "data.root={pictures}")),
+    "files": (("data=synthetic",), ("data=image_folder", "data.memory_budget=0", "data.root={images}")),
     "colour": (("data.channels=1",), ("data.channels=3",)),
     "drop_last": ((), ("data.drop_last=true",)),
     "accumulate": ((), ("trainer.accumulate=2",)),
@@ -197,7 +197,7 @@ def overrides(row: Row, pictures: Path) -> tuple[str, ...]:
     chosen = [FACTORS[factor][row[factor]] for factor in FACTORS]
     own = {"batch_norm"} if row["network"] in ("resnet", "airbench") else set()  # they have it, and no key for it
     chosen += [SWITCHES[name][row[name] == "on"] for name in SWITCHES if name not in own]
-    values = {"pictures": pictures, "epochs": epochs, "half": epochs // 2, "long": epochs * 3 // 2}
+    values = {"images": pictures, "epochs": epochs, "half": epochs // 2, "long": epochs * 3 // 2}
     return tuple(text.format(**values) for text in itertools.chain(*chosen, given))
 
 
@@ -208,7 +208,7 @@ def shown(row: Row) -> str:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """A folder of small PNGs, whose training part is as large as that of the synthetic data."""
-    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder = tmp_path_factory.mktemp("data") / "images"
     draw = np.random.default_rng(0)
     for index in range(69):
         path = folder / f"class {index % 4}" / f"{index}.png"
@@ -227,7 +227,7 @@ def _no_traces() -> Iterator[None]:
 # The matrix is what it says it is: counted from what a user would type, not from how the rows were made
 
 WHICH = "says which samples there are, before the first step; a checkpoint holds their fingerprint"
-SHOWN = "draws pictures before the first step"
+SHOWN = "draws images before the first step"
 EXCLUDED = {
     "data.download": WHICH,
     "data.val_fraction": WHICH,

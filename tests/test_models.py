@@ -820,7 +820,7 @@ def test_adapter_fits_a_first_linear_layer() -> None:
     torch.testing.assert_close(adapt(network=network, in_channels=1, num_classes=10)(grey), expected)
     back = adapt(network=network, in_channels=3, num_classes=10)
     torch.testing.assert_close(back(grey.expand(-1, 3, -1, -1)), expected)
-    pooled = nn.Sequential(nn.Linear(7, 10))  # no square picture: left alone
+    pooled = nn.Sequential(nn.Linear(7, 10))  # no square image: left alone
     assert adapt(network=pooled, in_channels=3, num_classes=10)[0].in_features == 7
 
 

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def natural(count: int, *, channels: int = 3, size: int = 5, seed: int = 0) -> Tensor:
-    """Pictures whose neighbours are alike, as those of photographs, in pixels and in channels: uint8 (N, C, H, W)."""
+    """Images whose neighbours are alike, as those of photographs, in pixels and in channels: uint8 (N, C, H, W)."""
     noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
     smooth = (noise.cumsum(2).cumsum(3) + noise.cumsum(1)) * 12 + 110
     return smooth.round().clamp(0, 255).to(torch.uint8)[:, :channels]
@@ -97,7 +97,7 @@ def test_whitened_training_data_has_the_identity_for_a_covariance(kind):
 
 
 def test_whitening_is_that_of_a_singular_value_decomposition():
-    """Another way to the same matrices, over the pictures and not over their covariance."""
+    """Another way to the same matrices, over the images and not over their covariance."""
     pixels, epsilon = natural(500), 0.003
     rows = numpy_rows(pixels)
     mean = rows.mean(0)
@@ -149,7 +149,7 @@ def test_eigenvectors_have_one_sign(monkeypatch):
 
 
 def test_epsilon_bounds_what_is_blown_up():
-    pixels = natural(30)  # fewer pictures than numbers in one: the covariance is singular
+    pixels = natural(30)  # fewer images than numbers in one: the covariance is singular
     pixels[:, :, 0] = 7  # and some pixels never change
     largest = np.linalg.eigvalsh(np.cov(numpy_rows(pixels).T, bias=True))[-1]
     for kind in ("pca", "zca"):

@@ -90,10 +90,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
 
 
 def test_threads_change_no_bit_of_large_pictures():
-    """Where torch gives a sum to several threads, a lone picture is summed in another order than one of several."""
+    """Where torch gives a sum to several threads, a lone image is summed in another order than one of several."""
     images = pictures(2, 3, 224, 224)
     for name in STEPS.keys() - {"early_mixup", "cutmix", "mixup"}:
-        numbers = torch.rand(2, STEPS[name].numbers, generator=torch.Generator().manual_seed(8))
+        numbers = torch.rand(2, STEPS[name].num_random_values, generator=torch.Generator().manual_seed(8))
         expected = STEPS[name](images, numbers)
         try:
             torch.set_num_threads(2)
@@ -121,7 +121,7 @@ def test_grey_and_tiny_pictures_and_float_pixels(name, channels, side):
 def test_no_step_reads_a_number_back_from_the_device(name):
     """Tensors of the device `meta` have no values to read."""
     step, images = copy.deepcopy(STEPS[name]), pictures(8).to("meta")
-    numbers = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.numbers).to("meta")
+    numbers = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.num_random_values).to("meta")
     if len(numbers) == 8:
         assert step(images, numbers).shape == images.shape
     else:
@@ -144,25 +144,25 @@ def test_seed_epoch_index_and_step_all_matter():
         assert all(not torch.equal(ours, theirs) for ours, theirs in zip(base, other))
     assert len({picture.numpy().tobytes() for picture in base}) == N
     drawn = draw({"a": Mixup(alpha=1, probability=1), "b": Mixup(alpha=1, probability=1)})
-    assert not torch.equal(drawn.numbers["a"], drawn.numbers["b"])
+    assert not torch.equal(drawn.random_values["a"], drawn.random_values["b"])
     assert not torch.equal(drawn.partners["a"], drawn.partners["b"])
 
 
 def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_move_anothers():
     drawn = draw(STEPS, seed=9, epoch=4)
     generator = torch.Generator().manual_seed(fold(9, "augment", "flip", 4))
-    assert torch.equal(drawn.numbers["flip"], torch.rand(N, 1, generator=generator))
+    assert torch.equal(drawn.random_values["flip"], torch.rand(N, 1, generator=generator))
     generator = torch.Generator().manual_seed(fold(9, "partner", "mixup", 4))
     assert torch.equal(drawn.partners["mixup"], torch.randint(N, (N,), generator=generator))
     assert list(drawn.partners) == ["early_mixup", "cutmix", "mixup"]
     for name in ("flip", "mixup"):
         alone = draw(CHAINS[name], seed=9, epoch=4)
-        assert torch.equal(alone.numbers[name], drawn.numbers[name])
+        assert torch.equal(alone.random_values[name], drawn.random_values[name])
         assert name == "flip" or torch.equal(alone.partners[name], drawn.partners[name])
 
 
 def test_alternating_numbers_are_those_of_epoch_0_moved_by_a_half():
-    first, second, third, fourth = (draw(STEPS, seed=9, epoch=epoch).numbers["alternate"] for epoch in range(4))
+    first, second, third, fourth = (draw(STEPS, seed=9, epoch=epoch).random_values["alternate"] for epoch in range(4))
     generator = torch.Generator().manual_seed(fold(9, "augment", "alternate", 0))
     assert torch.equal(first, torch.rand(N, 1, generator=generator))
     assert torch.equal(second.double(), (first.double() + 0.5) % 1)
@@ -180,7 +180,7 @@ def test_nothing_to_do():
 
 
 def test_two_mixing_steps_sample_by_sample():
-    """Each picture made for itself alone, by recursion through its partners."""
+    """Each image made for itself alone, by recursion through its partners."""
     names = ["crop", "mixup", "flip", "cutmix", "noise"]
     images, drawn = pictures(N), draw({name: STEPS[name] for name in names})
 
@@ -189,7 +189,7 @@ def test_two_mixing_steps_sample_by_sample():
             return images[index][None], torch.eye(K)[LABELS[index]][None]
         name = names[done - 1]
         picture, label = made(index, done - 1)
-        numbers = drawn.numbers[name][index][None]
+        numbers = drawn.random_values[name][index][None]
         if name not in drawn.partners:
             return STEPS[name](picture, numbers), label
         other, other_label = made(int(drawn.partners[name][index]), done - 1)
@@ -224,12 +224,12 @@ class Draws:
 def test_a_transform_is_what_torchvision_makes_of_its_picture_and_seed():
     images = pictures(30)
     drawn = draw({"transform": STEPS["transform"], "draws": ASampleAtATime(Draws(), name="draws")})
-    shown = STEPS["transform"](images, drawn.numbers["transform"][:30])
-    for ours, picture, number in zip(shown, images, drawn.numbers["transform"][:, 0].tolist()):
+    shown = STEPS["transform"](images, drawn.random_values["transform"][:30])
+    for ours, picture, number in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
         with torch.random.fork_rng():
             torch.manual_seed(int(number * 2**24))
             assert torch.equal(ours, v2.TrivialAugmentWide()(picture))
-    values = drawn.steps["draws"](images, drawn.numbers["draws"][:30])[:, :, 0, 0]
+    values = drawn.steps["draws"](images, drawn.random_values["draws"][:30])[:, :, 0, 0]
     assert all(len(column.unique()) > 20 for column in values.T)
 
 
@@ -245,7 +245,7 @@ def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
         (v2.ToDtype(torch.float32), "must give torch.uint8 .3, 8, 8., as it got; it gives torch.float32 .3, 8, 8."),
         (v2.CenterCrop(5), "it gives torch.uint8 .3, 5, 5."),
         (v2.ToPILImage(), "it gives Image"),
-        (lambda picture: picture @ picture[0, 0, 0, 0], "fails on a picture .3, 8, 8.: IndexError: too many indices"),
+        (lambda picture: picture @ picture[0, 0, 0, 0], "fails on an image .3, 8, 8.: IndexError: too many indices"),
         (7, "must be a step of ours"),
     ],
 )

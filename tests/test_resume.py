@@ -24,7 +24,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError, as_ours
+from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError, as_preceptor_error
 from core.json_lines import read_lines
 from core.options.declarations import TrainConfig
 from core.resume import resumed
@@ -43,7 +43,7 @@ def stopped(run: Run, step: int) -> None:
     assert caught.value.exit_code == 143 and run.state.step == step
 
 
-def go_on(folder: Path, *overrides: str) -> Run:
+def resume_to_end(folder: Path, *overrides: str) -> Run:
     run = reopened(folder, *overrides)
     assert run is not None
     run_to_end(run)
@@ -79,7 +79,7 @@ def test_stopped_before_the_first_step_and_five_times_in_a_row(tmp_path, whole):
         again = reopened(folder)
         assert again is not None
         stopped(again, step)
-    go_on(folder)
+    resume_to_end(folder)
     assert last_state(folder) == last_state(whole(*overrides))
     events = read_lines(folder / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "resume"] == [0, 1, 3, 4, 8, 11]
@@ -130,7 +130,7 @@ def test_each_step_is_told_once(tmp_path, whole):
     state = last_state(reference)
     for step in range(1, 12):  # the state of step 0 is gone by then
         folder = killed_at(reference, tmp_path / str(step), step)
-        go_on(folder)
+        resume_to_end(folder)
         assert last_state(folder) == state, step
         assert scalars(folder) == expected, step
         assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["start", "resume"]
@@ -143,7 +143,7 @@ def test_a_torn_event_file_is_no_obstacle(tmp_path, whole):
     folder = killed_at(reference, tmp_path / "run", 7)
     (events,) = folder.glob("events.out.tfevents.*")
     events.write_bytes(events.read_bytes()[:-9])
-    go_on(folder)
+    resume_to_end(folder)
     assert scalars(folder) == scalars(reference)
 
 
@@ -176,7 +176,7 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
                 assert not (folder / "summary.json").exists()
             else:
                 break
-        go_on(folder)
+        resume_to_end(folder)
         assert last_state(folder) == state, number
     assert number == 4 and last_state(folder) == state  # of four evaluations: whatever else they are is linked
 
@@ -189,7 +189,7 @@ def test_a_signal_during_the_test(tmp_path, whole):
     )
     with pytest.raises(StopSignal):
         run_to_end(run)
-    go_on(tmp_path / "run")
+    resume_to_end(tmp_path / "run")
     reference = whole()
     assert last_state(tmp_path / "run") == last_state(reference)
     assert scalars(tmp_path / "run") == scalars(reference)
@@ -201,7 +201,7 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     stopped(built(folder, *overrides), 8)
     newest = CheckpointFolder(folder / "checkpoints").files("last")[0]
     newest.path.write_bytes(newest.path.read_bytes()[:-1])
-    go_on(folder)
+    resume_to_end(folder)
     assert last_state(folder) == last_state(whole(*overrides))
     _, warning, event = read_lines(folder / "events.jsonl")
     assert newest.path.name in warning["text"] and event["step"] == 6
@@ -256,7 +256,7 @@ def test_an_evaluation_that_is_put_off_is_told_once(tmp_path, whole):
             run_to_end(again)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [3, 6]
     assert scalars(folder)["val/loss"][-1][0] == 6
-    go_on(folder)
+    resume_to_end(folder)
     reference = whole(*overrides)
     assert last_state(folder) == last_state(reference) and scalars(folder) == scalars(reference)
 
@@ -290,7 +290,7 @@ def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
     step = {"training": 2, "validation": 8, "test": 12}[phase]
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0].step in (step, step + 1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
-    go_on(tmp_path / "run")
+    resume_to_end(tmp_path / "run")
     assert last_state(tmp_path / "run") == last_state(whole("trainer.evaluate_every=4 steps"))
 
 
@@ -328,7 +328,7 @@ def test_a_save_that_fails_is_tried_again_before_a_later_one(tmp_path, monkeypat
     assert (
         [file.step for file in checkpoints.files("best")] == [6] == [checkpoints.load("last")[0].values["best"]["step"]]
     )
-    go_on(folder)
+    resume_to_end(folder)
     assert last_state(folder) == last_state(whole(*overrides))
 
 
@@ -352,7 +352,7 @@ def test_damaged_logs_are_told_and_lose_only_what_is_damaged(tmp_path):
     assert len(lines) == 4
     (folder / "metrics.jsonl").write_bytes(lines[0] + b'{"step": 4, \xff\n' + b"".join(lines[2:]) + b'{"st')
     (folder / "summary.json").write_text("{")
-    go_on(folder)
+    resume_to_end(folder)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [2, 6, 8, 10, 12]
     (told,) = [line["text"] for line in read_lines(folder / "events.jsonl") if line["event"] == "warning"]
     assert "metrics.jsonl: line 2 cannot be read" in told
@@ -401,7 +401,7 @@ def test_any_optimizer_of_torchs_is_resumed(tmp_path, whole, name):
     overrides = (*keys, *without, *(["~optimizer.weight_decay"] if name == "Rprop" else []))
     folder = tmp_path / "run"
     stopped(built(folder, *overrides), 7)
-    go_on(folder)
+    resume_to_end(folder)
     assert last_state(folder) == last_state(whole(*overrides))
 
 
@@ -432,7 +432,7 @@ def test_more_epochs(tmp_path, whole, schedule):
     """Under a constant rate it is the longer run; a cosine spans the whole run, and goes on where the longer one is."""
     folder = trained(tmp_path / "run", f"schedule={schedule}", "trainer.max_epochs=1").folder.path
     assert reopened(folder) is None
-    go_on(folder, "trainer.max_epochs=2")
+    resume_to_end(folder, "trainer.max_epochs=2")
     reference = whole(f"schedule={schedule}")
     assert (last_state(folder) == last_state(reference)) == (schedule == "constant")
     lines = read_lines(folder / "metrics.jsonl")
@@ -469,14 +469,14 @@ def test_what_may_not_change(tmp_path):
     with pytest.raises(ConfigError, match=r"optimizer.lr = -1: must be a number > 0"):
         reopened(folder, "optimizer.lr=-1")
     assert contents(folder) == before
-    go_on(folder, "seed=0", "model.hidden=[16]")  # the same values are no change
+    resume_to_end(folder, "seed=0", "model.hidden=[16]")  # the same values are no change
 
 
 def test_what_may_change(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder, "schedule=constant"), 4)
     changes = ["optimizer.lr=0.01", "trainer.max_epochs=3", "trainer.log_every=2 steps", "data.num_workers=1"]
-    go_on(folder, *changes, "trainer.checkpoint.keep=null", "traceback=true")
+    resume_to_end(folder, *changes, "trainer.checkpoint.keep=null", "traceback=true")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["optimizer"]["lr"] == 0.01 and config["trainer"]["max_epochs"] == 3
     assert config["trainer"]["log_every"] == "2 steps" and config["data"]["num_workers"] == 1
@@ -527,7 +527,7 @@ def test_turning_a_run_that_is_under_way(tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     text = events.Tensors("changes/text_summary")[0]
     assert text.step == 4 and b"optimizer.lr: 0.05 -> 0.01" in text.tensor_proto.string_val[0]
-    rates = {event.step: event.value for event in events.Scalars("rate/all")}
+    rates = {event.step: event.value for event in events.Scalars("lr/all")}
     assert rates[4] == pytest.approx(0.05 * 4 / 7) and rates[5] == pytest.approx(0.01 * 5 / 7)
 
 
@@ -553,17 +553,17 @@ def test_flags_and_other_places(tmp_path):
     assert run.state.step == 12
 
 
-# Picture files
+# Image files
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     draw = np.random.default_rng(0)
     for index in range(36):
-        path = tmp_path / "pictures" / f"class {index % 3}" / f"{index}.png"
+        path = tmp_path / "images" / f"class {index % 3}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (9, 8), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 FILES = (
@@ -581,11 +581,11 @@ def test_a_root_from_the_environment(tmp_path, monkeypatch, whole, pictures):
         assert path.is_dir() or str(pictures).encode() not in path.read_bytes(), path
     moved = pictures.rename(tmp_path / "moved")
     before = contents(folder)
-    with pytest.raises(DataError, match="pictures"):
+    with pytest.raises(DataError, match="images"):
         reopened(folder)
     assert contents(folder) == before
     monkeypatch.setenv("PRECEPTOR_DATA", str(moved))
-    go_on(folder)
+    resume_to_end(folder)
     assert last_state(folder) == last_state(whole(*FILES, f"data.root={moved}"))
 
 
@@ -596,7 +596,7 @@ def test_other_data_is_refused(tmp_path, pictures):
     with pytest.raises(CheckpointError, match="fingerprint"):
         reopened(folder)
     (pictures / "class 0" / "99.png").unlink()
-    go_on(folder)
+    resume_to_end(folder)
 
 
 def test_a_lock_is_given_back(tmp_path):
@@ -609,14 +609,14 @@ def test_a_lock_is_given_back(tmp_path):
         reopened(folder)
     for path in (folder / "checkpoints").iterdir():
         path.rename(path.with_suffix(".safetensors"))
-    go_on(folder)
+    resume_to_end(folder)
 
 
 def test_the_clock_goes_on(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     before = json.loads((folder / "summary.json").read_text())
-    run = go_on(folder)
+    run = resume_to_end(folder)
     after = json.loads((folder / "summary.json").read_text())
     assert after["seconds"] > before["seconds"] > 0 and math.isfinite(after["samples_per_second"])
     assert run.state.clock.samples == 88  # each sample once
@@ -638,7 +638,7 @@ def test_the_advice_after_a_step_that_is_not_finite_is_free_on_resume(tmp_path, 
 
 def test_the_advice_after_exhausted_memory_is_free_on_resume(tmp_path):
     """Smaller batches with as many samples a step: the weights differ by rounding alone."""
-    assert "smaller data.batch_size with a larger trainer.accumulate" in str(as_ours(MemoryError()))
+    assert "smaller data.batch_size with a larger trainer.accumulate" in str(as_preceptor_error(MemoryError()))
     given = ("trainer.max_epochs=3", "model.batch_norm=false")
     whole = trained(tmp_path / "whole", *given)
     stopped(built(tmp_path / "run", *given), 8)

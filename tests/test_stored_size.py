@@ -1,4 +1,4 @@
-"""Pictures stored larger than the network sees them: pieces of them, resized as torchvision resizes those of the
+"""Images stored larger than the network sees them: pieces of them, resized as torchvision resizes those of the
 original; the same run to the bit however they are read; evaluation as ever."""
 
 import json
@@ -32,8 +32,8 @@ ORIGINAL, STORED, SEEN = 64, 32, 16  # pixels
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """24 pictures of two classes, lossless: fine stripes, 5 to 8 pixels from one to the next, along or across."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """24 images of two classes, lossless: fine stripes, 5 to 8 pixels from one to the next, along or across."""
+    folder = tmp_path_factory.mktemp("images")
     place = np.arange(ORIGINAL)
     for index in range(24):
         wave = 127.5 + 120 * np.sin(2 * np.pi * place / (5 + index % 4) + index)
@@ -46,7 +46,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def given(root: Path, cache: Path | None, *more: str) -> tuple[str, ...]:
-    """Overrides: a folder, and random pieces of its pictures."""
+    """Overrides: a folder, and random pieces of its images."""
     return (
         *("data=image_folder", f"data.root={root}", f"data.image_size={SEEN}", f"data.stored_size={STORED}"),
         *("data.test_fraction=0.25", "data.val_fraction=0.25", "data.batch_size=4", "data.num_workers=0"),
@@ -84,10 +84,14 @@ def test_pieces_of_the_right_size_are_copied():
 
 
 def shown(run, epoch: int) -> dict[Path, torch.Tensor]:
-    """What an epoch makes of each training picture."""
+    """What an epoch makes of each training image."""
     loader = run.training.train_loader
     paths = loader.source.images.pixels.paths
-    return {paths[row]: image for batch in loader.pictures(epoch) for row, image in zip(batch.indices, batch.images)}
+    return {
+        paths[row]: image
+        for batch in loader.augmented_batches(epoch)
+        for row, image in zip(batch.indices, batch.images)
+    }
 
 
 def test_pieces_have_the_detail_of_the_original(root, tmp_path):
@@ -142,10 +146,10 @@ def test_a_training_is_the_same_to_the_bit(root, tmp_path):
 
 
 def test_only_what_is_trained_on_is_stored_larger(root, tmp_path):
-    """Validation and test are as without the key, measured statistics those of pictures that the network sees; a cache
+    """Validation and test are as without the key, measured statistics those of images that the network sees; a cache
     holds no size that is not read."""
     parts = tmp_path / "parts"
-    for fewer, part in enumerate(("train", "val", "test")):  # not the same pictures, or they would share a cache
+    for fewer, part in enumerate(("train", "val", "test")):  # not the same images, or they would share a cache
         shutil.copytree(root, parts / part)
         for path in list((parts / part).rglob("*.png"))[:fewer]:
             path.unlink()
@@ -184,8 +188,8 @@ def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
 @pytest.mark.parametrize(("more", "told"), [
     ((f"data.stored_size={SEEN - 1}",), "data.stored_size = 15: must be an integer >= data.image_size = 16, or null"),
     (("data.fit=pad",), "data.stored_size = 32: needs data.fit = resize"),
-    (("augment=flip",), "data.stored_size = 32: augmentation leaves pictures of 32 x 32, where data.image_size = 16"),
-    (("augment.resized_crop.size=20",), "data.stored_size = 32: augmentation leaves pictures of 20 x 20"),
+    (("augment=flip",), "data.stored_size = 32: augmentation leaves images of 32 x 32, where data.image_size = 16"),
+    (("augment.resized_crop.size=20",), "data.stored_size = 32: augmentation leaves images of 20 x 20"),
     (("data.stored_size=null", "augment.resized_crop.size=20"), "data.stored_size = null: augmentation leaves"),
     (("augment.resized_crop.size=0",), "augment.resized_crop.size = 0: must be an integer >= 1, or null"),
 ])  # fmt: skip
@@ -206,13 +210,13 @@ def test_the_key_is_checked(root):
 def test_torchvisions_own_brings_pictures_down(root, tmp_path):
     transform = "{_target_:torchvision.transforms.v2.RandomResizedCrop,size:16,antialias:true}"
     run = built(tmp_path / "run", *given(root, None, "augment=[flip]", f"+augment.theirs={transform}"))
-    assert next(iter(run.training.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+    assert next(iter(run.training.train_loader.augmented_batches(0))).images.shape == (4, 3, SEEN, SEEN)
     shrunk = built(tmp_path / "more", *given(root, None, "augment=[random_resized_crop,trivial_augment,cutmix]"))
-    assert next(iter(shrunk.training.train_loader.pictures(0))).images.shape == (4, 3, SEEN, SEEN)
+    assert next(iter(shrunk.training.train_loader.augmented_batches(0))).images.shape == (4, 3, SEEN, SEEN)
 
 
 def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path):
-    """evaluate.py split=train is as of a run without the key; look.py puts pictures of one size side by side."""
+    """evaluate.py split=train is as of a run without the key; look.py puts images of one size side by side."""
     training, splits = build(composed(*given(root, None, "data.memory_budget=0")))
     pictures = look.augmented_images(training.train_loader, splits, image_size=SEEN)["images"]
     assert pictures.shape == (2, 1 + look.EPOCHS, SEEN, SEEN, 3)

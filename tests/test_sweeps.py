@@ -340,17 +340,17 @@ def test_a_metric_that_was_not_finite_is_left_out(tmp_path):
 
 
 def test_pictures_in_a_folder(tmp_path):
-    """A key that is mandatory, as the place of one's own pictures is, stands on the card of the best."""
+    """A key that is mandatory, as the place of one's own images is, stands on the card of the best."""
     for number in range(60):
-        file = tmp_path / "pictures" / f"class {number % 3}" / f"{number}.png"
+        file = tmp_path / "images" / f"class {number % 3}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 4 * number).save(file)
-    data = ("data=image_folder", f"data.root='{tmp_path}/pictures'", "data.image_size=8", "data.channels=1")
+    data = ("data=image_folder", f"data.root='{tmp_path}/images'", "data.image_size=8", "data.channels=1")
     rest = [item for item in QUICK if not item.startswith("data")]
     code, out = swept(tmp_path / "sweep", *data, *rest, LR, "sweep.trials=1", "data.batch_size=8")
     assert code == 0, out
     best = yaml.safe_load((tmp_path / "sweep" / "experiment" / "best.yaml").read_text())
-    assert best["data"]["root"] == f"{tmp_path}/pictures"
+    assert best["data"]["root"] == f"{tmp_path}/images"
 
 
 # The space

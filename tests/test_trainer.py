@@ -500,7 +500,7 @@ def test_a_folder_with_its_data_on_the_way(tmp_path):
 
     def broken(epoch: int, start: int = 0) -> Iterator[Any]:
         if epoch == 1:
-            raise DataError(str(Path("picture.png")), "is gone")
+            raise DataError(str(Path("image.png")), "is gone")
         yield from steps(epoch, start)
 
     run.training.train_loader.steps = broken  # type: ignore[method-assign]

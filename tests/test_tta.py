@@ -1,4 +1,4 @@
-"""Test-time augmentation: every figure is that of the mean over a picture and its mirror image."""
+"""Test-time augmentation: every figure is that of the mean over an image and its mirror image."""
 
 import copy
 import json

@@ -86,7 +86,7 @@ def no_worker_is_left() -> Iterator[None]:
 
 
 def read(do: object, **changes: object) -> list[bytes]:
-    """The pictures of an epoch of eight batches, as three workers give them while `do` happens to one of a worker."""
+    """The images of an epoch of eight batches, as three workers give them while `do` happens to one of a worker."""
     return [batch.images.numpy().tobytes() for [batch] in loader(pixels_of(32), do, **changes).steps(0)]
 
 
@@ -102,7 +102,7 @@ def loader(pixels: Tensor, do: object, **changes: object) -> TrainLoader:
 
 
 class Faulty:
-    """Mirrors a picture; a worker that comes first to some of them does something else."""
+    """Mirrors an image; a worker that comes first to some of them does something else."""
 
     def __init__(self, folder: Path, *, times: int, fault: object) -> None:
         self.folder, self.times, self.fault, self.main = folder, times, fault, os.getpid()
@@ -366,7 +366,7 @@ def test_a_transform_that_cannot_be_pickled_names_its_key():
 def test_a_transform_that_workers_cannot_import_is_a_config_error(monkeypatch):
     worker_server().warm_up()  # before there is such a module
     module = ModuleType("only_here")
-    exec("class Here:\n    def __call__(self, picture):\n        return picture", module.__dict__)
+    exec("class Here:\n    def __call__(self, image):\n        return image", module.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", module)
     streamed = loader(pixels_of(8), module.Here())
     with pytest.raises(ConfigError, match="augment: cannot be sent to loader workers: ModuleNotFoundError.*only_here"):

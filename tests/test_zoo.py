@@ -73,7 +73,7 @@ def rate_of(card: str) -> float:
 
 
 def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
-    """Train on two pictures until the loss is a tenth of what guessing costs; tells what it took.
+    """Train on two images until the loss is a tenth of what guessing costs; tells what it took.
 
     Without what hinders learning by heart: augmentation, dropout, smoothed labels. The gradient is clipped, as a
     recipe's rate is not meant for so small a batch from the first step on.

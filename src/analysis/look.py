@@ -43,9 +43,9 @@ def look_at(config: Config[TrainConfig]) -> None:
     counts = count_classes(splits)
     rates = learning_rates(training)
     figures = {
-        "pictures": image_table(**augmented_images(loader, splits, image_size=values["data"]["image_size"])),
+        "images": image_table(**augmented_images(loader, splits, image_size=values["data"]["image_size"])),
         "classes": class_counts(counts, splits.class_names),
-        "rate": rate_curve(rates, steps_per_epoch=loader.steps_per_epoch),
+        "lr": rate_curve(rates, steps_per_epoch=loader.steps_per_epoch),
     }
     folder = chosen_path(values["run_dir"], job=config.job, names=("look", values["choices"]["data"]))
     write(figures, rates, folder)
@@ -67,7 +67,7 @@ def write(figures: Mapping[str, Figure], rates: Mapping[str, list[float]], folde
             writer.add_figure(f"look/{name}", figure, close=False)
         for group, curve in rates.items():
             for step in range(0, len(curve), max(1, len(curve) // MAX_POINTS)):
-                writer.add_scalar(f"rate/{group}", curve[step], step)
+                writer.add_scalar(f"lr/{group}", curve[step], step)
 
 
 def count_classes(splits: Splits) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from core.durable import write_durably
 from core.errors import DataError
 from core.options.declarations import PredictConfig
 from data.sources.decode import SUFFIXES
-from data.sources.image_folder import pictures_in
+from data.sources.image_folder import image_files_in
 from trainer.device import configure_tf32
 from trainer.inference.load_run import LoadedRun, load_run
 
@@ -41,7 +41,7 @@ def image_paths(source: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, or the one file; raise DataError if there are none."""
     if not source.exists():
         raise DataError(str(source), "no such file or folder (input)")
-    paths = pictures_in(source) if source.is_dir() else [source]
+    paths = image_files_in(source) if source.is_dir() else [source]
     if not paths:
         raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
     return paths

@@ -36,9 +36,9 @@ from core.errors import (
     PreceptorError,
     StopSignal,
     StorageError,
-    as_ours,
+    as_preceptor_error,
     internal_error,
-    is_hung_up_in_vain,
+    sighup_is_ignored,
 )
 from core.options.help import help_text
 from core.options.overrides import check_overrides, parse_overrides
@@ -139,7 +139,7 @@ def _function(main: str, before_import: str | None, config: Config[Any]) -> Iter
     except PreceptorError:
         raise
     except Exception as exception:
-        if (error := as_ours(exception)) is not exception:
+        if (error := as_preceptor_error(exception)) is not exception:
             raise error from exception
         raise internal_error(exception) from exception
 
@@ -174,7 +174,7 @@ def _exit_code() -> Iterator[None]:
     global _asked_for, _wants_traceback
     _asked_for, _wants_traceback = None, False
     for number in STOP_SIGNALS:
-        if not is_hung_up_in_vain(number):
+        if not sighup_is_ignored(number):
             signal.signal(number, _end)
     try:
         yield

@@ -101,7 +101,7 @@ class StopSignal(BaseException):
         self.exit_code = exit_code
 
 
-def is_hung_up_in_vain(number: signal.Signals) -> bool:
+def sighup_is_ignored(number: signal.Signals) -> bool:
     """Has `nohup` asked that the end of the terminal be ignored?"""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
@@ -112,7 +112,7 @@ def is_out_of_memory(exception: BaseException) -> bool:
     return named or "DefaultCPUAllocator" in str(exception)
 
 
-def as_ours(exception: Exception, *, place: str = "storage", step: str | None = None) -> Exception:
+def as_preceptor_error(exception: Exception, *, place: str = "storage", step: str | None = None) -> Exception:
     """What the system or torch has raised, as one of our errors where the user can mend it; any other as it is."""
     if isinstance(exception, OSError):
         reason = exception.strerror or str(exception)

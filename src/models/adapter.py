@@ -3,7 +3,7 @@
     first convolution (or linear layer)        refitted to `in_channels`, its weights kept
     last linear layer (or 1x1 convolution)     made anew when it has another number of outputs than `num_classes`
 
-Refitting keeps what the network says about grey pictures (all channels equal), pretrained or not: for each filter the
+Refitting keeps what the network says about grey images (all channels equal), pretrained or not: for each filter the
 weights of all channels have the same sum as before. Fewer channels: they are added up. More: they are repeated, and the
 copies share the weight.
 
@@ -66,7 +66,7 @@ def _refit_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def _channels_of_flat(features: int) -> int | None:
-    """1 or 3 when this is the size of a square picture, grey or RGB (never both); None leaves the layer alone."""
+    """1 or 3 when this is the size of a square image, grey or RGB (never both); None leaves the layer alone."""
     for channels in (1, 3):
         pixels, rest = divmod(features, channels)
         if rest == 0 and isqrt(pixels) ** 2 == pixels:

@@ -1,4 +1,4 @@
-"""Airbench: a small network that learns 32-pixel pictures in the fewest steps; its first filters are not learnt at all.
+"""Airbench: a small network that learns 32-pixel images in the fewest steps; its first filters are not learnt at all.
 
     whiten   2x2 filters that turn patches into uncorrelated numbers of variance 1, each and its negative -> GELU
     block    3x3 -> max pool -> norm -> GELU -> 3x3 -> norm -> GELU                      three of them
@@ -7,12 +7,12 @@
     32 -2x2-> 24 @ 31 -block-> 64 @ 15 -block-> 256 @ 7 -block-> 256 @ 3 -max, linear-> logits
 
 Neighbouring pixels say nearly the same, so that plain patches differ along few directions, and steps along all others
-are slow. With the covariance S = U L U^T of the patches x of training pictures (2 x 2 x C numbers; L: eigenvalues)
+are slow. With the covariance S = U L U^T of the patches x of training images (2 x 2 x C numbers; L: eigenvalues)
 
     W = (L + epsilon I)^-1/2 U^T        filters (W, -W): as GELU keeps one sign alone, both are there
 
 gives every direction its say from the first step on. The filters stay as they are; only their biases learn. The other
-convolutions begin as the identity on as many maps as they get (Dirac), so that pictures pass through from the start.
+convolutions begin as the identity on as many maps as they get (Dirac), so that images pass through from the start.
 
 Source: Jordan 2024, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, sections 3.1 (network), 3.2 (whitening) and 3.3
 (Dirac), and the norms' constants from its code; the whitening is Page's (How to Train Your ResNet, 2019) and tysam's.
@@ -28,8 +28,8 @@ from torch.nn import functional
 from models.blocks import activation, convolution, initialise, require_counts
 
 PATCH = 2  # pixels; larger filters see more, at the cost of the square
-EPSILON = 5e-4  # added to each variance, the pictures being of variance 1: what varies less is mostly noise
-CHUNK = 64  # pictures whose patches are taken up at a time
+EPSILON = 5e-4  # added to each variance, the images being of variance 1: what varies less is mostly noise
+CHUNK = 64  # images whose patches are taken up at a time
 
 
 class Airbench(nn.Module):
@@ -57,7 +57,7 @@ class Airbench(nn.Module):
         self.minimum_size = 2 ** len(widths) + 1  # leaves one pixel to the head
 
     def fit(self, images: Tensor) -> None:
-        """Fit the first filters to normalised training pictures (N, C, H, W)."""
+        """Fit the first filters to normalised training images (N, C, H, W)."""
         values, vectors = torch.linalg.eigh(patch_covariance(images))  # from the smallest eigenvalue; U's columns
         filters = (vectors * (values + EPSILON).rsqrt()).T.flip(0)  # (D, D), a filter a row, the largest first
         self.whiten.weight.copy_(torch.cat([filters, -filters]).view_as(self.whiten.weight))
@@ -94,10 +94,10 @@ def norm(width: int) -> nn.BatchNorm2d:
 
 
 def patch_covariance(images: Tensor) -> Tensor:
-    """Of all patches x (D,) of pictures (N, C, H, W): (D, D), D = C * PATCH^2, in double precision."""
+    """Of all patches x (D,) of images (N, C, H, W): (D, D), D = C * PATCH^2, in double precision."""
     count, sums, products = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for piece in images.split(CHUNK):
-        patches = functional.unfold(piece, PATCH).double().movedim(1, 0).flatten(1)  # (D, patches of all pictures)
+        patches = functional.unfold(piece, PATCH).double().movedim(1, 0).flatten(1)  # (D, patches of all images)
         count += patches.shape[1]
         sums, products = sums + patches.sum(1), products + patches @ patches.T
     return products / count - torch.outer(sums, sums) / count**2

@@ -1,4 +1,4 @@
-"""The small Inception, for pictures of about 32 pixels: each block looks at its maps at two scales, side by side.
+"""The small Inception, for images of about 32 pixels: each block looks at its maps at two scales, side by side.
 
     Inception   maps -+-> 1x1 ---------------+-> joined channels        Downsample   maps -+-> 3x3, stride 2 -------+->
                       +-> 3x3 ---------------+                                             +-> 3x3 max, stride 2 ---+

@@ -53,7 +53,7 @@ class StepLoader(Protocol):
     def steps(self, epoch: int, start: int = 0) -> Iterable[Sequence[Batch]]:
         """Yield the batches of each step of an epoch, from its step `start` on; labels may be probabilities (B, K)."""
 
-    def pictures(self, epoch: int) -> Iterable[Batch]:
+    def augmented_batches(self, epoch: int) -> Iterable[Batch]:
         """Yield the batches of an epoch, augmented, with pixel values of 0 to 255."""
 
 

@@ -18,7 +18,7 @@ from core.seeding import fold
 from trainer.durations import due
 from trainer.interfaces import Recorder, Saver, StepResult
 from trainer.monitor.interrupts import Interrupts
-from trainer.monitor.metrics import NOTED
+from trainer.monitor.metrics import MAX_PENDING_LOGITS
 from trainer.optim.scheduling import momentum_of
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -97,7 +97,7 @@ class Loop:
         """Record the measurements of the steps since the last log line, if one is due."""
         state, settings = self.state, self.settings
         self.recorder.progress(state.step, state.epoch)
-        state.sums.sum_up(at_least=NOTED)
+        state.sums.sum_up(at_least=MAX_PENDING_LOGITS)
         if due(state.step, settings.histograms_every):
             self.recorder.histograms(state.model, state.step)
         if not due(state.step, settings.log_every, total_steps=settings.total_steps):
@@ -106,7 +106,7 @@ class Loop:
         self.report_skipped()
         measurements |= {f"step/{name}": value.item() for name, value in result.metrics.items()}
         for group in state.optimizer.param_groups:
-            measurements[f"rate/{group['name']}"] = group["lr"]
+            measurements[f"lr/{group['name']}"] = group["lr"]
             if (momentum := momentum_of(group)) is not None:
                 measurements[f"momentum/{group['name']}"] = momentum
         state.clock.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from core.config import Config, leaves
-from core.errors import CheckpointError, NumericalError, StopSignal, StorageError, as_ours
+from core.errors import CheckpointError, NumericalError, StopSignal, StorageError, as_preceptor_error
 from core.options.declarations import SPLITS, TrainConfig
 from core.resume import Changes, changes_between, refuse_changes
 from data.sources.splits import Splits, same_mean
@@ -204,7 +204,7 @@ class Run:
     def fail(self, exception: Exception) -> None:
         """Save the last step and record the failure; raises the error that the user can act on, if it is another."""
         step = step_name(self.state.step + 1, self.state.steps_per_epoch)
-        error = as_ours(exception, place=str(self.folder.path), step=step)
+        error = as_preceptor_error(exception, place=str(self.folder.path), step=step)
         with suppress(Exception):  # the first error is the one to report
             self._keep_last_step(exception)
         with suppress(Exception):

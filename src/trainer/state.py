@@ -198,8 +198,8 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return how data of another fingerprint differs, and what to do."""
     old, new = before["counts"], now["counts"]
     splits = [split for split in ("train", "val", "test") if old.get(split) != new.get(split)]
-    counts = ", ".join(f"{split} {old.get(split, 'none')} -> {new.get(split, 'none')} pictures" for split in splits)
-    what = counts or "the same number of pictures, other names or labels"
+    counts = ", ".join(f"{split} {old.get(split, 'none')} -> {new.get(split, 'none')} images" for split in splits)
+    what = counts or "the same number of images, other names or labels"
     return (
         f"is not the data that this run was trained on (fingerprint): {what}; put it back,"
         " or start a new run from these weights with init_from=RUN"

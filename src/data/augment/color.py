@@ -1,4 +1,4 @@
-"""Augmentations that change colours, the same way for all pixels of a picture.
+"""Augmentations that change colours, the same way for all pixels of an image.
 
 Each is a step of `data.augment.pipeline`: it takes a batch and the uniform random values of each sample,
 and draws none itself.
@@ -16,17 +16,17 @@ class ColorShift:
     """Brightness, contrast, saturation and hue, in this order, each by a factor of the sample's own.
 
         brightness   f x                    f evenly within 1 - brightness to 1 + brightness; likewise
-        contrast     f x + (1 - f) mean of the picture's grey
+        contrast     f x + (1 - f) mean of the image's grey
         saturation   f x + (1 - f) the pixel's grey            grey = 0.2989 red + 0.587 green + 0.114 blue
         hue          turned by f of the colour circle          f evenly within -hue to hue
 
     Cut off at 0 and 255 after each. The definitions are torchvision's (functional.adjust_*), whose ColorJitter has a
-    new order for each picture. A grey picture has neither saturation nor hue.
+    new order for each image. A grey image has neither saturation nor hue.
 
     Source: Howard, Some Improvements on Deep Convolutional Neural Network Based Image Classification, 2013, section 2.
     """
 
-    numbers = 4  # brightness, contrast, saturation, hue
+    num_random_values = 4  # brightness, contrast, saturation, hue
 
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
         self.brightness = require_within("brightness", brightness, 0, 1)
@@ -34,8 +34,10 @@ class ColorShift:
         self.saturation = require_within("saturation", saturation, 0, 1)
         self.hue = require_within("hue", hue, 0, 0.5)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        brightness, contrast, saturation, hue = (2 * numbers - 1)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        brightness, contrast, saturation, hue = (2 * random_values - 1)[:, :, None, None, None].unbind(
+            1
+        )  # (B, 1, 1, 1) each
         images = (images * (1 + self.brightness * brightness)).clamp_(0, 255)
         if self.contrast:
             # Grey in whole 256ths: their sum is exact in double precision, whatever its order.
@@ -52,16 +54,16 @@ class ColorShift:
 class PCAColor:
     """Add to all pixels a multiple of each principal component of the training data's colours.
 
-        x + 255 (p1, p2, p3) (a1 l1, a2 l2, a3 l3)^T    a_i from N(0, sigma^2), once for each picture
+        x + 255 (p1, p2, p3) (a1 l1, a2 l2, a3 l3)^T    a_i from N(0, sigma^2), once for each image
 
     p_i and l_i are eigenvectors and eigenvalues of the 3x3 covariance of the training part's pixels. The formula knows
     their scale, though the paper does not tell it: here it is 0 to 1. (On 0 to 255 the eigenvalues would be 255 times
-    as large beside the pixels, and drown the picture.)
+    as large beside the pixels, and drown the image.)
 
     Source: Krizhevsky, Sutskever and Hinton, ImageNet Classification with Deep CNNs, 2012, section 4.1 (sigma = 0.1).
     """
 
-    numbers = 3  # one for each component
+    num_random_values = 3  # one for each component
 
     def __init__(self, sigma: float) -> None:
         self.sigma = require_within("sigma", sigma, 0, 100)
@@ -74,8 +76,8 @@ class PCAColor:
         vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         self.components = (255 * vectors * values).float()  # (C, C): a column a component
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        multiples = self.sigma * normal(numbers)  # (B, 3)
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        multiples = self.sigma * normal(random_values)  # (B, 3)
         self.components = self.components.to(images.device)  # and there they stay: copying waits for the device
         shift = torch.zeros((), device=images.device)
         for multiple, component in zip(multiples.unbind(1), self.components.unbind(1), strict=False):

@@ -1,4 +1,4 @@
-"""Augmentations that take something away from a picture: a rectangle, sharpness, signal.
+"""Augmentations that take something away from an image: a rectangle, sharpness, signal.
 
 Each is a step of `data.augment.pipeline`: it takes a batch and the uniform random values of each sample,
 and draws none itself.
@@ -20,14 +20,14 @@ from data.augment.geometry import rectangles
 class RandomErasing:
     """Fill a rectangle with `random` colours, with the training part's `mean` colour, or with `black`.
 
-    `area` is its share of the picture, evenly spread; `ratio` is width / height, its logarithm evenly spread. (The
+    `area` is its share of the image, evenly spread; `ratio` is width / height, its logarithm evenly spread. (The
     paper spreads the ratio itself, which makes lying rectangles rarer than standing ones.) Pixels keep their type.
 
     Source: Zhong et al., Random Erasing Data Augmentation, 2017, section 3.2 (probability 0.5, area 2 % to 40 %, ratio
     0.3 to 1 / 0.3, random colours).
     """
 
-    numbers = 6  # whether, area, ratio, top, left, colours
+    num_random_values = 6  # whether, area, ratio, top, left, colours
 
     def __init__(self, probability: float, area: Sequence[float], ratio: Sequence[float], fill: str) -> None:
         self.probability = require_within("probability", probability, 0, 1)
@@ -43,16 +43,18 @@ class RandomErasing:
         if self.fill == "mean":
             self.colour = (255 * mean).round().float()
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         channels, height, width = images.shape[1:]
-        box = rectangles(numbers[:, 1:5], area=self.area, ratio=self.ratio, height=height, width=width)
+        box = rectangles(random_values[:, 1:5], area=self.area, ratio=self.ratio, height=height, width=width)
         top, left, tall, wide = (part[:, None] for part in box)  # (B, 1) each
-        tall = torch.where(numbers[:, :1] < self.probability, tall, 0)
+        tall = torch.where(random_values[:, :1] < self.probability, tall, 0)
         y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
         rows, columns = (y >= top) & (y < top + tall), (x >= left) & (x < left + wide)  # (B, H), (B, W)
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
         if self.fill == "random":
-            colours = (per_pixel(numbers[:, 5], channels * height * width) >> 24).view(images.shape) + 128  # 0 to 255
+            colours = (per_pixel(random_values[:, 5], channels * height * width) >> 24).view(
+                images.shape
+            ) + 128  # 0 to 255
         else:
             self.colour = self.colour.to(images.device)  # and there it stays: copying waits for the device
             colours = self.colour[:, None, None]  # (C, 1, 1)
@@ -62,25 +64,25 @@ class RandomErasing:
 class RandomBlur:
     """Weigh each pixel with its neighbours by a Gaussian, whose standard deviation is the sample's own.
 
-    `sigma`, in pixels, is evenly spread; the Gaussian is cut off at 3 of the largest, and the picture mirrored at its
+    `sigma`, in pixels, is evenly spread; the Gaussian is cut off at 3 of the largest, and the image mirrored at its
     border. The result is float32, and torchvision's gaussian_blur of that kernel.
 
     Source: Chen et al., A Simple Framework for Contrastive Learning (SimCLR), 2020, appendix A.
     """
 
-    numbers = 2  # whether, sigma
+    num_random_values = 2  # whether, sigma
 
     def __init__(self, probability: float, sigma: Sequence[float]) -> None:
         self.probability = require_within("probability", probability, 0, 1)
         self.sigma = require_interval("sigma", sigma, high=100)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        sigma = self.sigma[0] + numbers[:, 1:].double() * (self.sigma[1] - self.sigma[0])  # (B, 1)
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        sigma = self.sigma[0] + random_values[:, 1:].double() * (self.sigma[1] - self.sigma[0])  # (B, 1)
         radius = min(math.ceil(3 * self.sigma[1]), min(images.shape[2:]) - 1)
         distance = torch.arange(-radius, radius + 1, device=images.device)
         weights = torch.exp(-0.5 * (distance / sigma) ** 2)  # (B, 2 radius + 1)
         weights = weights / weights.sum(1, keepdim=True)
-        weights = torch.where(numbers[:, :1] < self.probability, weights, (distance == 0).double()).float()
+        weights = torch.where(random_values[:, :1] < self.probability, weights, (distance == 0).double()).float()
         images = functional.pad(images.float(), [radius] * 4, mode="reflect")
         return _weigh(_weigh(images, weights, dim=2), weights, dim=3)
 
@@ -93,15 +95,15 @@ class RandomNoise:
     Source: Sietsma and Dow, Creating Artificial Neural Networks that Generalize, 1991.
     """
 
-    numbers = 3  # whether, standard deviation, noise
+    num_random_values = 3  # whether, standard deviation, noise
 
     def __init__(self, probability: float, sd: float) -> None:
         self.probability = require_within("probability", probability, 0, 1)
         self.sd = require_within("sd", sd, 0, 255)
         self.table = normal((torch.arange(2**16) + 0.5) / 2**16)  # equally likely values of N(0, 1)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        chance, size, seed = numbers.unbind(1)  # (B,) each
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        chance, size, seed = random_values.unbind(1)  # (B,) each
         sd = torch.where(chance < self.probability, size * self.sd, 0.0)
         place = (per_pixel(seed, images[0].numel()) >> 16) + 2**15  # (B, C H W), 0 to 2^16 - 1
         self.table = self.table.to(images.device)  # and there it stays: copying waits for the device

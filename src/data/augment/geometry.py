@@ -22,7 +22,7 @@ class RandomCrop:
     Padded with black, or by reflection: c b | a b c | b a.
     """
 
-    numbers = 2
+    num_random_values = 2
 
     def __init__(self, padding: int, mode: str = "black") -> None:
         if type(padding) is not int or padding < 0:
@@ -31,7 +31,7 @@ class RandomCrop:
             raise ConfigError("mode", "must be black or reflect", value=mode)
         self.padding, self.mode = padding, mode
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
         wide = width + 2 * self.padding
         if self.mode == "black":
@@ -39,7 +39,7 @@ class RandomCrop:
         else:
             down, across = (_reflected(size, self.padding, images.device) for size in (height, width))
             padded = images.index_select(2, down).index_select(3, across)  # torch's own pad takes no uint8
-        top, left = (numbers * (2 * self.padding + 1)).long().unbind(1)  # (B,) each
+        top, left = (random_values * (2 * self.padding + 1)).long().unbind(1)  # (B,) each
         # A row of the result lies in one piece in memory: copy B * C * H pieces of W bytes, by where they start.
         plane = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
         row = plane * (height + 2 * self.padding) + top[:, None, None] + torch.arange(height, device=images.device)
@@ -51,13 +51,13 @@ class RandomCrop:
 class RandomFlip:
     """Mirror left and right with this probability."""
 
-    numbers = 1
+    num_random_values = 1
 
     def __init__(self, probability: float) -> None:
         self.probability = require_within("probability", probability, 0, 1)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        return _mirrored(images, numbers[:, 0] < self.probability)
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        return _mirrored(images, random_values[:, 0] < self.probability)
 
 
 class AlternatingFlip:
@@ -68,22 +68,22 @@ class AlternatingFlip:
     Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024, section 3.6.
     """
 
-    numbers = 1
+    num_random_values = 1
     alternates = True
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        return _mirrored(images, numbers[:, 0] < 0.5)
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
+        return _mirrored(images, random_values[:, 0] < 0.5)
 
 
 class RandomAffine:
     """Mirror, shear, scale, rotate and shift about the centre; bilinear, black outside; the result is float32.
 
     With S = [[1, -tan shear], [0, 1]] and R = [[cos, -sin], [sin, cos]] (y points down, so angles are clockwise), a
-    point p of the picture goes to scale * R S p + shift; the pixels are fetched by the inverse (Jaderberg et al.,
+    point p of the image goes to scale * R S p + shift; the pixels are fetched by the inverse (Jaderberg et al.,
     Spatial Transformer Networks, 2015, section 3.2). Same convention as torchvision's functional.affine.
     """
 
-    numbers = 6  # shift right, shift down, scale, rotation, shear, mirror
+    num_random_values = 6  # shift right, shift down, scale, rotation, shear, mirror
 
     def __init__(self, translate: float, scale: Sequence[float], rotate: float, shear: float, mirror: float) -> None:
         self.translate = require_within("translate", translate, 0, 1)
@@ -92,14 +92,14 @@ class RandomAffine:
         self.shear = math.radians(require_within("shear", shear, 0, 80))
         self.mirror = require_within("mirror", mirror, 0, 1)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        right, down, size, turn, lean, mirror = numbers.unbind(1)  # (B,) each
+        right, down, size, turn, lean, mirror = random_values.unbind(1)  # (B,) each
         right, down = self.translate * (2 * right - 1) * width, self.translate * (2 * down - 1) * height
         size = self.scale[0] + size * (self.scale[1] - self.scale[0])
         turn = self.rotate * (2 * turn - 1)
         slope = torch.tan(self.shear * (2 * lean - 1))
-        side = torch.where(mirror < self.mirror, -1.0, 1.0)  # the picture is mirrored before all the rest
+        side = torch.where(mirror < self.mirror, -1.0, 1.0)  # the image is mirrored before all the rest
         cosine, sine = torch.cos(turn) / size, torch.sin(turn) / size
         # The inverse, (S^-1 R^-1 / scale)(q - shift), for q in pixels from the centre.
         x_from_x, x_from_y = side * (cosine - slope * sine), side * (sine + slope * cosine)
@@ -120,15 +120,15 @@ class RandomAffine:
 class RandomResizedCrop:
     """A rectangle of any size and nearly any shape, resized to a square of `size` pixels (None: to the old size).
 
-    `area` is the share of the picture, evenly spread; `ratio` is width / height, its logarithm evenly spread over
-    what the picture has room for. (Torchvision draws both until the rectangle fits into the picture, which makes large
+    `area` is the share of the image, evenly spread; `ratio` is width / height, its logarithm evenly spread over
+    what the image has room for. (Torchvision draws both until the rectangle fits into the image, which makes large
     areas rarer.) Resized as torchvision does with antialias=True, the sides one after the other: see `resampling`.
     The result is float32.
 
     Source: Szegedy et al., Going Deeper with Convolutions, 2014, section 6 (8 % to 100 %, 3/4 to 4/3).
     """
 
-    numbers = 4  # area, ratio, top, left
+    num_random_values = 4  # area, ratio, top, left
 
     def __init__(self, area: Sequence[float], ratio: Sequence[float], size: int | None = None) -> None:
         self.area = require_interval("area", area, high=1)
@@ -137,44 +137,44 @@ class RandomResizedCrop:
             raise ConfigError("size", "must be an integer >= 1, or null", value=size)
         self.size = size
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        top, left, tall, wide = rectangles(numbers, area=self.area, ratio=self.ratio, height=height, width=width)
+        top, left, tall, wide = rectangles(random_values, area=self.area, ratio=self.ratio, height=height, width=width)
         rows = _resized(images.float(), top, tall, size=self.size or height)  # (B, C, size, W)
         columns = _resized(rows.mT.contiguous(), left, wide, size=self.size or width)  # (B, C, size, size)
         return columns.mT.contiguous()
 
 
 class Elastic:
-    """Bend the picture like rubber: each pixel is fetched from a place nearby, neighbours from nearly the same.
+    """Bend the image like rubber: each pixel is fetched from a place nearby, neighbours from nearly the same.
 
         displacement = alpha * (Gaussian of standard deviation sigma, convolved with noise within -1 to 1)
 
-    in pixels, for x and y each; outside the picture the noise is 0. A small sigma is frosted glass, a large one shifts
-    the whole picture. Bilinear, black outside; the result is float32. (Torchvision's alpha is twice this one.)
+    in pixels, for x and y each; outside the image the noise is 0. A small sigma is frosted glass, a large one shifts
+    the whole image. Bilinear, black outside; the result is float32. (Torchvision's alpha is twice this one.)
 
     Source: Simard, Steinkraus and Platt, Best Practices for Convolutional Neural Networks, 2003, section 2.
     """
 
-    numbers = 1  # the noise
+    num_random_values = 1  # the noise
 
     def __init__(self, alpha: float, sigma: float) -> None:
         self.alpha = require_within("alpha", alpha, 0, 1000)
         self.sigma = require_within("sigma", sigma, 0.5, 100)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        right, down = self.displacements(numbers, height=height, width=width).unbind(1)  # (B, H, W) each
+        right, down = self.displacements(random_values, height=height, width=width).unbind(1)  # (B, H, W) each
         x, y = _from_centre(width, images.device), _from_centre(height, images.device)
         return _fetch(images, right + x, down + y[:, None])
 
-    def displacements(self, numbers: Tensor, *, height: int, width: int) -> Tensor:
+    def displacements(self, random_values: Tensor, *, height: int, width: int) -> Tensor:
         """From where each pixel is fetched, (B, 2, H, W): pixels to the right and down from its own place."""
         # Noise and weights are whole numbers, whose sums stay below 2^53: in double precision these matrix products
         # are exact, so that the order of their sums, which depends on the batch's size, changes no bit.
-        noise = (per_pixel(numbers[:, 0], 2 * height * width) >> 15) | 1  # odd, -65535 to 65535
+        noise = (per_pixel(random_values[:, 0], 2 * height * width) >> 15) | 1  # odd, -65535 to 65535
         noise = noise.view(-1, 2, height, width).double()
-        smooth = self._weights(height, numbers.device) @ noise @ self._weights(width, numbers.device)
+        smooth = self._weights(height, random_values.device) @ noise @ self._weights(width, random_values.device)
         return (smooth * (self.alpha * 2.0**-48)).float()
 
     def _weights(self, size: int, device: torch.device) -> Tensor:
@@ -186,7 +186,7 @@ class Elastic:
 
 def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
     """Images (B, C, H, W), the chosen ones (B,) with left and right exchanged."""
-    # Choosing whole pictures among both versions copies them in one piece: four times as fast as torch.where.
+    # Choosing whole images among both versions copies them in one piece: four times as fast as torch.where.
     both = torch.cat([images, images.flip(3)])  # (2B, C, H, W)
     position = torch.arange(len(images), device=images.device)
     return both.index_select(0, position + len(images) * chosen)
@@ -200,11 +200,13 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
 
 
 def rectangles(
-    numbers: Tensor, *, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int
+    random_values: Tensor, *, area: tuple[float, float], ratio: tuple[float, float], height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers (B, 4) to rectangles of whole pixels within a picture: top, left, height, width, (B,) float32 each."""
-    size, shape, down, right = numbers.double().unbind(1)  # logarithms and roots: no last bit of theirs shall matter
-    share = area[0] + size * (area[1] - area[0])  # of the picture
+    """Numbers (B, 4) to rectangles of whole pixels within an image: top, left, height, width, (B,) float32 each."""
+    size, shape, down, right = random_values.double().unbind(
+        1
+    )  # logarithms and roots: no last bit of theirs shall matter
+    share = area[0] + size * (area[1] - area[0])  # of the image
     # wide = sqrt(share H W ratio) <= W and tall = sqrt(share H W / ratio) <= H leave these ratios.
     least, most = share * width / height, width / (share * height)
     lowest, highest = (torch.clamp(torch.full_like(share, end), least, most).log() for end in ratio)
@@ -265,6 +267,6 @@ def _fetch(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _sampled(images: Tensor, grid: Tensor) -> Tensor:
     """The images at these points, (2, B, H, W), x and y apart, which is quicker to fill than side by side; -1 and 1 are
-    the picture's edges."""
+    the image's edges."""
     grid = grid.permute(1, 2, 3, 0)
     return functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

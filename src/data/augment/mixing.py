@@ -1,4 +1,4 @@
-"""Augmentations that mix two samples, picture and label alike.
+"""Augmentations that mix two samples, image and label alike.
 
 Each is a mixing step of `data.augment.pipeline`, which brings the partners and turns labels into probabilities.
 It draws no random value itself. The partner is any sample of the training split (in the papers: of the same batch), so
@@ -21,30 +21,30 @@ class Mixing:
         self.beta = SymmetricBeta("alpha", alpha)
         self.probability = require_within("probability", probability, 0, 1)
 
-    def shares(self, numbers: Tensor) -> Tensor:
+    def shares(self, random_values: Tensor) -> Tensor:
         """Return l of each sample (B,), 1 for those that are left alone; the numbers (B, >= 2) are uniform."""
-        return torch.where(numbers[:, 0] < self.probability, self.beta(numbers[:, 1]), 1.0)
+        return torch.where(random_values[:, 0] < self.probability, self.beta(random_values[:, 1]), 1.0)
 
 
 class Mixup(Mixing):
-    """Both pictures, one shining through the other: l x_i + (1 - l) x_j, and the labels likewise; l from Beta(a, a).
+    """Both images, one shining through the other: l x_i + (1 - l) x_j, and the labels likewise; l from Beta(a, a).
 
-    The pictures become float32. They are mixed on the scale 0 to 255: a standardised mixture is the mixture of the
+    The images become float32. They are mixed on the scale 0 to 255: a standardised mixture is the mixture of the
     standardised.
 
     Source: Zhang, Cissé, Dauphin and Lopez-Paz, mixup: Beyond Empirical Risk Minimization, 2018, section 2.
     """
 
-    numbers = 2  # whether, share
+    num_random_values = 2  # whether, share
 
-    def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
-        share = self.shares(numbers)
+        share = self.shares(random_values)
         return _mixed(own, other, share[:, None, None, None]), _mixed(label, other_label, share[:, None])
 
 
 class CutMix(Mixing):
-    """A rectangle of the other picture in this one; the labels are mixed by the areas.
+    """A rectangle of the other image in this one; the labels are mixed by the areas.
 
         width W sqrt(1 - l), height H sqrt(1 - l), l from Beta(a, a); its centre is any point, and what sticks out is
         cut off, so that the share of the label is counted in pixels
@@ -54,14 +54,14 @@ class CutMix(Mixing):
     Source: Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1 and algorithm A1.
     """
 
-    numbers = 4  # whether, share, centre right, centre down
+    num_random_values = 4  # whether, share, centre right, centre down
 
-    def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
-        share = self.shares(numbers)
+        share = self.shares(random_values)
         height, width = images.shape[2:]
-        rows = _between(numbers[:, 3], share, size=height)  # (B, H)
-        columns = _between(numbers[:, 2], share, size=width)  # (B, W)
+        rows = _between(random_values[:, 3], share, size=height)  # (B, H)
+        columns = _between(random_values[:, 2], share, size=width)  # (B, W)
         area = rows.sum(1) * columns.sum(1)
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
         kept = 1 - area / (height * width)

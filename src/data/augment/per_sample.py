@@ -1,6 +1,6 @@
-"""Augmentations from elsewhere: torchvision's transforms, or any callable that takes a uint8 picture (C, H, W).
+"""Augmentations from elsewhere: torchvision's transforms, or any callable that takes a uint8 image (C, H, W).
 
-They draw from the global generators, once a call. So they take one picture after the other, each with generators that
+They draw from the global generators, once a call. So they take one image after the other, each with generators that
 are seeded from the sample's own number, and leave the generators as they were.
 """
 
@@ -21,32 +21,35 @@ TRIES = 32
 class ASampleAtATime:
     """A step of `data.augment.pipeline` from a transform that takes one image. Errors name the config key `name`.
 
-    It gives pictures as large as it gets, or of `image_size`, where larger ones are stored.
+    It gives images as large as it gets, or of `image_size`, where larger ones are stored.
     """
 
-    numbers = 1  # the seed
+    num_random_values = 1  # the seed
     one_at_a_time = True
 
     def __init__(self, transform: Callable[[Tensor], Tensor], *, name: str, image_size: int | None = None) -> None:
         if not callable(transform):
-            raise ConfigError(name, "must be a step of ours, or take a picture when it is called", value=transform)
+            raise ConfigError(name, "must be a step of ours, or take an image when it is called", value=transform)
         self.transform = transform
         self.name = name
         self.image_size = image_size
 
     def try_out(self, shape: Sequence[int]) -> None:
-        """Refuse a transform that does not take pictures of this shape (C, H, W), before the first step."""
+        """Refuse a transform that does not take images of this shape (C, H, W), before the first step."""
         picture = torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8)
         for number in range(TRIES):  # one that picks among operations shows a wrong argument only now and then
             self(picture, torch.tensor([[number / TRIES]]))
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images."""
         if images.is_floating_point():
             images = images.round().clamp(0, 255).to(torch.uint8)
         with _generators_left_alone():
             return torch.stack(
-                [self._transformed(image, number) for image, number in zip(images, numbers[:, 0].tolist(), strict=True)]
+                [
+                    self._transformed(image, number)
+                    for image, number in zip(images, random_values[:, 0].tolist(), strict=True)
+                ]
             )
 
     def _transformed(self, image: Tensor, number: float) -> Tensor:
@@ -59,7 +62,7 @@ class ASampleAtATime:
         except PreceptorError:
             raise
         except Exception as exception:
-            explanation = f"fails on a picture {tuple(image.shape)}: {type(exception).__name__}: {exception}"
+            explanation = f"fails on an image {tuple(image.shape)}: {type(exception).__name__}: {exception}"
             raise ConfigError(self.name, explanation) from exception
         shapes = (image.shape, (len(image), self.image_size, self.image_size))
         if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape not in shapes:

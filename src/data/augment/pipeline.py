@@ -1,7 +1,7 @@
 """Augmentation: a whole batch at once, each sample with its own numbers.
 
-A step is an object with `numbers`, how many uniform numbers a sample needs, and a call (images, numbers) -> images;
-it draws nothing itself. The frame draws all numbers of an epoch at once, with a generator of their own:
+A step is an object with `num_random_values`, how many uniform random values a sample needs, and a call
+(images, random_values) -> images; it draws nothing itself. The frame draws all numbers of an epoch at once, with a generator of their own:
 
     numbers = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
 
@@ -17,7 +17,7 @@ A partner may stand in another batch, or come last in the epoch: so it is read a
 the mix with its own numbers. Backwards through the steps, each mix doubles the rows that a batch needs; forwards, it
 folds the second half of them into the first:
 
-    samples a b    rows a b p(a) p(b)    crop, flip: 4 pictures    mixup: 2 pictures, and labels (2, K) that sum to 1
+    samples a b    rows a b p(a) p(b)    crop, flip: 4 images    mixup: 2 images, and labels (2, K) that sum to 1
 """
 
 from collections.abc import Mapping
@@ -33,21 +33,21 @@ class Step(Protocol):
     """One augmentation. It may have a method `fit(mean, covariance)` too, of the training part's colours: (C,), (C, C)
     on the scale 0 to 1."""
 
-    numbers: int  # uniform numbers a sample
+    num_random_values: int  # uniform numbers a sample
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float, and numbers (B, k) in [0, 1) to images of the same shape; where larger
         ones are stored than the network sees, one step brings them down."""
         ...
 
 
 class Mix(Protocol):
-    """One augmentation that makes each picture and its label of two."""
+    """One augmentation that makes each image and its label of two."""
 
-    numbers: int
+    num_random_values: int
     mixes: bool  # True
 
-    def __call__(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
         """Images (2B, C, H, W) and labels (2B, K), first the samples', then their partners', to (B, ...) of each."""
         ...
 
@@ -62,7 +62,7 @@ class Augmentations:
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether a step takes one picture after the other, so that workers are better off with it."""
+        """Whether a step takes one image after the other, so that workers are better off with it."""
         return any(getattr(step, "one_at_a_time", False) for step in self.steps.values())
 
     @property
@@ -76,27 +76,29 @@ class Augmentations:
         def generator(purpose: str, name: str, epoch: int) -> torch.Generator:
             return torch.Generator().manual_seed(fold(self.seed, purpose, name, epoch))
 
-        numbers: dict[str, Tensor] = {}
+        random_values: dict[str, Tensor] = {}
         for name, step in self.steps.items():
             alternates = getattr(step, "alternates", False)
-            drawn = torch.rand(samples, step.numbers, generator=generator("augment", name, 0 if alternates else epoch))
+            drawn = torch.rand(
+                samples, step.num_random_values, generator=generator("augment", name, 0 if alternates else epoch)
+            )
             if alternates and epoch % 2:
                 drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # both are exact
-            numbers[name] = drawn.to(device)
+            random_values[name] = drawn.to(device)
         partners = {
             name: torch.randint(samples, (samples,), generator=generator("partner", name, epoch))
             for name, step in self.steps.items()
             if getattr(step, "mixes", False)
         }
-        return Drawn(self, numbers, partners)
+        return Drawn(self, random_values, partners)
 
 
 class Drawn:
     """What happens to each sample in one epoch; nothing is random any more, so workers may have copies."""
 
-    def __init__(self, frame: Augmentations, numbers: dict[str, Tensor], partners: dict[str, Tensor]) -> None:
+    def __init__(self, frame: Augmentations, random_values: dict[str, Tensor], partners: dict[str, Tensor]) -> None:
         self.steps, self.num_classes = frame.steps, frame.num_classes
-        self.numbers = numbers  # step's name -> (N, k), on the device
+        self.random_values = random_values  # step's name -> (N, k), on the device
         self.partners = partners  # mixing step's name -> (N,), on the CPU
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class Drawn:
         for name, step in self.steps.items():
             if name in self.partners:
                 rows = rows[: len(rows) // 2]
-                images, labels = step(images, labels, self.numbers[name].index_select(0, rows))
+                images, labels = step(images, labels, self.random_values[name].index_select(0, rows))
             else:
-                images = step(images, self.numbers[name].index_select(0, rows))
+                images = step(images, self.random_values[name].index_select(0, rows))
         return images, labels, rows

@@ -36,7 +36,7 @@ AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Batch(NamedTuple):
-    """Pictures ready for the network, on its device."""
+    """Images ready for the network, on its device."""
 
     images: Tensor  # float32 (B, C, H, W), normalised
     labels: Tensor  # int64 (B,); where samples are mixed: float32 (B, K), probabilities
@@ -79,7 +79,7 @@ class TrainLoader:
         self.device = device
         self.augmentations = augmentations
         self.normalisation = normalisation
-        # Transforms from elsewhere take one picture after the other, on the CPU: all of augmentation goes to workers.
+        # Transforms from elsewhere take one image after the other, on the CPU: all of augmentation goes to workers.
         in_workers = augmentations.one_at_a_time
         self.augment_on = torch.device("cpu") if in_workers else device
         self.source = _source(
@@ -91,13 +91,13 @@ class TrainLoader:
 
     @property
     def reading(self) -> str:
-        """Where the pictures come from, for the log."""
+        """Where the images come from, for the log."""
         if isinstance(self.source, Resident):
             size = self.source.pixels.numel() / 2**20
-            return f"{size:,.1f} MiB of pictures in memory, {self.batches_at_once} batches made at once"
+            return f"{size:,.1f} MiB of images in memory, {self.batches_at_once} batches made at once"
         cached = isinstance(self.source.images.pixels, Files) and self.source.images.pixels.cache is not None
         by = f"{self.source.num_workers} workers" if self.source.num_workers else "the process itself"
-        return f"pictures {'mapped from the cache' if cached else 'read'} by {by}"
+        return f"images {'mapped from the cache' if cached else 'read'} by {by}"
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
@@ -115,7 +115,7 @@ class TrainLoader:
         while step := list(islice(batches, self.accumulate)):
             yield step
 
-    def pictures(self, epoch: int) -> Iterator[Batch]:
+    def augmented_batches(self, epoch: int) -> Iterator[Batch]:
         """The micro-batches of this epoch, augmented, but with pixels of 0 to 255 still."""
         return self.show(self.order(epoch).split(self.batch_size), epoch)
 
@@ -173,7 +173,7 @@ class Resident:
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
         for rows in torch.cat(list(batches)).to(self.device).split([len(batch) for batch in batches]):
-            # index_select copies whole pictures; plain indexing takes ten times as long.
+            # index_select copies whole images; plain indexing takes ten times as long.
             yield Batch(*augment(self.pixels.index_select(0, rows), self.labels.index_select(0, rows), rows))
 
 

@@ -5,13 +5,13 @@
     zca          W (x / 255 - mean)                W = (S + epsilon I)^-1/2 = U (L + epsilon I)^-1/2 U^T
     pca          W (x / 255 - mean)                W =                            (L + epsilon I)^-1/2 U^T
 
-For whitening x is a whole picture, D = C H W numbers, S = U L U^T its covariance (D, D), eigenvalues L from the largest
+For whitening x is a whole image, D = C H W numbers, S = U L U^T its covariance (D, D), eigenvalues L from the largest
 to the smallest. Both make the numbers uncorrelated, each of variance l / (l + epsilon): what varies less than epsilon,
-mostly noise, is not blown up. Among all such W the one of `zca` leaves pictures nearest to what they were, so that
+mostly noise, is not blown up. Among all such W the one of `zca` leaves images nearest to what they were, so that
 neighbours stay neighbours. `pca` has the components in the pixels' place: for networks without convolutions.
 
 The fit is exact: sums of whole numbers, divided once at the end, and an eigendecomposition in double precision. It is
-to pictures as they are; augmentation comes before normalisation, and does not change it.
+to images as they are; augmentation comes before normalisation, and does not change it.
 
 Sources: LeCun et al., Efficient BackProp (1998), section 4.3; Krizhevsky, Learning Multiple Layers of Features from
 Tiny Images (2009), appendix A; Coates, Lee and Ng, An Analysis of Single-Layer Networks (2011), section 3.1. Their code
@@ -28,14 +28,14 @@ from core.errors import ConfigError
 
 WHITENING = ("pca", "zca")
 KINDS = ("none", "per_channel", *WHITENING)
-CHUNK = 1024  # pictures that are taken up at a time
+CHUNK = 1024  # images that are taken up at a time
 VALUES = 2**22  # numbers that are widened to 64 bits at a time
-LARGEST = 4096  # numbers of a picture to whiten: its matrix has their square, 64 MiB in each checkpoint
+LARGEST = 4096  # numbers of an image to whiten: its matrix has their square, 64 MiB in each checkpoint
 CPU = torch.device("cpu")
 
 
 class Normalisation:
-    """Pictures of the scale 0 to 255, uint8 or float (B, C, H, W), to the float32 input of a network.
+    """Images of the scale 0 to 255, uint8 or float (B, C, H, W), to the float32 input of a network.
 
     `tensors` says it all: mean and std (C,), or mean (D,) and whitening (D, D), on the scale 0 to 1, on the CPU.
     """
@@ -74,7 +74,7 @@ class Normalisation:
 def fit_normalisation(
     pictures: Iterable[Tensor], *, kind: str, epsilon: float, shape: tuple[int, int, int]
 ) -> Normalisation:
-    """A normalisation of pictures (C, H, W) of this shape, fitted to uint8 chunks (N, C, H, W)."""
+    """A normalisation of images (C, H, W) of this shape, fitted to uint8 chunks (N, C, H, W)."""
     if kind not in KINDS:
         raise ConfigError("normalise", f"must be one of {', '.join(KINDS)}", value=kind)
     if kind == "none":
@@ -85,7 +85,7 @@ def fit_normalisation(
     numbers = math.prod(shape)
     if numbers > LARGEST:
         explanation = (
-            f"a picture of {' x '.join(map(str, shape))} has {numbers:,} numbers, which takes a matrix of their square:"
+            f"an image of {' x '.join(map(str, shape))} has {numbers:,} numbers, which takes a matrix of their square:"
             f" must be at most {LARGEST:,}; use per_channel, or a smaller data.image_size"
         )
         raise ConfigError("normalise", explanation, value=kind)
@@ -114,7 +114,7 @@ def whitening(covariance: Tensor, *, kind: str, epsilon: float) -> Tensor:
 
 
 def statistics(pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,), on the scale 0 to 1, over all pictures of uint8 chunks (N, C, H, W)."""
+    """Mean and standard deviation (C,), on the scale 0 to 1, over all images of uint8 chunks (N, C, H, W)."""
     count, sums, spread = _colours(pictures)
     mean = torch.tensor([total / (255 * count) for total in sums], dtype=torch.float32)
     std = torch.tensor([math.sqrt(row[i]) / (255 * count) for i, row in enumerate(spread)], dtype=torch.float32)

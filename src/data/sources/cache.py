@@ -1,10 +1,10 @@
-"""Pictures decoded and resized once, kept on the disk, and from then on only read.
+"""Images decoded and resized once, kept on the disk, and from then on only read.
 
     <digest>.npy            uint8 (N, C, H, W), mapped into memory: what is read often stays in the system's cache
     <digest>.json           which of them could not be decoded, and why
     <folder>.contents.json  the hash of each file's content, by its name, length, times and inode when it was read
 
-The digest is of the rule that makes pixels of pictures, the size, and each file's name and content: a folder that has
+The digest is of the rule that makes pixels of images, the size, and each file's name and content: a folder that has
 changed has another cache, one that was moved or copied has the same. Contents are read once; afterwards only those of
 files that the system says were touched, as git does it. A cache appears by one rename, whole and on the disk.
 """
@@ -35,7 +35,7 @@ from core.errors import StorageError
 from data.sources.decode import PAUSES, BadImage, decode
 
 RULE = 1  # of data.sources.decode; another rule makes other pixels
-PIECE = 64  # pictures that a thread decodes before the next piece
+PIECE = 64  # images that a thread decodes before the next piece
 ROOM = 0.9  # share of the free disk that a cache may take
 ABANDONED = 60  # seconds after which an unfinished cache that nobody writes is removed
 log = logging.getLogger("preceptor.data")
@@ -97,7 +97,7 @@ def open_cache(
             _make(path, contents, shape=shape, max_pixels=max_pixels, skip_bad=skip_bad)
     except (OSError, StorageError) as error:
         reason = error.explanation if isinstance(error, StorageError) else error.strerror
-        log.warning(f"no cache in {folder} ({reason}): pictures are decoded each time they are read (data.cache_dir)")
+        log.warning(f"no cache in {folder} ({reason}): images are decoded each time they are read (data.cache_dir)")
         return None
     bad = json.loads(path.with_suffix(".json").read_text())
     return _mapped(path, {int(row): why for row, why in bad.items()}, torch.arange(len(paths)))
@@ -135,7 +135,7 @@ class Contents:
             for row in new[start : start + PIECE]:
                 self.hashes[row] = _content(paths[row])
 
-        _by_threads(read_piece, len(new), text=f"reading {len(new):,} pictures, to know them again")
+        _by_threads(read_piece, len(new), text=f"reading {len(new):,} images, to know them again")
         now = {key: content for key, content in zip(self.keys, self.hashes, strict=True) if content is not None}
         if now != known:
             with suppress(OSError, StorageError):  # a folder of others, who do not let us write there
@@ -206,11 +206,11 @@ def _make(path: Path, contents: Contents, *, shape: tuple[int, int, int, int], m
         # A full disk is an error here; behind the map it would end the process.
         os.posix_fallocate(file.fileno(), 0, start + int(np.prod(shape)))
         pixels = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=shape)
-        _by_threads(decode_piece, count, text=f"decoding {count:,} pictures, once")
+        _by_threads(decode_piece, count, text=f"decoding {count:,} images, once")
         pixels.flush()
         os.fsync(file.fileno())
         if not contents.are_as_they_were():
-            raise OSError(None, "pictures were changed while it was made")
+            raise OSError(None, "images were changed while it was made")
         write_durably(path.with_suffix(".json"), json.dumps(bad).encode())
         Path(file.name).replace(path)
         sync_folder(path.parent)

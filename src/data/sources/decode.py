@@ -27,7 +27,7 @@ from torch import Tensor
 
 from core.errors import DataError
 
-# Formats of plain pictures only: some of Pillow's others start programs (EPS) or hold no pixels (PDF).
+# Formats of plain images only: some of Pillow's others start programs (EPS) or hold no pixels (PDF).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -99,7 +99,7 @@ def decode(path: str | Path, *, image_size: int | None, channels: int, max_pixel
 
 
 def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
-    """The decoded picture, upright; BadImage if it is none, OSError if the file cannot be read."""
+    """The decoded image, upright; BadImage if it is none, OSError if the file cannot be read."""
     try:
         # Pillow gets no path: it would map plain formats into memory, where a file that is cut short kills the process.
         with path.open("rb") as content, UNLIMITED, Image.open(content, formats=FORMATS) as file:
@@ -110,7 +110,7 @@ def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(str(path), f"is not a picture: must be {', '.join(FORMATS)}") from error
+        raise BadImage(str(path), f"is not an image: must be {', '.join(FORMATS)}") from error
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # the system's: those of Pillow have no number
             raise
@@ -118,7 +118,7 @@ def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    """The picture without transparency and with 8 bits a channel."""
+    """The image without transparency and with 8 bits a channel."""
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -14,7 +14,7 @@ from data.sources.collection import Collection, with_test
 from data.sources.decode import MAX_PIXELS, SUFFIXES
 from data.sources.images import Files, Images, with_cache
 
-CACHE_NAME = ".preceptor"  # in the folder of the pictures; hidden, so that nobody takes it for a class
+CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so that nobody takes it for a class
 FOLDER_LAYOUT = (
     "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
     "with one for each class in them (val and test may be left out); set data.root"
@@ -62,7 +62,7 @@ def image_folder(
     return with_test(images["train"], fraction=test_fraction, class_names=class_names)
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def image_files_in(folder: Path) -> list[Path]:
     """Return all image files below a folder except hidden ones, sorted by their path in it."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
@@ -97,10 +97,10 @@ def _layout(base: Path) -> tuple[dict[str, Path], list[str]]:
 def _labelled_paths(folder: Path, class_names: list[str], *, empty_class: str) -> tuple[list[Path], Tensor]:
     """Return the image files of a split's class folders, class after class, and their labels, int64 (N,)."""
     _same_classes(folder, expected=class_names, found=_class_names(folder))
-    paths = [pictures_in(folder / name) for name in class_names]
+    paths = [image_files_in(folder / name) for name in class_names]
     empty = [name for name, files in zip(class_names, paths, strict=True) if not files]
     if empty and (empty_class == "error" or len(empty) == len(class_names)):
-        explanation = f"has no pictures for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
+        explanation = f"has no images for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
         raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
     labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(files) for files in paths]))
     return [path for files in paths for path in files], labels

@@ -76,7 +76,7 @@ class Files:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W) of all pictures, known without decoding."""
+        """(N, C, H, W) of all images, known without decoding."""
         return (len(self), self.channels, self.image_size, self.image_size)
 
     def take(self, indices: Tensor) -> "Files":
@@ -88,7 +88,7 @@ class Files:
         return self.cache.read(indices) if self.cache is not None and self.cache.has(indices) else None
 
     def first_good(self, candidates: Iterable[int]) -> tuple[Tensor, dict[int, str]]:
-        """The first of these pictures that is not bad; and why those before it are, by position."""
+        """The first of these images that is not bad; and why those before it are, by position."""
         bad: dict[int, str] = {}
         for index in candidates:
             if index in self.bad:
@@ -100,21 +100,21 @@ class Files:
                     raise
                 bad[index] = error.explanation
                 self._refuse_too_many(self.bad | bad)
-        raise DataError(str(self.paths[index]), "is bad, as are all other pictures of its class")
+        raise DataError(str(self.paths[index]), "is bad, as are all other images of its class")
 
     def tell(self, bad: dict[int, str]) -> None:
-        """Warn of each bad picture once, by the main process; too many of them are an error."""
+        """Warn of each bad image once, by the main process; too many of them are an error."""
         for index, reason in bad.items():
             if index not in self.bad:
                 self.bad[index] = reason
                 self._refuse_too_many(self.bad)
-                log.warning(f"{self.paths[index]}: {reason}; another picture of its class stands in for it")
+                log.warning(f"{self.paths[index]}: {reason}; another image of its class stands in for it")
 
     def _refuse_too_many(self, bad: dict[int, str]) -> None:
         most = max(1, int(BEARABLE * len(self)))
         if len(bad) > most:
             index, reason = list(bad.items())[-1]
-            explanation = f"{reason}; {len(bad)} of {len(self)} pictures are bad, where data.on_bad_image=skip bears"
+            explanation = f"{reason}; {len(bad)} of {len(self)} images are bad, where data.on_bad_image=skip bears"
             raise DataError(str(self.paths[index]), f"{explanation} {most}")
 
 
@@ -135,7 +135,7 @@ def with_cache(files: Files, folder: Path) -> Files:
 
 @dataclass(frozen=True)
 class Images:
-    """A labelled set of pictures."""
+    """A labelled set of images."""
 
     pixels: Tensor | Files  # uint8 (N, C, H, W), or files that are decoded to it
     labels: Tensor  # int64 (N,)
@@ -144,7 +144,7 @@ class Images:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "Images":
-        """The pictures at these positions, in this order."""
+        """The images at these positions, in this order."""
         chosen = self.pixels.take(indices) if isinstance(self.pixels, Files) else self.pixels[indices]
         return Images(pixels=chosen, labels=self.labels[indices])
 
@@ -153,7 +153,7 @@ class Images:
         return self.read(torch.arange(len(self))) if isinstance(self.pixels, Files) else self.pixels
 
     def read(self, rows: Tensor) -> Tensor:
-        """The pictures at these positions (B,), uint8 (B, C, H, W); bad ones are told.
+        """The images at these positions (B,), uint8 (B, C, H, W); bad ones are told.
 
         Files are decoded by threads: Pillow's decoders let others run meanwhile.
         """
@@ -176,7 +176,7 @@ class Images:
     def fetch(self, rows: Tensor) -> tuple[Tensor, dict[int, str]]:
         """The same by this thread alone, perhaps in a worker; the bad ones are left for the main process to `tell`."""
         if isinstance(self.pixels, Tensor):
-            return self.pixels.index_select(0, rows), {}  # copies whole pictures, where plain indexing takes longer
+            return self.pixels.index_select(0, rows), {}  # copies whole images, where plain indexing takes longer
         if (cached := self.pixels.cached(rows)) is not None:
             return cached, {}
         found = [self.pixels.first_good(self._candidates(row)) for row in rows.tolist()]
@@ -185,7 +185,7 @@ class Images:
         }
 
     def tell(self, bad: dict[int, str]) -> None:
-        """Warn of the bad pictures that `fetch` has found."""
+        """Warn of the bad images that `fetch` has found."""
         if isinstance(self.pixels, Files):
             self.pixels.tell(bad)
 

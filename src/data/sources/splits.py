@@ -19,7 +19,7 @@ from data.sources.images import Files, Images
 from data.sources.pixels import at_size, check_pixels, recolour, resize
 from data.sources.stratification import split, stratified
 
-STREAMED_STATISTICS = 10_000  # pictures that stand for a training part that does not fit into memory
+STREAMED_STATISTICS = 10_000  # images that stand for a training part that does not fit into memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Splits:
     class_names: list[str]
     normalisation: Normalisation  # from pixels to the network's input, fitted to the training part
     fingerprint: str  # of the data as it was found, before any split: another one means that the data has changed
-    counts: dict[str, int]  # pictures of each part, likewise
+    counts: dict[str, int]  # images of each part, likewise
 
 
 def prepare(
@@ -113,7 +113,7 @@ def _split(
 
 
 def _limited(images: Images, limit: int | None, *, seed: int) -> Images:
-    """A stratified part of so many pictures, or all of them."""
+    """A stratified part of so many images, or all of them."""
     if limit is None or limit >= len(images):
         return images
     return images.take(_stratified_part(images, count=limit, seed=fold(seed, "limit")))
@@ -140,14 +140,14 @@ def _fits(parts: dict[str, Images], *, sizes: dict[str, int], channels: int, mem
     )
     if needed > memory_budget and grows:
         explanation = (
-            f"the data at {max(sizes.values())} pixels takes {needed:.2g} GiB; allow more, or shrink the pictures"
+            f"the data at {max(sizes.values())} pixels takes {needed:.2g} GiB; allow more, or shrink the images"
         )
         raise ConfigError("memory_budget", explanation, value=memory_budget)
     return needed <= memory_budget
 
 
 def check_labels(images: Images, *, part: str, num_classes: int) -> None:
-    """Refuse labels that are not one whole number, 0 to num_classes - 1, for each picture."""
+    """Refuse labels that are not one whole number, 0 to num_classes - 1, for each image."""
     labels, count = images.labels, len(images.pixels)
     if labels.dim() != 1 or len(labels) != count:
         raise DataError(f"{part} labels", f"must be one for each of the {count} images", value=tuple(labels.shape))
@@ -164,7 +164,7 @@ def convert(images: Images, *, image_size: int, channels: int, fit: str, load: b
     """The images with the channels and the size that the network is to see."""
     if isinstance(images.pixels, Files):
         if fit != "resize":
-            raise ConfigError("fit", "must be resize for picture files", value=fit)
+            raise ConfigError("fit", "must be resize for image files", value=fit)
         files = Images(replace(images.pixels, image_size=image_size, channels=channels), images.labels)
         return Images(files.load(), images.labels) if load else files
     if images.pixels.shape[1:] == (channels, image_size, image_size):
@@ -211,7 +211,7 @@ def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:
 
 
 def fingerprint(collection: Collection) -> str:
-    """A hash of counts, class names, labels, picture shapes and file names; of no pixel, so that it is cheap."""
+    """A hash of counts, class names, labels, image shapes and file names; of no pixel, so that it is cheap."""
     digest = hashlib.blake2b(repr(collection.class_names).encode(), digest_size=16)
     for part, images in _splits_of(collection).items():
         if isinstance(images.pixels, Files):

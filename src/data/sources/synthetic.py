@@ -1,11 +1,11 @@
-"""Pictures made up on the spot, for trials without any file: a striped patch in noise.
+"""Images made up on the spot, for trials without any file: a striped patch in noise.
 
 The class sets the direction of the stripes (k pi / K) and, around a ring, the place of the patch (2 pi k / K); the
-phase of the stripes, the exact place and the noise are drawn for each picture (Gabor, Theory of Communication, 1946):
+phase of the stripes, the exact place and the noise are drawn for each image (Gabor, Theory of Communication, 1946):
 
     pixel = 128 + 96 exp(-r^2 / 2 s^2) cos(2 pi f (x cos a + y sin a) + phase) + 255 noise N(0, 1)
 
-A mirrored picture looks like another class: no mirroring here.
+A mirrored image looks like another class: no mirroring here.
 """
 
 import math
@@ -18,14 +18,14 @@ from core.seeding import fold
 from data.sources.collection import Collection
 from data.sources.images import Images
 
-FREQUENCY, WIDTH, RING, JITTER = 5.0, 0.22, 0.2, 0.05  # in parts of the picture's side
-CHUNK = 256  # pictures drawn from one generator, which also bounds the memory
+FREQUENCY, WIDTH, RING, JITTER = 5.0, 0.22, 0.2, 0.05  # in parts of the image's side
+CHUNK = 256  # images drawn from one generator, which also bounds the memory
 
 
 def synthetic(
     *, train_samples: int, test_samples: int, noise: float, image_size: int, channels: int, num_classes: int | None
 ) -> Collection:
-    """Balanced classes; the pictures are a pure function of the arguments and of nothing else."""
+    """Balanced classes; the images are a pure function of the arguments and of nothing else."""
     for name, value in (("train_samples", train_samples), ("test_samples", test_samples)):
         if type(value) is not int or value < 1:
             raise ConfigError(name, "must be an integer >= 1", value=value)

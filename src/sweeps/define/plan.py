@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def measures_latency(self) -> bool:
-        """Does anything ask for the time of one picture?"""
+        """Does anything ask for the time of one image?"""
         return "latency_ms" in [metric for _, metric in self.objectives] + [each.metric for each in self.constraints]
 
     def definition(self) -> dict[str, Any]:
@@ -170,11 +170,11 @@ def read_plan(config: Config[SweepConfig]) -> Plan:
         config_dirs=config.config_dirs,
         points=points,
     )
-    _try_out(plan)
+    _dry_run(plan)
     return plan
 
 
-def _try_out(plan: Plan) -> None:
+def _dry_run(plan: Plan) -> None:
     """Compose trials until each option and bound was in one: what cannot be is told before anything is begun."""
     left = {dimension.key: list(dimension.options) for dimension in plan.space}
     while any(left.values()):

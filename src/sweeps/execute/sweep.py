@@ -18,7 +18,7 @@ from typing import Any
 
 from optuna.trial import Trial, TrialState
 
-from core.errors import STOP_SIGNALS, CheckpointError, ConfigError, SecurityError, StopSignal, is_hung_up_in_vain
+from core.errors import STOP_SIGNALS, CheckpointError, ConfigError, SecurityError, StopSignal, sighup_is_ignored
 from core.processes import death
 from sweeps.define.plan import Plan
 from sweeps.define.space import draw
@@ -45,11 +45,9 @@ class Sweep:
 
     def run(self) -> None:
         """Until no trial is left, or a signal asks to stop: StopSignal, when all have saved."""
-        before = {
-            number: signal.signal(number, self._note) for number in STOP_SIGNALS if not is_hung_up_in_vain(number)
-        }
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS if not sighup_is_ignored(number)}
         try:
-            while self._go_on():
+            while self._continue():
                 self._listen()
         finally:
             for number, handler in before.items():
@@ -57,7 +55,7 @@ class Sweep:
         if self.signal is not None:
             raise StopSignal(128 + self.signal)
 
-    def _go_on(self) -> bool:
+    def _continue(self) -> bool:
         """Keep in touch with the store and fill the free slots; False when there is nothing left to do here."""
         now = time.monotonic()
         minutes = self.plan.options["minutes"]

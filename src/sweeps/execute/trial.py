@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config, leaves
-from core.errors import STOP_SIGNALS, CheckpointError, InUse, NumericalError, PreceptorError, StopSignal, as_ours, spell
+from core.errors import (
+    STOP_SIGNALS,
+    CheckpointError,
+    InUse,
+    NumericalError,
+    PreceptorError,
+    StopSignal,
+    as_preceptor_error,
+    spell,
+)
 from core.options.declarations import TrainConfig
 from core.options.schema import is_compared, names_of
 from core.resume import resumed
@@ -29,7 +38,7 @@ from core.run_config import read_run_config
 from sweeps.define.compose import compose_trial, written
 
 Job = Mapping[str, Any]
-WARM_UP, TIMED = 5, 30  # pictures whose time is not taken, and is
+WARM_UP, TIMED = 5, 30  # images whose time is not taken, and is
 
 
 class Line:
@@ -76,7 +85,7 @@ def run(job: Job, line: Line) -> int:
         line.send(stopped=stop.exit_code)
         return stop.exit_code
     except Exception as exception:
-        error = as_ours(exception)
+        error = as_preceptor_error(exception)
         if not isinstance(error, PreceptorError):
             error = PreceptorError("internal", f"{type(exception).__name__}: {exception}")
         diverged = isinstance(error, NumericalError) and "out of memory" not in error.explanation
@@ -144,7 +153,7 @@ def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
 
 
 def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
-    """The median time of one picture through the trained network, on the device of the run, in milliseconds."""
+    """The median time of one image through the trained network, on the device of the run, in milliseconds."""
     import torch
 
     from trainer.inference.load_run import load_run

@@ -48,7 +48,7 @@ def check_classes(values: TrainConfig) -> None:
 
 
 def check_sizes(data: DataOptions) -> None:
-    """Stored pictures are no smaller than what the network sees, and whole."""
+    """Stored images are no smaller than what the network sees, and whole."""
     stored, size = data["stored_size"], data["image_size"]
     if stored is not None and data["fit"] != "resize":
         raise ConfigError("data.stored_size", "needs data.fit = resize", value=stored)

@@ -51,7 +51,7 @@ def build_augmentation(nodes: Mapping[str, Any], data: DataOptions) -> dict[str,
     steps: dict[str, Any] = {}
     for name, node in nodes.items():
         step = construct(node, f"augment.{name}")
-        own = hasattr(step, "numbers")
+        own = hasattr(step, "num_random_values")
         steps[name] = step if own else ASampleAtATime(step, name=f"augment.{name}", image_size=data["image_size"])
     check_augmentation(steps, data)
     return steps

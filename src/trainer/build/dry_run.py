@@ -47,12 +47,12 @@ def check_augmentation(steps: Mapping[str, Any], data: DataOptions) -> None:
             step.fit(torch.full((channels,), 0.5).double(), torch.eye(channels).double() / 12)
         if getattr(step, "one_at_a_time", False):
             step.try_out(images.shape[1:])
-        numbers = torch.full((2, step.numbers), 0.5)
+        numbers = torch.full((2, step.num_random_values), 0.5)
         mixes = getattr(step, "mixes", False)
         images = step(torch.cat([images, images]), labels, numbers)[0] if mixes else step(images, numbers)
     height, width = images.shape[2:]
     if (height, width) != (size, size):
-        explanation = f"augmentation leaves pictures of {height} x {width}, where data.image_size = {size}"
+        explanation = f"augmentation leaves images of {height} x {width}, where data.image_size = {size}"
         raise ConfigError(
             "data.stored_size",
             f"{explanation}; a step such as augment=random_resized_crop brings them to it",
@@ -68,7 +68,7 @@ def check_single_image(model: nn.Module, values: TrainConfig, device: torch.devi
         with torch.no_grad():
             copy.deepcopy(model).train()(torch.rand(shape, device=device))
     except ValueError as exception:
-        explanation = f"leaves a batch of one picture, which this network cannot train on ({exception})"
+        explanation = f"leaves a batch of one image, which this network cannot train on ({exception})"
         raise ConfigError(
             "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
         ) from None

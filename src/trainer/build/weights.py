@@ -32,7 +32,7 @@ def fit_to(pictures: Tensor, model: nn.Module) -> None:
     try:
         model.fit(pictures)  # type: ignore[operator]
     except (RuntimeError, ValueError, TypeError) as exception:
-        explanation = f"cannot be fitted to pictures {tuple(pictures.shape)}: {exception}"
+        explanation = f"cannot be fitted to images {tuple(pictures.shape)}: {exception}"
         raise ConfigError("model", explanation, value=type(model).__name__) from None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.monitor.metrics import NOTED
+from trainer.monitor.metrics import MAX_PENDING_LOGITS
 
 
 @torch.inference_mode()
@@ -44,7 +44,7 @@ def evaluate(
         with autocast:
             logits = model(images)
             noted.append((loss_function(logits, labels), logits, labels))
-        if len(noted) * logits.numel() >= NOTED:
+        if len(noted) * logits.numel() >= MAX_PENDING_LOGITS:
             sum_up()
     if noted:
         sum_up()

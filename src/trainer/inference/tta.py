@@ -1,14 +1,14 @@
 """Test-time augmentation: what is evaluated is not the network alone.
 
 none     f(x)
-mirror   (f(x) + f(mirror image of x)) / 2        twice the work; for pictures whose left and right mean nothing
+mirror   (f(x) + f(mirror image of x)) / 2        twice the work; for images whose left and right mean nothing
 """
 
 from torch import Tensor, nn
 
 
 class Mirrored(nn.Module):
-    """The mean of the logits for a picture and for its mirror image."""
+    """The mean of the logits for an image and for its mirror image."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

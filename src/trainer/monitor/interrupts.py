@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from core.errors import STOP_SIGNALS, is_hung_up_in_vain
+from core.errors import STOP_SIGNALS, sighup_is_ignored
 
 
 class Interrupts:
@@ -14,7 +14,7 @@ class Interrupts:
         self._at_once = False
 
     def __enter__(self) -> "Interrupts":
-        asked_by = [number for number in STOP_SIGNALS if not is_hung_up_in_vain(number)]
+        asked_by = [number for number in STOP_SIGNALS if not sighup_is_ignored(number)]
         self._previous = {number: signal.signal(number, self._note) for number in asked_by}
         return self
 

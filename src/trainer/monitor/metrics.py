@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Sums = tuple[float, int, int]  # loss summed over samples, correct answers, samples
-NOTED = 2**24  # logits that are noted before they are summed up: 64 MiB
+MAX_PENDING_LOGITS = 2**24  # logits that are noted before they are summed up: 64 MiB
 
 
 class RunningSums:

@@ -32,7 +32,7 @@ def show_first_batch(training: Training, recorder: Recorder, *, images: bool, gr
     """Show the first batch as it is trained on, and the graph of the model, in TensorBoard."""
     if not (images or graph):
         return
-    first = next(iter(training.train_loader.pictures(0)))[0]  # (B, C, H, W), 0 to 255
+    first = next(iter(training.train_loader.augmented_batches(0)))[0]  # (B, C, H, W), 0 to 255
     if images:
         recorder.images("train/augmented", (first[:64] / 255).clamp(0, 1).cpu())
     if graph:

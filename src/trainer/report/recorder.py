@@ -31,7 +31,7 @@ class Recorder:
 
     def progress(self, step: int, epoch: float) -> None:
         """Move the progress bar, a few times per second at most."""
-        if self.display.is_to_move:
+        if self.display.is_moved:
             self.display.move(step, epoch)
 
     def step(self, step: int, epoch: float, measurements: Mapping[str, float]) -> None:

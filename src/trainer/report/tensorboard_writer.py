@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run, written into the run's own folder so that it is one run there.
 
     train/loss val/accuracy ...   at each evaluation, named as in metrics.jsonl
-    step/loss step/gradient_norm rate/* momentum/* throughput/*   along the way
+    step/loss step/gradient_norm lr/* momentum/* throughput/*   along the way
     images, graph, histograms, the config as text, and HPARAMS with the final metrics
 
 `SummaryWriter.add_hparams` would open a second run in a sub-folder; the same summaries are written here by hand.
@@ -120,7 +120,7 @@ class TensorBoard:
 
     @watching
     def changes(self, told: Sequence[str], step: int) -> None:
-        """What a resume has changed in the config, as text at its step; `rate/*` and `momentum/*` follow it there."""
+        """What a resume has changed in the config, as text at its step; `lr/*` and `momentum/*` follow it there."""
         self.writer.add_text("changes", "\n\n".join(told), step)
 
     @watching
@@ -183,7 +183,7 @@ def told_at(folder: Path, step: int) -> set[str]:
 
 
 def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:
-    """Images (B, C, H, W) -> one picture (C, rows (H + border) + border, columns (W + border) + border) on grey."""
+    """Images (B, C, H, W) -> one image (C, rows (H + border) + border, columns (W + border) + border) on grey."""
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)

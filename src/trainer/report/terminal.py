@@ -56,7 +56,7 @@ class Display:
         self.progress.stop()
 
     @property
-    def is_to_move(self) -> bool:
+    def is_moved(self) -> bool:
         """Is it time for the bar to move? A few times a second at most."""
         return not self.progress.disable and time.monotonic() - self.shown_at > 0.2
 

@@ -105,7 +105,7 @@ class RunFolder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as file:
-            file.write(json.dumps(_valid(line), allow_nan=False) + "\n")
+            file.write(json.dumps(_without_nonfinite(line), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -127,7 +127,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, whole or not at all."""
-        content = json.dumps(_valid(dict(summary)), indent=2, allow_nan=False) + "\n"
+        content = json.dumps(_without_nonfinite(dict(summary)), indent=2, allow_nan=False) + "\n"
         write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
@@ -169,8 +169,8 @@ def _nursery(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _valid(node: Any) -> Any:
+def _without_nonfinite(node: Any) -> Any:
     """JSON knows no NaN and no infinity: they become null."""
     if isinstance(node, Mapping):
-        return {key: _valid(value) for key, value in node.items()}
+        return {key: _without_nonfinite(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node
