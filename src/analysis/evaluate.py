@@ -6,10 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from core.config import Config
 from core.durable import write_durably
-from core.errors import CheckpointError, DataError
+from core.errors import CheckpointError, DataError, printable
 from core.options.declarations import DataOptions, EvaluateConfig, TrainConfig
 from data.loading.loaders import EvalLoader
 from data.sources.splits import Splits
@@ -69,7 +70,8 @@ def show(report: dict[str, Any]) -> None:
     names = list(report["classes"])
     table = Table("class", "precision", "recall", "F1", "samples", title="Classes", title_justify="left")
     for name, row in report["classes"].items():
-        table.add_row(name, *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), str(row["samples"]))
+        scores = (f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
+        table.add_row(Text(printable(name)), *scores, str(row["samples"]))  # a name with brackets is no markup
     console.print(table)
     if len(names) > MAX_CLASSES:
         return
@@ -78,5 +80,5 @@ def show(report: dict[str, Any]) -> None:
     matrix.title_justify = "left"
     for index, (name, counts) in enumerate(zip(names, report["confusion_matrix"], strict=True)):
         label = name if name == str(index) else f"{index} {name}"
-        matrix.add_row(label[:20], *(str(count) if count else "." for count in counts))
+        matrix.add_row(Text(printable(label[:20])), *(str(count) if count else "." for count in counts))
     console.print(matrix)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.config import Config
-from core.durable import write_durably
+from core.durable import write_output
 from core.errors import DataError
 from core.options.declarations import PredictConfig
 from data.sources.decode import SUFFIXES
@@ -33,7 +33,7 @@ def predict_images(config: Config[PredictConfig]) -> None:
             name = path.relative_to(source) if source.is_dir() else path.name
             top = max(range(len(row)), key=row.__getitem__)
             table.writerow([name, run.class_names[top], f"{row[top]:.6f}", *(f"{value:.6f}" for value in row)])
-    write_durably(output, content.getvalue().encode())
+    write_output(output, content.getvalue().encode())
     print(f"{len(paths):,} images -> {output}")
 
 
@@ -41,6 +41,8 @@ def image_paths(source: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, or the one file; raise DataError if there are none."""
     if not source.exists():
         raise DataError(str(source), "no such file or folder (input)")
+    if not source.is_dir() and not source.is_file():
+        raise DataError(str(source), "is neither a folder nor a regular file (input)")
     paths = image_files_in(source) if source.is_dir() else [source]
     if not paths:
         raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")

@@ -4,6 +4,7 @@ RUN/config.yaml and RUN/summary.json -> one row per run -> sorted by a metric ->
 """
 
 import csv
+import io
 import json
 import statistics
 import sys
@@ -12,12 +13,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from core.config import Config, leaves
-from core.errors import ConfigError, DataError, PreceptorError
+from core.durable import write_output
+from core.errors import ConfigError, DataError, PreceptorError, printable
 from core.json_lines import read_lines
 from core.options.declarations import RunsConfig
 from core.options.schema import is_compared
+from core.regular_files import read_regular
 from core.run_config import read_run_config
 
 
@@ -47,14 +51,15 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
 
 def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
     """Write one line per run, with a column per metric."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["run", "model", "data", "seed", "status", "parameters", "seconds", *metrics])
-        for row in rows:
-            table.writerow(
-                [row[key] for key in ("run", "model", "data", "seed", "status", "parameters", "seconds")]
-                + [row["metrics"].get(name, "") for name in metrics]
-            )
+    content = io.StringIO(newline="")
+    table = csv.writer(content)
+    table.writerow(["run", "model", "data", "seed", "status", "parameters", "seconds", *metrics])
+    for row in rows:
+        table.writerow(
+            [row[key] for key in ("run", "model", "data", "seed", "status", "parameters", "seconds")]
+            + [row["metrics"].get(name, "") for name in metrics]
+        )
+    write_output(path, content.getvalue().encode())
 
 
 def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
@@ -71,13 +76,15 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
     """Return one run's row; None for a folder that is no run or is damaged."""
     try:
         config = read_run_config(run)
-        summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
-    except (PreceptorError, ValueError):
+        summary = read_summary(run)
+    except PreceptorError:
         return None
-    if not {"choices", "seed"} <= config.keys():
+    choices = config.get("choices")
+    if not isinstance(choices, dict) or not {"model", "data"} <= choices.keys() or "seed" not in config:
         return None
-    best = summary.get("best") or {}
-    test = {f"test/{name}": value for name, value in (summary.get("test") or {}).items()}
+    best, test = (summary[key] if isinstance(summary.get(key), dict) else {} for key in ("best", "test"))
+    metrics = {f"test/{name}": value for name, value in test.items()}
+    metrics |= best["metrics"] if isinstance(best.get("metrics"), dict) else {}
     # Runs whose compared options are equal, but for the seed, are seeds of one experiment.
     same = [(name, value) for name, value in leaves(config) if name != "seed" and is_compared(name)]
     return {
@@ -88,9 +95,18 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "status": summary.get("status", "running or killed"),
         "parameters": summary.get("parameters", ""),
         "seconds": summary.get("seconds", ""),
-        "metrics": {**best.get("metrics", {}), **test},
+        "metrics": {name: value for name, value in metrics.items() if type(value) in (int, float)},
         "experiment": repr([pair for pair in same if not isinstance(pair[1], dict)]),
     }
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return a run's summary.json; empty if it does not exist or is damaged."""
+    try:
+        summary = json.loads(read_regular(run / "summary.json", follow=False))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def show(rows: list[dict[str, Any]], metric: str) -> None:
@@ -100,8 +116,9 @@ def show(rows: list[dict[str, Any]], metric: str) -> None:
     table = Table(run, "model", "data", "seed", "status", "seconds", metric)
     for row in rows:
         value = row["metrics"].get(metric)
-        cells = [str(row["seconds"]), "" if value is None else f"{value:.4f}"]
-        table.add_row(row["run"], row["model"], row["data"], str(row["seed"]), row["status"], *cells)
+        shown = [row[key] for key in ("run", "model", "data", "seed", "status", "seconds")]
+        cells = [Text(printable(str(cell))) for cell in shown]  # a name with brackets is no markup
+        table.add_row(*cells, "" if value is None else f"{value:.4f}")
     console.print(table)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
@@ -112,6 +129,7 @@ def show(rows: list[dict[str, Any]], metric: str) -> None:
         values = [row["metrics"][metric] for row in seeds]
         spread = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
         names = ", ".join(row["run"] for row in seeds[:3]) + (", ..." if len(seeds) > 3 else "")
-        means.add_row(seeds[0]["model"], seeds[0]["data"], str(len(seeds)), spread, names)
+        model, data = (Text(printable(str(seeds[0][key]))) for key in ("model", "data"))
+        means.add_row(model, data, str(len(seeds)), spread, Text(printable(names)))
     if means.rows:
         console.print(means)

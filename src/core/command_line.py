@@ -156,6 +156,11 @@ def _prepare_environment() -> None:
         Path.cwd()
     except FileNotFoundError:
         raise StorageError("working directory", "does not exist any more; change to another one") from None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as under cron
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  for the rest of the process
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # an ASCII terminal shows any class name
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # a launcher's `python -m` imports nothing from the working directory
     os.umask(os.umask(0o022) | 0o022)  # what a run leaves is written by its user alone
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; `_exit_code` puts them in one line
     # OpenMP's threads wait by spinning, so two runs that share cores slow each other down a hundredfold. (An MLP's step
@@ -190,8 +195,9 @@ def _exit_code() -> Iterator[None]:
             sys.exit(_asked_for)
         error = as_error(exception)
         if not getattr(exception, "reported", False):
-            _trace(exception)
-            print(error, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk behind it
+                _trace(exception)
+                print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     _ignore_signals()
 

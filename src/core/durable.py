@@ -41,6 +41,22 @@ def write_durably(path: Path, *content: bytes | memoryview) -> None:
             os.unlink(temporary)  # noqa: PTH108
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that the user names: durably, through a link, and into a device or FIFO without replacing it.
+
+    Raises StorageError if it cannot be written.
+    """
+    try:
+        target = path.resolve()
+        if not target.exists() or target.is_file():
+            write_durably(target, content)
+            return
+        with target.open("wb") as file:
+            file.write(content)
+    except OSError as exception:
+        raise StorageError(str(path), f"cannot be written: {exception.strerror or exception}") from exception
+
+
 def link_durably(existing: Path, path: Path) -> None:
     """A second name for a file that is written; OSError where the file system has no links."""
     temporary = _temporary(path)

@@ -8,8 +8,10 @@ Whatever is raised here is the user's to mend, so no traceback is shown. Any oth
 
 import difflib
 import signal
+import unicodedata
 from collections.abc import Iterable
 
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of control, format and line-breaking characters
 _NO_VALUE = ...  # the same object also in an error that a worker sends
 
 
@@ -29,7 +31,7 @@ class PreceptorError(Exception):
     def described(self) -> str:
         """The error without its kind: `optimizer.lr = -0.1: must be > 0`."""
         shown = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
-        return " ".join(f"{self.subject}{shown}: {self.explanation}".split())
+        return printable(" ".join(f"{self.subject}{shown}: {self.explanation}".split()))
 
     def __str__(self) -> str:
         return f"error[{self.kind}] {self.described}"
@@ -90,7 +92,9 @@ class TrialError(PreceptorError):
         self.exit_code = exit_code
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal or a connection is gone
+# SIGHUP: the terminal or the connection is gone. SIGUSR1 and SIGUSR2: a cluster announces the end of a job (SLURM's
+# --signal=USR1@60, submitit).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal(BaseException):
@@ -127,6 +131,17 @@ def internal_error(exception: BaseException) -> PreceptorError:
     """Return the error for an exception that is a bug of ours: exit code 1."""
     what = f"{type(exception).__name__}: {exception}"
     return PreceptorError("internal", f"{what}; traceback=true shows where. Please report it")
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal or log: control characters, which could move the cursor, are written as `\\x1b`."""
+    is_harmless = all(character.isprintable() or character in "\n\t" for character in text)
+    return text if is_harmless else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    allowed = character in "\n\t" or unicodedata.category(character) not in UNPRINTABLE
+    return character if allowed else ascii(character)[1:-1]
 
 
 def spell(value: object) -> str:

@@ -5,13 +5,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from core.regular_files import read_regular
+
 LOGGER = logging.getLogger("preceptor.json_lines")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file. A torn last line, as a crash leaves it, is left out; any other is told."""
     lines: list[dict[str, Any]] = []
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    texts = read_regular(path).decode(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)

@@ -16,7 +16,9 @@ from core.config import FROM_ENVIRONMENT, leaves
 from core.errors import CheckpointError, ConfigError
 from core.options.declarations import TrainConfig
 from core.options.schema import check
+from core.regular_files import read_regular
 
+MOST_BYTES = 2**20  # of config.yaml; those of built-in options have about 4,000
 MOST_VALUES = 10_000  # in a run's config; those of built-in options have about a hundred
 
 
@@ -29,17 +31,22 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(str(folder), "no such run folder")
     try:
-        record = yaml.safe_load(path.read_text())
+        text = read_regular(path, follow=False, limit=MOST_BYTES).decode()
+        # Refused before anything is made of it: with aliases and merge keys a kilobyte can stand for 2^1000 values.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise CheckpointError(str(path), "holds a YAML alias (*name): a run's config holds values only")
+        record = yaml.safe_load(text)
     except FileNotFoundError:
         raise CheckpointError(str(path), "missing, so this is no run folder") from None
+    except OSError as exception:
+        raise CheckpointError(str(path), f"cannot be read: {exception.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as exception:
         raise CheckpointError(str(path), f"not YAML: {exception}") from None
     if not isinstance(record, dict):
         raise CheckpointError(str(path), "must hold a mapping of keys")
-    # With YAML's aliases a kilobyte can stand for 2^1000 values, or hold itself.
     found = list(islice(_everything(record), MOST_VALUES + 1))
     if len(found) > MOST_VALUES:
-        raise CheckpointError(str(path), f"holds more than {MOST_VALUES:,} values, or itself")
+        raise CheckpointError(str(path), f"holds more than {MOST_VALUES:,} values")
     for name, value in found:
         if "${" in name or (isinstance(value, str) and "${" in value):
             raise CheckpointError(str(path), f"{name}: a run's config holds values only, no ${{...}}", value=value)

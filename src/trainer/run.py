@@ -30,6 +30,7 @@ from trainer.snapshot import Snapshot
 from trainer.storage.background_saver import BackgroundSaver
 from trainer.storage.provenance import provenance
 from trainer.storage.run_folder import RunFolder, chosen_path
+from trainer.state import require_values
 from trainer.training import Training
 
 
@@ -111,6 +112,7 @@ class Run:
             folder = RunFolder.open(Path(str(config.values["resume"])))
             closing.callback(folder.close)
             snapshot, path, damaged = folder.checkpoints.load("last", "best", "step")
+            require_values(snapshot)
             before = snapshot.values["config"]
             changes = changes_between(before, config.record)
             refuse_changes(changes, dict(leaves(before)), source=str(folder.path / "config.yaml"))

@@ -164,6 +164,7 @@ class TrainState:
 
         Raises CheckpointError if the snapshot is of other data or another model.
         """
+        require_values(snapshot)
         values = snapshot.values
         if values["data"]["fingerprint"] != self.data["fingerprint"]:
             raise CheckpointError("data", changed_data(values["data"], self.data))
@@ -175,14 +176,44 @@ class TrainState:
             raise CheckpointError("data", "its normalisation is not the one that this state was built with")
         try:
             for name, model in self.models.items():
-                model.load_state_dict(snapshot.part(name))
+                load_weights(model, snapshot.part(name))
         except RuntimeError as exception:
             raise CheckpointError("model", f"is not the one that this run trained: {exception}") from None
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(self.models, optimizer, snapshot.part(name), values["optimizers"][name])
-        for name, component in self._components.items():
-            component.load_state_dict(values[name])
-        self.step, self.evaluated, self.best = snapshot.step, values["evaluated"], values["best"]
+        try:
+            for name, component in self._components.items():
+                component.load_state_dict(values[name])
+            self.step, self.evaluated, self.best = snapshot.step, int(values["evaluated"]), dict(values["best"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exception:
+            raise CheckpointError("checkpoint", f"its values are not those of a run: {exception!r}") from None
+
+
+VALUES = {  # of a snapshot, beside those of the components
+    "evaluated": int,
+    "best": dict,
+    "config": dict,
+    "data": dict,
+    "optimizers": dict,
+    "steps_per_epoch": int,
+}
+
+
+def require_values(snapshot: Snapshot) -> None:
+    """Raise CheckpointError if a plain value of a snapshot is missing or of another kind: a right hash proves nothing."""
+    for name, kind in VALUES.items():
+        if not isinstance(snapshot.values.get(name), kind):
+            raise CheckpointError("checkpoint", f"has no value {name!r}, or one of another kind")
+    if not {"class_names", "fingerprint", "counts"} <= snapshot.values["data"].keys():
+        raise CheckpointError("checkpoint", "does not say what its data was")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a state_dict whose tensors have the model's names, shapes and dtypes; RuntimeError for any other."""
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].dtype != own.dtype:
+            raise RuntimeError(f"{name} has dtype {weights[name].dtype}, not {own.dtype}")
+    model.load_state_dict(weights)
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], *, step: str) -> None:
@@ -204,6 +235,13 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         f"is not the data that this run was trained on (fingerprint): {what}; put it back,"
         " or start a new run from these weights with init_from=RUN"
     )
+
+
+def _fits(tensor: Tensor, parameter: Tensor) -> bool:
+    """Return whether a tensor can be an optimizer's state of a parameter: real numbers, one per weight, row or step."""
+    sides = zip(tensor.shape, parameter.shape, strict=False)
+    is_part = tensor.ndim != parameter.ndim or all(side in (1, full) for side, full in sides)
+    return is_part and not tensor.is_complex() and (tensor.is_floating_point() or tensor.ndim == 0)
 
 
 def _named_parameters(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -245,6 +283,9 @@ def load_optimizer_state(
         if name not in parameters:
             raise CheckpointError("optimizer", f"its checkpoint has a state of {name}, which is no parameter")
         parameter = parameters[name]
+        if not _fits(tensor, parameter):
+            explanation = f"{full_name} has shape {list(tensor.shape)} and dtype {tensor.dtype}"
+            raise CheckpointError("optimizer", f"{explanation}, which do not fit {list(parameter.shape)}")
         if tensor.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         else:  # Adam's count of steps stays on the host, unless the optimizer is fused or capturable

@@ -72,9 +72,17 @@ def _mapped(path: Path, bad: dict[int, str], rows: Tensor) -> Cache:
 
 
 def open_cache(
-    paths: Sequence[Path], folder: Path, *, shape: tuple[int, int, int, int], max_pixels: int, skip_bad: bool
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    shape: tuple[int, int, int, int],
+    max_pixels: int,
+    skip_bad: bool,
+    create: bool = True,
 ) -> Cache | None:
-    """Return the cache in a folder of these files, decoded to this shape (N, C, H, W). Create it if it does not exist.
+    """Return the cache in a folder of these files, decoded to this shape (N, C, H, W).
+
+    With `create`, it is created if it does not exist; without, no file is created or removed.
 
     None if it cannot be created: a warning gives the reason, unless that is a file which nobody can read. Raises
     BadImage for a bad image, unless `skip_bad`.
@@ -82,15 +90,20 @@ def open_cache(
     if not paths:
         return None
     try:
+        if not create and not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it does not exist, and a run's config creates none")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) and not any(folder.glob("*.npy")):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        _remove_abandoned(folder)
-        contents = Contents(paths, folder)
+        if create:
+            _remove_abandoned(folder)
+        contents = Contents(paths, folder, writes=create)
         if None in contents.hashes:
             return None  # whoever reads that one tells what is wrong with it
         path = folder.absolute() / f"{fingerprint(contents, shape=shape, max_pixels=max_pixels)}.npy"
         if not path.exists():
+            if not create:
+                raise FileNotFoundError(errno.ENOENT, "there is none of these images, and a run's config creates none")
             needed = int(np.prod(shape))
             if needed > ROOM * (free := shutil.disk_usage(folder).free):
                 raise OSError(None, f"it needs {needed:,} bytes, and {free:,} are free")
@@ -117,7 +130,7 @@ class Contents:
     `names` and `hashes` are in the order of the paths; the names are relative to the folder that all are in.
     """
 
-    def __init__(self, paths: Sequence[Path], folder: Path) -> None:
+    def __init__(self, paths: Sequence[Path], folder: Path, *, writes: bool = True) -> None:
         common = Path(os.path.commonpath([path.parent for path in paths]))
         name = hashlib.blake2b(os.fsencode(common.resolve()), digest_size=12).hexdigest()
         self.place = folder / f"{name}.contents.json"
@@ -137,7 +150,7 @@ class Contents:
 
         _by_threads(read_piece, len(new), text=f"reading {len(new):,} images, to know them again")
         now = {key: content for key, content in zip(self.keys, self.hashes, strict=True) if content is not None}
-        if now != known:
+        if writes and now != known:
             with suppress(OSError, StorageError):  # a folder of others, who do not let us write there
                 write_durably(self.place, json.dumps(now).encode())
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import DataError
+from core.regular_files import IrregularFile, open_regular
 
 # Formats of plain images only: some of Pillow's others start programs (EPS) or hold no pixels (PDF).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -102,13 +103,15 @@ def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
     """The decoded image, upright; BadImage if it is none, OSError if the file cannot be read."""
     try:
         # Pillow gets no path: it would map plain formats into memory, where a file that is cut short kills the process.
-        with path.open("rb") as content, UNLIMITED, Image.open(content, formats=FORMATS) as file:
+        with open_regular(path) as content, UNLIMITED, Image.open(content, formats=FORMATS) as file:
             if file.width * file.height > max_pixels:
                 found = f"{file.width} x {file.height} = {file.width * file.height:,} pixels"
                 raise BadImage(str(path), f"has {found}: must be at most data.max_pixels = {max_pixels:,}")
             return _eight_bit(ImageOps.exif_transpose(file)).convert(mode)
     except (BadImage, MemoryError):
         raise
+    except IrregularFile as error:
+        raise BadImage(str(path), str(error.strerror)) from error
     except UnidentifiedImageError as error:
         raise BadImage(str(path), f"is not an image: must be {', '.join(FORMATS)}") from error
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything

@@ -31,10 +31,13 @@ def image_folder(
     on_bad_image: str = "error",
     max_pixels: int = MAX_PIXELS,
     cache_dir: str | None = None,
+    create_cache: bool = True,
     stored_size: int | None = None,
     limit_train: int | None = None,
 ) -> Collection:
     """Return the images of class folders, in sorted order, read from their cache (with `limit_train`: from the files).
+
+    Without `create_cache`, which the config of a run folder implies, only a cache that exists is used.
 
     The training split is cached at `stored_size`, and at `image_size` too if other splits are taken from it.
 
@@ -54,7 +57,7 @@ def image_folder(
         train_sizes = {stored_size or image_size} | (set() if "val" in splits else {image_size})
         for name, (files, labels) in splits.items():
             for size in sorted(train_sizes if name == "train" else {image_size}):
-                files = with_cache(replace(files, image_size=size), cache)
+                files = with_cache(replace(files, image_size=size), cache, create=create_cache)
             splits[name] = files, labels
     images = {name: Images(files, labels) for name, (files, labels) in splits.items()}
     if folders["train"] != base:

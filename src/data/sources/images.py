@@ -118,8 +118,8 @@ class Files:
             raise DataError(str(self.paths[index]), f"{explanation} {most}")
 
 
-def with_cache(files: Files, folder: Path) -> Files:
-    """Return the same files, read from their cache of this size in a folder, which is created if it does not exist.
+def with_cache(files: Files, folder: Path, *, create: bool = True) -> Files:
+    """Return the same files, read from their cache of this size in a folder, which `create` lets create.
 
     If it cannot be created, a warning gives the reason, and each image is decoded whenever it is read.
     """
@@ -129,6 +129,7 @@ def with_cache(files: Files, folder: Path) -> Files:
         shape=files.shape,
         max_pixels=files.max_pixels,
         skip_bad=files.on_bad_image == "skip",
+        create=create,
     )
     return files if cache is None else replace(files, caches={**files.caches, files.image_size: cache})
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -44,13 +45,22 @@ def open_storage(url: str) -> RDBStorage:
     except ImportError:
         hint = "pip install 'preceptor[postgresql]' for postgresql+psycopg://..., 'preceptor[mysql]' for mysql+pymysql://..."
         raise ConfigError("sweep.storage", f"the driver of this database is not installed; {hint}") from None
-    except sqlalchemy.exc.ArgumentError as exception:
+    except (sqlalchemy.exc.ArgumentError, ValueError) as exception:  # ValueError: a port that is no number
         raise ConfigError("sweep.storage", _brief(exception), value=_without_password(url)) from None
     if is_sqlite:
         event.listen(storage.engine, "connect", _use_write_ahead_log)
         event.listen(storage.engine, "begin", _begin_at_once)
         storage.engine.dispose()
     return storage
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of an SQLite file; ConfigError for a path that a URL cannot hold, such as one with `?`."""
+    url = f"sqlite:///{file}"
+    if sqlalchemy.engine.make_url(url).database != str(file):
+        explanation = "holds a character that a database URL cannot: rename it, or set sweep.storage"
+        raise ConfigError("sweep.dir", explanation, value=str(file.parent))
+    return url
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -90,6 +100,8 @@ def _brief(exception: BaseException) -> str:
 
 def _without_password(url: str) -> str:
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+        parsed = sqlalchemy.engine.make_url(url)
+        hidden = {key: "***" for key in parsed.query if "pass" in key.lower() or "secret" in key.lower()}
+        return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
     except (SQLAlchemyError, ValueError):
         return "(cannot be parsed)"

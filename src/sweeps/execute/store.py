@@ -37,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from core.errors import CheckpointError, ConfigError
-from sweeps.execute.database import database_errors, experimental, open_storage, patiently
+from sweeps.execute.database import database_errors, experimental, open_storage, patiently, sqlite_url
 
 models: Any = optunas  # its columns are typed as columns where they are values
 OWNER = "owner"  # a system attribute of a trial: the token of the sweep that has claimed it
@@ -55,7 +55,7 @@ class Store:
         objectives: list[tuple[str, str]],
         pruner: BasePruner | None = None,
     ) -> None:
-        self.url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
+        self.url = url or sqlite_url(folder.resolve() / "sweep.db")
         self.name = name
         directions: Any = [direction for direction, _ in objectives]
         with database_errors(self.url):

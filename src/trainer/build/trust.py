@@ -5,7 +5,7 @@ What counts is the module of the object that a name leads to, not the name. A co
 
 import inspect
 import pydoc
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from core.config import Config
@@ -27,9 +27,38 @@ def trusted_values(config: Config[TrainConfig]) -> TrainConfig:
     """Return the values that may be built; SecurityError if the config of a run names what is not trusted."""
     if not config.from_run:
         return config.values
-    values = without_downloads(config.values)
-    refuse_untrusted(values, trust=values["trust"])
-    return values
+    given = {override.lstrip("+").partition("=")[0] for override in config.overrides}
+    return restricted(config.values, trust=config.values["trust"], given=given)
+
+
+def restricted(config: TrainConfig, *, trust: list[str], given: Collection[str] = ()) -> TrainConfig:
+    """Return the config of a run as it may be built: trusted classes only, no download, no file outside its folder.
+
+    `given` are the keys that the command line sets: what the user asks for there is done. Raises SecurityError for a
+    class that is not trusted.
+    """
+    values = without_downloads(config)
+    refuse_untrusted(values, trust=trust)
+    data: Any = dict(values["data"])
+    if "download" in data and "data.download" not in given:
+        data["download"] = False
+    if "cache_dir" in data and "data.cache_dir" not in given:
+        data["create_cache"] = False
+    return {**values, "model": _without_default_weights(values["model"]), "data": data}
+
+
+def _without_default_weights(node: Any) -> Any:
+    """Return a model's config in which no class of torchvision downloads weights that the config does not mention."""
+    if isinstance(node, list):
+        return [_without_default_weights(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    filled = {key: _without_default_weights(value) for key, value in node.items()}
+    if str(node.get("_target_", "")).startswith("torchvision."):
+        parameters = inspect.signature(pydoc.locate(node["_target_"])).parameters  # type: ignore[arg-type]
+        absent = {key: None for key in DOWNLOADS if key in parameters and key not in node}
+        filled |= {key: value for key, value in absent.items() if parameters[key].default is not None}
+    return filled
 
 
 def refuse_untrusted(config: Mapping[str, Any], *, trust: list[str]) -> None:

@@ -25,10 +25,11 @@ from data.sources.pixels import recolour, resize
 from trainer.build.instantiate import resolve
 from trainer.build.model import build_model
 from trainer.build.normalisation import saved_normalisation
-from trainer.build.trust import refuse_untrusted, without_downloads
+from trainer.build.trust import restricted
 from trainer.device import autocast, choose_device
 from trainer.inference.tta import with_tta
 from trainer.snapshot import Snapshot
+from trainer.state import load_weights
 from trainer.storage.checkpoint import CheckpointFolder
 
 
@@ -74,14 +75,13 @@ def load_run(
     """
     folder = Path(path)
     config = checked_run_config(folder)
-    config = without_downloads(config)
-    refuse_untrusted(config, trust=trust or [])
+    config = restricted(config, trust=trust or [])
     checkpoints = CheckpointFolder(folder / "checkpoints")
     kinds = ("best",) if checkpoint == "best" and checkpoints.files("best") else ("last", "step", "best")
     snapshot, _, _ = checkpoints.load(*kinds)
     model = build_model(config, init_seed=0)
     try:
-        model.load_state_dict(snapshot.weights)
+        load_weights(model, snapshot.weights)
     except RuntimeError as exception:
         raise CheckpointError(str(folder), f"its weights do not fit its config: {exception}") from None
     normalisation = saved_normalisation(snapshot, str(folder))

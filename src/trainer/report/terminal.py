@@ -11,6 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from core.errors import printable
+from core.regular_files import append_regular
 
 
 class Terminal(Console):
@@ -86,6 +90,7 @@ class Display:
     def say(self, text: str, *, style: str | None = None) -> None:
         """A line, also to train.log with the time before it."""
         self.shown_at = time.monotonic()
+        text = printable(text)
         self._print(text, style=style, markup=False)
         self._log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -109,7 +114,7 @@ class Display:
         ]
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, Text(printable(value)))  # a name with brackets is no markup
         self._print(table)
         self._log("".join(f"{name}: {value}\n" for name, value in rows))
 
@@ -120,5 +125,5 @@ class Display:
             self.console.fall_silent()
 
     def _log(self, text: str) -> None:
-        with suppress(OSError), self.log_file.open("a") as file:
-            file.write(text)
+        with suppress(OSError):
+            append_regular(self.log_file, text)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from core.durable import link_durably, write_durably
 from core.errors import CheckpointError
+from core.regular_files import read_regular
 from trainer.snapshot import Snapshot
 from trainer.storage.safetensors_file import read_header, written
 
@@ -119,15 +120,27 @@ class CheckpointFolder:
         Of two of one step, which a kill between a save and the end of the older one leaves, that which was evaluated.
         Raises CheckpointError when there is none: a run never starts over by itself.
         """
+        files = self.files(*kinds)
+        while True:
+            try:
+                return self._newest_good(files)
+            except CheckpointError:
+                listed, files = files, self.files(*kinds)
+                if files == listed:  # else a process that is saving has replaced them meanwhile
+                    raise
+
+    def _newest_good(self, files: list[CheckpointFile]) -> tuple[Snapshot, Path, dict[Path, str]]:
         damaged: dict[Path, str] = {}
-        for _, same_step in groupby(self.files(*kinds), key=lambda file: file.step):
+        for _, same_step in groupby(files, key=lambda file: file.step):
             good: dict[str, tuple[Snapshot, Path]] = {}
             for file in same_step:
                 if file.hash in good:  # another name for it
                     continue
                 try:
-                    content = file.path.read_bytes()
-                except OSError as exception:  # a bad sector
+                    content = read_regular(file.path, follow=False)
+                except FileNotFoundError:  # replaced by a process that is saving
+                    continue
+                except OSError as exception:  # a bad sector, or no regular file
                     damaged[file.path] = f"{file.path.name} cannot be read: {exception.strerror}"
                     continue
                 if digest(content) == file.hash:
@@ -145,7 +158,7 @@ class CheckpointFolder:
 def load_weights_file(path: Path) -> dict[str, Tensor]:
     """The weights in any safetensors file: one of ours, or a plain state_dict from elsewhere."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as exception:
         raise CheckpointError(str(path), f"cannot be read: {exception.strerror}") from None
     read_header(content, source=path)

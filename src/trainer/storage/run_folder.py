@@ -24,6 +24,7 @@ import yaml
 from core.durable import remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
 from core.json_lines import read_lines
+from core.regular_files import append_regular, read_regular
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
 from trainer.storage.lock import lock_or_refuse, take_lock
@@ -84,8 +85,11 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """An existing run, to go on with."""
-        if not (path / "checkpoints").is_dir():  # before a lock is left in it
+        checkpoints = path / "checkpoints"
+        if not checkpoints.is_dir():  # before a lock is left in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
+        if checkpoints.is_symlink():  # to another run, perhaps: its lock is not the one that is taken here
+            raise CheckpointError(str(checkpoints), "is a link: must be a real folder of this run")
         lock = take_lock(path)
         for folder in (path, path / "checkpoints"):
             remove_leftovers(folder)
@@ -104,10 +108,7 @@ class RunFolder:
         self._append("events.jsonl", {"time": now(), "event": kind, **details})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(_without_nonfinite(line), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_regular(self.path / name, json.dumps(_without_nonfinite(line), allow_nan=False) + "\n", sync=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a torn last one is left out."""
@@ -133,8 +134,8 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """summary.json, empty while there is none that can be read."""
         try:
-            found = json.loads((self.path / "summary.json").read_text())
-        except (FileNotFoundError, ValueError):
+            found = json.loads(read_regular(self.path / "summary.json", follow=False))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from core.errors import CheckpointError, SecurityError
 
 LARGEST_HEADER = 16 * 2**20  # bytes; ours have some kilobytes, and a class name takes its length twice
-MOST_BRACKETS = 500_000  # a tensor has three: what JSON makes of them takes a hundred times a bracket's memory
+MOST_BRACKETS = 100_000  # a tensor has three: 33,000 tensors, which take two seconds to read
 MOST_DIMENSIONS = 64  # as torch
 DTYPES = {
     "F64": torch.float64,
@@ -62,6 +62,8 @@ def written(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> li
 
 def refuse_foreign_format(head: bytes, source: Path) -> None:
     """Refuse what can carry code by its first bytes; in safetensors eight bytes of length come first, then JSON."""
+    if len(head) < 9:
+        raise CheckpointError(str(source), f"not a safetensors file: it has {len(head)} bytes")
     if head[8:9] != b"{":
         raise SecurityError(str(source), "not safetensors; pickle, torch.save and zip files are never opened")
 
@@ -107,6 +109,8 @@ def _check_tensors(header: dict[str, Any], *, size: int) -> None:
             raise ValueError(f"{name[:80]!r} is of an unknown type")
         if not _counts(shape) or len(shape) > MOST_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
             raise ValueError(f"{name[:80]!r} must have a shape and two offsets, whole numbers >= 0")
+        if math.prod(max(1, side) for side in shape) * DTYPES[dtype].itemsize >= 2**63:
+            raise ValueError(f"{name[:80]!r} has a shape that overflows")
         if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
             raise ValueError(f"{name[:80]!r} is not as long as its shape says")
         places.append(offsets)
