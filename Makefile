@@ -5,23 +5,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: setup train test test-slow test-cuda torture bench check format lock clean
+.PHONY: setup train test test-fast test-slow test-cuda torture bench check format lock clean
 
 setup: .venv/.ready
 
 # The pins are constraints: a package that this platform or build of torch does not need is not installed.
-# Bytecode is compiled now rather than at the first start, which it makes seconds faster.
+# Bytecode is compiled now rather than at the first start, which becomes seconds faster.
 .venv/.ready: pyproject.toml requirements.lock
+	@echo "Installing pinned packages into .venv: about 2 minutes, and 6 GB of disk with CUDA libraries."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable ".[dev]"
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable ".[dev]"
 	@touch $@
 
 train: setup
 	@$(BIN)/python scripts/train.py $(ARGS)
 
+# Two processes, each with whole files, so that what the tests of a file share is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-fast: setup
+	@$(PYTEST) -m "not slow and not cuda and not timing and not thorough" $(ARGS)
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
@@ -32,11 +39,12 @@ test-cuda: setup
 # With Lightning and fastai, which nothing else needs.
 bench: setup
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[dev,bench]"
+	@$(BIN)/python -m pytest -m timing
 	@$(BIN)/python bench/bench.py $(ARGS)
 
 # The promises of docs/reliability.md, each with its figure.
 torture: setup
-	@$(BIN)/python -m pytest --full tests/test_durability.py tests/test_kills.py tests/test_matrix.py tests/test_finite.py \
+	@$(BIN)/python -m pytest --full -m "not slow and not cuda" tests/test_durability.py tests/test_kills.py tests/test_matrix.py tests/test_finite.py \
 		tests/test_fuzz.py tests/test_security.py tests/test_workers.py tests/test_bad_data.py tests/test_cost.py \
 		tests/test_sweeps.py $(ARGS)
 
@@ -44,7 +52,7 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest tests/test_structure.py
+	@$(BIN)/python -m pytest tests/test_structure.py tests/test_word_list.py
 
 format: setup
 	@$(BIN)/ruff format .

@@ -21,7 +21,7 @@
                 device, and photographs that workers read from their cache; then `experiment=cifar10_gpu`
 
 All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
-CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; where the first two are missing, made-up
+CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; if the first two are missing, synthetic
 images of that size stand in, and what needs the folder is left out.
 """
 

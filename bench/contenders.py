@@ -23,7 +23,7 @@ Seen = Callable[[int], None]
 
 
 def composed(*overrides: str) -> Any:
-    """A config as the command line composes it; made-up data where the official one is missing."""
+    """Return a config as the command line composes it; synthetic data if the official data set is missing."""
     from core.composition import compose_config
     from core.options.declarations import TrainConfig
 
@@ -109,17 +109,17 @@ def bare(training: Any, *, one_batch: bool) -> Callable[[Seen], object]:
 def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
     """Return a DataLoader of the train split of a training that holds it in memory."""
     source = training.train_loader.source
-    pictures = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    images = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     batch_size = training.train_loader.batch_size
-    return loader_of(pictures, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers)
+    return loader_of(images, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers)
 
 
-def loader_of(pictures: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
+def loader_of(images: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
     """A DataLoader of uint8 images (N, H, W, C)."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    size, channels = pictures.shape[1], pictures.shape[3]
+    size, channels = images.shape[1], images.shape[3]
     crop = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose(
         [
@@ -130,15 +130,15 @@ def loader_of(pictures: Any, labels: list[int], *, batch_size: int, augment: boo
         ]
     )
 
-    class Pictures(Dataset[Any]):
+    class ImageSet(Dataset[Any]):
         def __len__(self) -> int:
-            return len(pictures)
+            return len(images)
 
         def __getitem__(self, index: int) -> Any:
-            return transform(pictures[index]), labels[index]
+            return transform(images[index]), labels[index]
 
     return DataLoader(
-        Pictures(),
+        ImageSet(),
         batch_size=batch_size,
         shuffle=True,
         num_workers=workers,

@@ -100,7 +100,7 @@ def in_turns(turns: Mapping[str, Turn], *, rounds: int, seconds: float) -> dict[
     found: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(-1, rounds):
-        for name in random.Random(number).sample(names, len(names)):  # whoever comes before leaves the caches
+        for name in random.Random(number).sample(names, len(names)):  # the previous contender leaves the caches
             reached = turns[name](seconds)
             if number >= 0:
                 found[name].append(reached)

@@ -1,6 +1,6 @@
 """Print the table of all runs under a folder, and the mean over seeds of runs that differ in nothing else.
 
-scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv] [curves=FILE.png]
+python scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv] [curves=FILE.png]
 """
 
 from core.command_line import launch

@@ -46,7 +46,7 @@ def test_fitted_filters_whiten_patches_as_numpys_do(channels):
     np.testing.assert_allclose(np.cov(answers, bias=True), wanted, atol=1e-3)
 
 
-def test_blocks_begin_as_the_identity():
+def test_blocks_are_initialised_as_the_identity():
     network = Airbench(num_classes=5, in_channels=3, widths=[32, 16])
     convolutions = [layer for layer in network.blocks.modules() if isinstance(layer, nn.Conv2d)]
     for layer in convolutions:
@@ -91,20 +91,20 @@ def test_network_equals_one_written_by_hand(training, side):
 AIRBENCH = ("model=airbench", "model.widths=[4,8]", "data.channels=3")
 
 
-def test_a_new_run_fits_and_no_other_does(tmp_path, monkeypatch):
+def test_only_a_new_run_fits_the_whitening_filters(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("trainer.build.weights.FITTED", 20)
     monkeypatch.setattr(Airbench, "fit", lambda network, images: (seen.append(images), fit(network, images)))
     run = trained(tmp_path / "run", *AIRBENCH, "trainer.ema_decay=0.9")
-    (pictures,) = seen
+    (source_images,) = seen
     # Of the training part, each class by its share, as the network gets them.
     resident = run.training.train_loader.normalisation(run.training.train_loader.source.pixels)
-    places = [(resident == picture).flatten(1).all(1).nonzero().item() for picture in pictures]
+    places = [(resident == image).flatten(1).all(1).nonzero().item() for image in source_images]
     assert len(set(places)) == 20
     shares = 20 / 44 * run.training.train_loader.source.labels.bincount()
     assert ((run.training.train_loader.source.labels[places].bincount() - shares).abs() < 1).all()
     expected = Airbench(num_classes=4, in_channels=3, widths=[4, 8])
-    fit(expected, pictures)
+    fit(expected, source_images)
     for network in (
         run.state.model,
         run.state.models["ema"],
@@ -120,7 +120,7 @@ def test_a_new_run_fits_and_no_other_does(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
-def test_what_cannot_be_fitted_is_told(monkeypatch):
+def test_model_that_cannot_be_fitted_is_a_config_error(monkeypatch):
     def fit(self: Airbench, images: torch.Tensor) -> None:
         raise ValueError("no two are alike")
 
@@ -132,8 +132,8 @@ def test_what_cannot_be_fitted_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("card", ["cifar10_30min", "cifar10_gpu"])
-def test_recipes_learn_at_small_scale(tmp_path, card):
-    """Narrow, on made-up images, uncompiled: for the values of their keys, and not for their figures."""
+def test_recipes_reduce_the_loss_at_small_scale(tmp_path, card):
+    """Narrow, on synthetic images, uncompiled: this checks the keys of the recipes, not their accuracy."""
     small = ("model.widths=[8,16]", "data.image_size=12", "data.num_classes=4", "data.batch_size=32")
     given = ("trainer.max_epochs=4", "schedule.warmup_epochs=1", "trainer.threads=1", "trainer.compile=false")
     data = ("data=synthetic", "data.train_samples=320", "data.test_samples=100")

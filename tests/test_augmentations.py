@@ -26,7 +26,7 @@ from data.augment.mixing import CutMix, Mixup
 from data.augment.pipeline import Augmentations
 
 
-def pictures(batch: int, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:
+def random_images(batch: int, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
 
@@ -41,8 +41,8 @@ def uniform(batch: int, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["black", "reflect"])
 @pytest.mark.parametrize("padding", [0, 1, 3])
 @pytest.mark.parametrize("as_float", [False, True])
-def test_crop_is_a_slice_of_the_padded_picture(padding, as_float, mode):
-    images = pictures(64, height=10, width=14)
+def test_crop_is_a_slice_of_the_padded_image(padding, as_float, mode):
+    images = random_images(64, height=10, width=14)
     images = images.float() if as_float else images
     numbers = uniform(64, 2)
     numbers[0], numbers[1] = 0, 1 - 2**-24  # the ends of [0, 1)
@@ -50,9 +50,9 @@ def test_crop_is_a_slice_of_the_padded_picture(padding, as_float, mode):
     assert result.dtype == images.dtype
     edges = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
     padded = torch.from_numpy(np.pad(images.numpy(), edges, mode="constant" if mode == "black" else "reflect"))
-    for ours, picture, (down, right) in zip(result, padded, numbers.tolist()):
+    for ours, image, (down, right) in zip(result, padded, numbers.tolist()):
         top, left = math.floor(down * (2 * padding + 1)), math.floor(right * (2 * padding + 1))
-        assert torch.equal(ours, picture[:, top : top + 10, left : left + 14])
+        assert torch.equal(ours, image[:, top : top + 10, left : left + 14])
 
 
 def test_crop_reaches_every_shift_equally():
@@ -63,24 +63,24 @@ def test_crop_reaches_every_shift_equally():
 
 
 def test_flip_mirrors_those_below_the_probability():
-    images, numbers = pictures(100), uniform(100, 1)
+    images, numbers = random_images(100), uniform(100, 1)
     for probability in (0.0, 0.3, 1.0):
         result = RandomFlip(probability=probability)(images, numbers)
         assert result.dtype == torch.uint8
-        for ours, picture, number in zip(result, images, numbers[:, 0].tolist()):
-            assert torch.equal(ours, picture.flip(-1) if number < probability else picture)
+        for ours, image, number in zip(result, images, numbers[:, 0].tolist()):
+            assert torch.equal(ours, image.flip(-1) if number < probability else image)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
-def test_reflection_goes_on_where_the_padding_is_wider_than_the_picture(side):
-    images, numbers = pictures(8, height=side, width=side), torch.zeros(8, 2)  # its upper left corner
+def test_reflection_repeats_if_the_padding_is_wider_than_the_image(side):
+    images, numbers = random_images(8, height=side, width=side), torch.zeros(8, 2)  # its upper left corner
     edges = [(0, 0), (0, 0), (5, 5), (5, 5)]
     padded = np.pad(images.numpy(), edges, mode="reflect" if side > 1 else "edge")
     assert (RandomCrop(padding=5, mode="reflect")(images, numbers).numpy() == padded[..., :side, :side]).all()
 
 
-def test_each_picture_is_mirrored_in_every_other_epoch():
-    images = pictures(400)
+def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
+    images = random_images(400)
     frame = Augmentations({"flip": AlternatingFlip()}, seed=5, num_classes=4)
     rows, labels = torch.arange(400), torch.zeros(400, dtype=torch.long)
     mirrored = []
@@ -99,15 +99,15 @@ def test_affine_is_torchvisions(height, width):
     from torchvision.transforms.functional import InterpolationMode, affine
 
     step = RandomAffine(translate=0.2, scale=[0.7, 1.4], rotate=60, shear=25, mirror=0.5)
-    images, numbers = pictures(40, height=height, width=width), uniform(40, 6)
+    images, numbers = random_images(40, height=height, width=width), uniform(40, 6)
     result = step(images, numbers)
     assert result.dtype == torch.float32
     flips = 0
-    for ours, picture, row in zip(result, images, numbers.tolist()):
+    for ours, image, row in zip(result, images, numbers.tolist()):
         right, down, size, turn, lean, mirror = row
         flips += mirror < 0.5
         expected = affine(
-            (picture.flip(-1) if mirror < 0.5 else picture).float()[None],
+            (image.flip(-1) if mirror < 0.5 else image).float()[None],
             angle=60 * (2 * turn - 1),
             translate=[0.2 * (2 * right - 1) * width, 0.2 * (2 * down - 1) * height],
             scale=0.7 + 0.7 * size,
@@ -119,8 +119,8 @@ def test_affine_is_torchvisions(height, width):
     assert 0 < flips < 40
 
 
-def test_affine_of_no_change_changes_nothing():
-    images = pictures(8)
+def test_affine_with_zero_ranges_is_the_identity():
+    images = random_images(8)
     still = RandomAffine(translate=0, scale=[1, 1], rotate=0, shear=0, mirror=0)
     assert (still(images, uniform(8, 6)) - images).abs().max() < 1e-3
     shifted = RandomAffine(translate=0.25, scale=[1, 1], rotate=0, shear=0, mirror=0)
@@ -133,15 +133,15 @@ def test_affine_of_no_change_changes_nothing():
 @pytest.mark.parametrize("as_float", [False, True])
 def test_resized_crop_is_torchvisions(channels, height, width, as_float):
     step = RandomResizedCrop(area=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
-    images, numbers = pictures(60, channels, height, width), uniform(60, 4)
+    images, numbers = random_images(60, channels, height, width), uniform(60, 4)
     images = images.float() if as_float else images
     numbers[0], numbers[1] = 0, 1 - 2**-24
     result = step(images, numbers)
     assert result.dtype == torch.float32
     boxes = rectangles(numbers, area=step.area, ratio=step.ratio, height=height, width=width)
-    for ours, picture, box in zip(result, images, torch.stack(boxes, dim=1).long().tolist()):
+    for ours, image, box in zip(result, images, torch.stack(boxes, dim=1).long().tolist()):
         for antialias in (False, True):
-            expected = reference.resized_crop(picture.float(), *box, size=[height, width], antialias=antialias)
+            expected = reference.resized_crop(image.float(), *box, size=[height, width], antialias=antialias)
             assert (ours - expected).abs().max() < 0.02  # of 255
 
 
@@ -150,7 +150,7 @@ def test_resized_crop_is_torchvisions(channels, height, width, as_float):
     ((0.02, 0.4), (0.3, 1 / 0.3), 200, 400),
     ((0.5, 1.0), (3 / 4, 4 / 3), 300, 100),
 ])  # fmt: skip
-def test_rectangles_are_as_large_and_as_shaped_as_asked_for(area, ratio, height, width):
+def test_random_rectangles_have_the_configured_area_and_aspect_ratio(area, ratio, height, width):
     top, left, tall, wide = (
         part.double() for part in rectangles(uniform(20000, 4), area=area, ratio=ratio, height=height, width=width)
     )
@@ -174,15 +174,15 @@ def test_rectangles_are_as_large_and_as_shaped_as_asked_for(area, ratio, height,
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 33)])
 def test_elastic_is_torchvisions_of_scipys_displacement(height, width):
     step = Elastic(alpha=34, sigma=4)
-    images, numbers = pictures(6, 1, height, width), uniform(6, 1)
+    images, numbers = random_images(6, 1, height, width), uniform(6, 1)
     given = step.displacements(numbers, height=height, width=width)
     noise = (2 * (per_pixel(numbers[:, 0], 2 * height * width) >> 16) + 1) / 2**16
     assert noise.min() >= -1 and noise.max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.01
-    for displacement, field, ours, picture in zip(given, noise.view(given.shape), step(images, numbers), images):
+    for displacement, field, ours, image in zip(given, noise.view(given.shape), step(images, numbers), images):
         for smooth, axis in zip(displacement.numpy(), field.double().numpy()):
             assert abs(34 * ndimage.gaussian_filter(axis, 4, mode="constant", truncate=8) - smooth).max() < 2e-3
         across = displacement * torch.tensor([2 / width, 2 / height]).view(2, 1, 1)  # the sides are -1 to 1
-        expected = reference.elastic(picture.float(), across.permute(1, 2, 0)[None], fill=None)
+        expected = reference.elastic(image.float(), across.permute(1, 2, 0)[None], fill=None)
         assert (ours - expected).abs().max() < 0.02
     assert 1 < given.square().mean().sqrt() < 1.5  # 0.16 * 34 / 4, and less at the border
     assert torch.equal(Elastic(alpha=0, sigma=4)(images, numbers).round(), images.float())
@@ -194,14 +194,14 @@ def test_elastic_is_torchvisions_of_scipys_displacement(height, width):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("as_float", [False, True])
 def test_color_shift_is_torchvisions(channels, as_float):
-    images, numbers = pictures(40, channels), uniform(40, 4)
+    images, numbers = random_images(40, channels), uniform(40, 4)
     images[0], images[1, :, :, :6] = 0, 255  # black, and greys among colours
     images = images.float() if as_float else images
     strengths = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.9, "hue": 0.5}
     result = ColorShift(**strengths)(images, numbers)
-    for ours, picture, row in zip(result, images, numbers.tolist()):
+    for ours, image, row in zip(result, images, numbers.tolist()):
         brightness, contrast, saturation, hue = ((2 * u - 1) * s for u, s in zip(row, strengths.values()))
-        expected = reference.adjust_brightness(picture.float() / 255, 1 + brightness)
+        expected = reference.adjust_brightness(image.float() / 255, 1 + brightness)
         expected = reference.adjust_contrast(expected, 1 + contrast)
         expected = reference.adjust_saturation(expected, 1 + saturation)
         expected = reference.adjust_hue(expected, hue)
@@ -214,32 +214,32 @@ def test_color_shift_is_torchvisions(channels, as_float):
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_color_shift_one_at_a_time(name):
     """Alone, so that no order and no cutting off of the others hides a mistake."""
-    images, numbers = pictures(20), uniform(20, 4)
+    images, numbers = random_images(20), uniform(20, 4)
     strengths = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0} | {name: 0.3}
     result = ColorShift(**strengths)(images, numbers)
     adjust = getattr(reference, f"adjust_{name}")
-    for ours, picture, number in zip(result, images, numbers[:, list(strengths).index(name)].tolist()):
+    for ours, image, number in zip(result, images, numbers[:, list(strengths).index(name)].tolist()):
         change = 0.3 * (2 * number - 1) + (name != "hue")
-        assert (ours - 255 * adjust(picture.float() / 255, change)).abs().max() < 0.02
+        assert (ours - 255 * adjust(image.float() / 255, change)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pca_color_is_the_papers_formula_with_numpys_eigenvectors(channels):
-    images, numbers = pictures(30, channels, 5, 5), uniform(30, 3)
+    images, numbers = random_images(30, channels, 5, 5), uniform(30, 3)
     mixing = np.array([[0.2, 0.05, 0.1], [0.0, 0.1, 0.03], [0.02, 0.01, 0.04]])[:channels, :channels]
     covariance = mixing @ mixing.T
     step = PCAColor(sigma=0.7)
     step.fit(torch.zeros(channels), torch.from_numpy(covariance))
     values, vectors = np.linalg.eigh(covariance)
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(channels)])
-    for ours, picture, row in zip(step(images, numbers), images, numbers.double().numpy()):
+    for ours, image, row in zip(step(images, numbers), images, numbers.double().numpy()):
         multiples = 0.7 * stats.norm.ppf(row[:channels] + 2**-25)
         shift = 255 * vectors @ (multiples * values)
-        assert np.abs(ours.numpy() - (picture.numpy() + shift[:, None, None])).max() < 1e-3
+        assert np.abs(ours.numpy() - (image.numpy() + shift[:, None, None])).max() < 1e-3
     assert torch.equal(PCAColor(sigma=0.7)(images, numbers), images.float())  # fitted to nothing
 
 
-def test_shifts_of_pca_color_spread_as_the_data_does():
+def test_pca_color_shifts_have_the_covariance_of_the_data():
     covariance = torch.tensor([[0.06, 0.05, 0.04], [0.05, 0.06, 0.05], [0.04, 0.05, 0.07]], dtype=torch.float64)
     step = PCAColor(sigma=1)
     step.fit(torch.zeros(3), covariance)
@@ -257,7 +257,7 @@ def test_shifts_of_pca_color_spread_as_the_data_does():
 def test_erasing_is_torchvisions(channels, as_float, fill):
     step = RandomErasing(probability=0.6, area=[0.02, 0.4], ratio=[0.3, 1 / 0.3], fill=fill)
     step.fit(torch.tensor([0.2, 0.4, 0.6][:channels]), torch.eye(channels))
-    images, numbers = pictures(60, channels, 12, 20), uniform(60, 6)
+    images, numbers = random_images(60, channels, 12, 20), uniform(60, 6)
     images = images.float() if as_float else images
     result = step(images, numbers)
     assert result.dtype == images.dtype
@@ -279,19 +279,19 @@ def test_erasing_is_torchvisions(channels, as_float, fill):
 
 @pytest.mark.parametrize(("sigma", "height", "width"), [([0.1, 1.0], 12, 12), ([0.5, 2.0], 9, 14), ([1.0, 3.0], 5, 7)])
 def test_blur_is_torchvisions(sigma, height, width):
-    images, numbers = pictures(20, 3, height, width), uniform(20, 2)
+    images, numbers = random_images(20, 3, height, width), uniform(20, 2)
     result = RandomBlur(probability=0.7, sigma=sigma)(images, numbers)
     radius = min(math.ceil(3 * sigma[1]), height - 1)
-    for ours, picture, (chance, size) in zip(result, images, numbers.tolist()):
+    for ours, image, (chance, size) in zip(result, images, numbers.tolist()):
         if chance >= 0.7:
-            assert torch.equal(ours, picture.float())
+            assert torch.equal(ours, image.float())
             continue
         width_of_gaussian = sigma[0] + size * (sigma[1] - sigma[0])
-        expected = reference.gaussian_blur(picture.float(), [2 * radius + 1] * 2, [width_of_gaussian] * 2)
+        expected = reference.gaussian_blur(image.float(), [2 * radius + 1] * 2, [width_of_gaussian] * 2)
         assert (ours - expected).abs().max() < 0.01
 
 
-def test_noise_is_normal_and_as_strong_as_asked_for():
+def test_noise_is_normal_with_the_configured_deviation():
     images = torch.full((400, 3, 24, 24), 128, dtype=torch.uint8)
     numbers = uniform(400, 3)
     noise = RandomNoise(probability=0.5, sd=20)(images, numbers).double() - 128
@@ -303,7 +303,7 @@ def test_noise_is_normal_and_as_strong_as_asked_for():
     assert abs(unit.var() - 1) < 0.01 and len(unit.unique()) > 40000
     for shift in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):  # samples, colours, neighbours
         assert abs((unit * unit.roll(shift, (0, 1, 2, 3))).mean()) < 0.01
-    grey = RandomNoise(probability=1, sd=255)(pictures(50, 1), uniform(50, 3))
+    grey = RandomNoise(probability=1, sd=255)(random_images(50, 1), uniform(50, 3))
     assert grey.min() == 0 and grey.max() == 255
 
 
@@ -322,7 +322,7 @@ def test_mixup_by_hand():
 
 @pytest.mark.parametrize("as_float", [False, True])
 def test_cutmix_is_the_papers_algorithm(as_float):
-    images, numbers = pictures(60, 3, 10, 14), uniform(30, 4)
+    images, numbers = random_images(60, 3, 10, 14), uniform(30, 4)
     images = images.float() if as_float else images
     labels = functional.one_hot(torch.arange(60) % 7, 7).float()  # never the same as the partner's
     mixed, targets = CutMix(alpha=1, probability=0.8)(images, labels, numbers)
@@ -360,7 +360,7 @@ def test_normal_is_scipys():
     assert np.abs(normal(numbers).numpy() - stats.norm.ppf(numbers.double().numpy() + 2**-25)).max() < 1e-5
 
 
-def test_numbers_for_pixels_are_even_and_unlike_each_other():
+def test_random_values_per_pixel_are_uniform_and_differ():
     seeds = torch.cat([uniform(100, 1)[:, 0], torch.arange(100) / 2**24])  # near ones too
     numbers = per_pixel(seeds, 5000)
     assert len(numbers.unique()) > 0.999 * numbers.numel()
@@ -457,7 +457,7 @@ def cutmix(**changes: object) -> CutMix:
         (cutmix, "probability", 2),
     ],
 )
-def test_bad_arguments_name_themselves(build, key, value):
+def test_config_error_names_the_wrong_augmentation_argument(build, key, value):
     with pytest.raises(ConfigError, match="must be") as caught:
         build(**{key: value})
     assert caught.value.subject == key

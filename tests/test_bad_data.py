@@ -1,4 +1,4 @@
-"""Data that is broken, too large, gone or not what it was: D04 to D17, X08 and X09 of the fault list."""
+"""Data that is broken, too large, missing or changed."""
 
 import contextlib
 import errno
@@ -98,7 +98,7 @@ def epoch(part: Images, *, num_workers: int, start: int = 0) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("kind", bad_contents())
-def test_d04_d05_a_bad_picture_is_an_error_or_skipped(tmp_path, caplog, kind):
+def test_unreadable_image_is_an_error_or_skipped(tmp_path, caplog, kind):
     write(tmp_path, {"a": 3, "b": 3}, {("a", 1): bad_contents()[kind]})
     for streamed in (False, True):
         with pytest.raises(DataError) as caught:
@@ -111,13 +111,13 @@ def test_d04_d05_a_bad_picture_is_an_error_or_skipped(tmp_path, caplog, kind):
     assert record.getMessage().startswith(f"{tmp_path / 'a/001.jpg'}: ")
 
 
-def test_a_gif_is_a_picture(tmp_path):
+def test_gif_is_decoded(tmp_path):
     frames = [Image.new("RGB", (9, 7), (red, 0, 0)) for red in (7, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert decode(tmp_path / "moving.gif", image_size=4, channels=3)[0, 0, 0] == 7
 
 
-def test_d04_replacements_are_the_same_resident_streamed_for_any_worker_and_after_a_resume(tmp_path, caplog):
+def test_replacement_of_an_unreadable_image_is_the_same_for_any_loading_and_after_a_resume(tmp_path, caplog):
     contents = list(bad_contents().values())
     bad = {("a", 0): contents[0], ("a", 1): contents[1], ("b", 69): contents[2], ("c", 5): contents[4]}
     write(tmp_path, {"a": 200, "b": 70, "c": 130}, bad)
@@ -156,16 +156,16 @@ def test_d04_replacements_are_the_same_resident_streamed_for_any_worker_and_afte
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_d04_too_many_bad_pictures(tmp_path, streamed):
+def test_too_many_unreadable_images_end_the_run(tmp_path, streamed):
     write(tmp_path, {"a": 150, "b": 149}, {("a", 3): b"", ("b", 7): HTML})
     prepared(tmp_path, streamed=streamed)  # 2 of 299
     (tmp_path / "a/004.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"3 of 299 images are bad, where data.on_bad_image=skip bears 2") as caught:
+    with pytest.raises(DataError, match=r"3 of 299 images are unreadable; data.on_bad_image=skip allows 2") as caught:
         prepared(tmp_path, streamed=streamed)
     assert Path(caught.value.subject).name in ("003.jpg", "004.jpg", "007.jpg")
 
 
-def test_d04_a_class_of_bad_pictures_alone(tmp_path):
+def test_class_without_a_readable_image_is_an_error(tmp_path):
     write(tmp_path, {"a": 150, "b": 2}, {("b", 0): b"", ("b", 1): b""})
     (tmp_path / "a/000.jpg").rename(tmp_path / "b/extra.txt")
     with pytest.raises(DataError, match="2 of 151 images are bad"):
@@ -176,7 +176,7 @@ def test_d04_a_class_of_bad_pictures_alone(tmp_path):
     assert caught.value.subject == str(tmp_path / "b/000.jpg")
 
 
-def test_bad_settings_name_their_key(tmp_path):
+def test_config_error_names_the_key_of_image_checks(tmp_path):
     write(tmp_path, {"a": 3, "b": 3}, {})
     for key, value in (("on_bad_image", "warn"), ("max_pixels", 0)):
         with pytest.raises(ConfigError, match="must be") as caught:
@@ -184,9 +184,9 @@ def test_bad_settings_name_their_key(tmp_path):
         assert (caught.value.subject, caught.value.value) == (key, value)
 
 
-def test_a_run_skips_bad_pictures_and_goes_on_after_a_stop(tmp_path, caplog):
+def test_run_that_skips_unreadable_images_resumes_after_a_stop(tmp_path, caplog):
     write(tmp_path / "images", {"a": 20, "b": 20}, {("a", 3): b"", ("b", 19): HTML})
-    overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
+    overrides = ("data=image_folder", f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.batch_size=8")
     overrides += ("data.on_bad_image=skip", "data.memory_budget=0", "data.test_fraction=0.5", "data.num_workers=1")
     overrides += ("data.timeout_s=77",)
     weights = []
@@ -220,7 +220,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_d09_a_decompression_bomb_takes_no_memory(tmp_path):
+def test_decompression_bomb_takes_no_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(20_000, 15_000))
     assert (tmp_path / "bomb.png").stat().st_size < 3_000_000
     program = (
@@ -239,7 +239,7 @@ def test_d09_a_decompression_bomb_takes_no_memory(tmp_path):
     assert done.stderr == ""  # no warning of Pillow's
 
 
-def test_d09_odd_sizes_work_and_the_limit_is_exact(tmp_path):
+def test_odd_image_sizes_work_and_max_pixels_is_exact(tmp_path):
     for width, height in ((1, 1), (30_000, 2), (2, 30_000)):
         (tmp_path / "odd.png").write_bytes(png(width, height))
         assert decode(tmp_path / "odd.png", image_size=4, channels=3).shape == (3, 4, 4)
@@ -323,7 +323,7 @@ def test_importing_the_decoder_changes_nothing_and_imports_little():
 # ------------------------------------------------------------------------------------------------------ files that go
 
 
-def test_d13_a_file_that_goes_is_no_bad_picture(tmp_path, monkeypatch):
+def test_file_that_disappears_is_a_data_error_not_an_unreadable_image(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "PAUSES", (0.01, 0.02, 0.03))
     write(tmp_path, {"a": 3, "b": 3}, {})
     found = prepared(tmp_path, streamed=True)
@@ -339,7 +339,7 @@ def test_d13_a_file_that_goes_is_no_bad_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("failures", [3, 4])
-def test_d13_a_drive_that_comes_back_is_read_on(tmp_path, monkeypatch, failures):
+def test_reading_continues_when_a_drive_is_mounted_again(tmp_path, monkeypatch, failures):
     (tmp_path / "0.png").write_bytes(encoded(5))
     pauses, calls, opened = [], [], Image.open
 
@@ -373,7 +373,7 @@ def test_d13_a_drive_that_comes_back_is_read_on(tmp_path, monkeypatch, failures)
         (lambda pixels: pixels[:, 0], "must be (N, C, H, W) with 1 or 3 channels"),
     ],
 )
-def test_d16_pixels_of_a_function_from_elsewhere(change, told):
+def test_pixels_of_a_user_function_are_checked(change, told):
     pixels, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 2
     with pytest.raises(DataError) as caught:
         splits.prepare(
@@ -391,7 +391,7 @@ def test_d16_pixels_of_a_function_from_elsewhere(change, told):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_d07_sixteen_bits_keep_their_mean(tmp_path, suffix):
+def test_16_bit_images_keep_their_mean(tmp_path, suffix):
     values = np.random.default_rng(0).integers(0, 65536, (40, 40)).astype(np.uint16)
     values[:20] //= 256  # dark ones, which clipping would make white
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
@@ -403,27 +403,27 @@ def test_d07_sixteen_bits_keep_their_mean(tmp_path, suffix):
 # --------------------------------------------------------------------------------------------- other data at a resume
 
 
-def test_d15_a_picture_more_is_counted(tmp_path):
+def test_resume_reports_an_added_image(tmp_path):
     write(tmp_path / "images", {"a": 20, "b": 25}, {})
-    overrides = ("data=image_folder", f"data.root={tmp_path / 'pictures'}", "data.image_size=8", "data.batch_size=8")
+    overrides = ("data=image_folder", f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.batch_size=8")
     run = built(tmp_path / "run", *overrides)
     stop_after(run, 2)
     with pytest.raises(StopSignal):
         run_to_end(run)
-    picture = tmp_path / "images/a/new.jpg"
-    picture.write_bytes(encoded(1))
+    image = tmp_path / "images/a/new.jpg"
+    image.write_bytes(encoded(1))
     with pytest.raises(CheckpointError, match="train 36 -> 37 images; put it back, .* with init_from=RUN") as caught:
         reopened(tmp_path / "run")
     assert caught.value.exit_code == 6
     (tmp_path / "images/a/000.jpg").unlink()
     with pytest.raises(CheckpointError, match="the same number of images, other names or labels"):
         reopened(tmp_path / "run")
-    picture.unlink()
+    image.unlink()
     (tmp_path / "images/a/000.jpg").write_bytes(encoded(0))
     assert reopened(tmp_path / "run") is not None
 
 
-def test_d15_splits_that_come_and_go():
+def test_resume_reports_added_and_removed_splits():
     now = {"counts": {"train": 5, "test": 2}}
     assert "val 3 -> none images, test none -> 2 images" in changed_data({"counts": {"train": 5, "val": 3}}, now)
 
@@ -447,7 +447,7 @@ def hostile_archive(path: Path, outside: Path) -> None:
             archive.addfile(member, io.BytesIO())
 
 
-def test_x08_a_hostile_archive_is_refused_unread(tmp_path):
+def test_hostile_archive_is_refused_unread(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "outside").mkdir()
     hostile_archive(tmp_path / "root/cifar-10-python.tar.gz", tmp_path / "outside")
@@ -459,7 +459,7 @@ def test_x08_a_hostile_archive_is_refused_unread(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["truncated", "hostile"])
-def test_d17_what_comes_over_the_network_is_checked_before_it_is_unpacked(tmp_path, monkeypatch, fault):
+def test_download_is_verified_before_it_is_unpacked(tmp_path, monkeypatch, fault):
     from torchvision.datasets import CIFAR10
 
     for name in ("served", "outside"):
@@ -479,7 +479,7 @@ def test_d17_what_comes_over_the_network_is_checked_before_it_is_unpacked(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_x09_whatever_is_downloaded_has_a_digest():
+def test_every_download_has_a_digest():
     from torchvision import datasets as official
 
     digests = [

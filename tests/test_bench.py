@@ -1,4 +1,4 @@
-"""`bench/bench.py` measures what it says it does, on made-up data, for a moment."""
+"""`bench/bench.py` runs for a moment on synthetic data."""
 
 import argparse
 import json
@@ -40,13 +40,13 @@ def test_contenders_take_turns_and_are_timed_by_their_steps():
     )
     assert len(line["slow"]) == len(line["fast"]) == 4
     begun = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
-    assert begun.count("slow") > 2 and begun.count("fast") > 2  # by turns, whoever begins a round
+    assert begun.count("slow") > 2 and begun.count("fast") > 2  # in turns, whichever begins a round
     assert median(line["slow"]) <= 500 and median(line["fast"]) <= 5000  # no step is shorter than its pause
     assert median(line["fast"]) > 3 * median(line["slow"])
 
 
-def test_a_bench_of_a_moment(tmp_path):
-    """On made-up images; in a process of its own, as DataLoaders with workers leave a handler of signals behind."""
+def test_short_benchmark_writes_its_tables(tmp_path):
+    """On synthetic images; in a process of its own, as DataLoaders with workers leave a handler of signals behind."""
     given = ["step", "own", "--only", "MLP", "--rounds", "2", "--seconds", "0.01", "--output", "found/bench.json"]
     command = [sys.executable, str(BENCH / "bench.py"), *given]
     environment = os.environ | {"PRECEPTOR_DATA": str(tmp_path)}
@@ -61,8 +61,8 @@ def test_a_bench_of_a_moment(tmp_path):
     assert (tmp_path / "found/bench.png").stat().st_size > 10_000
 
 
-def test_what_a_gpu_would_be_asked(tmp_path, monkeypatch):
-    """The part `cuda`, on a CPU with a small network and made-up photographs."""
+def test_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch):
+    """The part `cuda`, on a CPU with a small model and synthetic photographs."""
     for number in range(120):
         file = tmp_path / "imagenette-mini" / f"class {number % 10}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def test_what_a_gpu_would_be_asked(tmp_path, monkeypatch):
     assert not (tmp_path / "imagenette-mini" / ".preceptor").exists()
 
 
-def test_our_samples_are_counted_one_by_one():
+def test_samples_of_the_trainer_are_counted_one_by_one():
     """44 of them, in batches of 8: the last of an epoch has 4."""
     data = ("data=synthetic", "data.train_samples=55", "data.val_fraction=0.2", "data.image_size=8", "model=mlp")
     seen: list[int] = []
@@ -85,7 +85,7 @@ def test_our_samples_are_counted_one_by_one():
     assert seen == [8, 8, 8, 8, 8, 4]
 
 
-def test_workers_stand_still_between_turns():
+def test_workers_are_stopped_between_turns():
     """They would work at the cost of the others."""
     counted = multiprocessing.get_context("fork").RawValue("q", 0)
 
@@ -115,7 +115,7 @@ def test_workers_stand_still_between_turns():
         assert counted.value > before
 
 
-def test_a_recipe_is_timed(monkeypatch):
+def test_recipe_benchmark_reports_time_and_accuracy(monkeypatch):
     """Any card will do."""
     given = ("model=mlp", "data=digits", "data.limit_train=100", "trainer.max_epochs=1", "trainer.threads=1")
     found = commands.bench_recipe("mnist_mlp", *given, "data.image_size=8", "trainer.device=cpu")

@@ -119,7 +119,7 @@ def test_what_a_constructor_refuses_is_reported_under_its_section():
 @pytest.mark.parametrize(
     "target", ["os.system", "subprocess.run", "builtins.eval", "shutil.rmtree", "pickle.loads", "logging.os.remove"]
 )
-def test_no_config_may_run_commands(tmp_path, monkeypatch, target):
+def test_config_cannot_build_functions_that_run_commands(tmp_path, monkeypatch, target):
     """Not even the user's own; the module of the object counts, whatever name leads to it."""
     monkeypatch.chdir(tmp_path)
     node = {"_target_": target, "_args_": ["touch here"]}
@@ -138,7 +138,7 @@ def test_no_config_may_run_commands(tmp_path, monkeypatch, target):
         ({"_recursive_": 0}, r"x._recursive_ = 0: must be true or false"),
     ],
 )
-def test_keys_of_hydra_have_their_types(given, message):
+def test_special_keys_of_hydra_are_type_checked(given, message):
     with pytest.raises(ConfigError, match=message):
         construct({"_target_": BOX, **given}, "x")
 
@@ -150,7 +150,7 @@ class RandomLoss(nn.CrossEntropyLoss):
         super().__init__(weight=torch.rand(4) + 0.5)
 
 
-def test_what_a_users_class_draws_is_a_function_of_the_seed():
+def test_random_values_drawn_by_a_users_class_depend_on_the_seed_only():
     def weights(seed: int) -> torch.Tensor:
         torch.rand(7)  # the caller's own draws change nothing
         return build(composed(f"loss._target_={__name__}.RandomLoss", f"seed={seed}"))[0].loss_function.weight

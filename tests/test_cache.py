@@ -53,7 +53,7 @@ def kept(root: Path) -> list[str]:
     return sorted(name.rsplit(".", 1)[1] for name in names)
 
 
-def test_the_same_pixels_and_nothing_is_decoded_twice(root, monkeypatch):
+def test_cached_pixels_are_the_decoded_ones_and_each_image_is_decoded_once(root, monkeypatch):
     plain = files_of(root)
     assert isinstance(plain.pixels, Files)
     place = root / ".preceptor"
@@ -88,7 +88,7 @@ def test_pickled_cache_holds_the_path_and_maps_the_file_again(root, monkeypatch)
     assert len(mapped) == 2 and not any("deleted" in line for line in mapped)
 
 
-def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
+def test_changed_files_get_another_cache(root, monkeypatch):
     decoded, real = [], cache.decode
 
     def decode(path: Path, **named: Any) -> Any:
@@ -134,7 +134,7 @@ def test_what_has_changed_is_decoded_anew_and_nothing_else(root, monkeypatch):
     assert not torch.equal(load(copy), after) and len(decoded) == 36
 
 
-def test_a_cache_that_others_have_made_is_read_where_nothing_can_be_written(root, monkeypatch):
+def test_existing_cache_in_a_read_only_folder_is_used(root, monkeypatch):
     files = files_of(root).pixels
     assert isinstance(files, Files)
     with_cache(files, root / ".preceptor")
@@ -150,7 +150,7 @@ def test_a_cache_that_others_have_made_is_read_where_nothing_can_be_written(root
     assert kept(root) == ["json", "npy"]
 
 
-def test_contents_are_read_once_even_where_no_cache_can_be_made(root, monkeypatch, caplog):
+def test_file_contents_are_hashed_once_even_if_no_cache_can_be_created(root, monkeypatch, caplog):
     files = files_of(root).pixels
     assert isinstance(files, Files)
     monkeypatch.setattr(cache, "ROOM", 0.0)
@@ -163,7 +163,7 @@ def test_contents_are_read_once_even_where_no_cache_can_be_made(root, monkeypatc
     assert "Permission denied" in caplog.messages[-1]
 
 
-def test_pictures_changed_while_it_is_made_are_not_kept_under_the_old_ones_name(root, monkeypatch, caplog):
+def test_images_changed_during_creation_leave_no_cache(root, monkeypatch, caplog):
     files = files_of(root).pixels
     assert isinstance(files, Files)
     real = cache.decode
@@ -178,7 +178,7 @@ def test_pictures_changed_while_it_is_made_are_not_kept_under_the_old_ones_name(
     assert "changed" in caplog.messages[-1] and kept(root) == ["contents"]
 
 
-def test_a_file_that_cannot_be_read_makes_no_cache_of_its_own(root, monkeypatch):
+def test_unreadable_file_prevents_the_cache(root, monkeypatch):
     files = files_of(root).pixels
     assert isinstance(files, Files)
     tries, real = itertools.count(), Path.open
@@ -196,7 +196,7 @@ def test_a_file_that_cannot_be_read_makes_no_cache_of_its_own(root, monkeypatch)
     assert with_cache(files, root / ".preceptor").cache is not None and kept(root) == CACHE
 
 
-def test_bad_pictures_are_as_without_a_cache(root, caplog):
+def test_unreadable_images_are_treated_as_without_a_cache(root, caplog):
     path = root / "class 0" / "00.png"
     path.write_bytes(path.read_bytes()[:60])
     files = files_of(root).pixels
@@ -215,7 +215,7 @@ def test_bad_pictures_are_as_without_a_cache(root, caplog):
     assert [record.getMessage().count("00.png") for record in caplog.records] == [1, 1]
 
 
-def test_a_training_is_the_same_to_the_bit(root, tmp_path):
+def test_training_with_a_cache_is_bit_identical(root, tmp_path):
     given = ("data=image_folder", f"data.root={root}", "data.image_size=8", "data.channels=1", "data.batch_size=4")
     given += ("augment=[crop_flip,mixup]", "data.val_fraction=0.2")
     states = [
@@ -235,7 +235,7 @@ def test_a_training_is_the_same_to_the_bit(root, tmp_path):
 
 
 @pytest.mark.parametrize("trouble", ["no room", "a file in its place", "a full disk"])
-def test_where_it_cannot_be_made_pictures_are_decoded(root, monkeypatch, caplog, trouble):
+def test_images_are_decoded_if_the_cache_cannot_be_created(root, monkeypatch, caplog, trouble):
     files = files_of(root).pixels
     assert isinstance(files, Files)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,8 +268,8 @@ def killed_at(number: int) -> Any:
     return decode
 
 
-def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
-    """Killed at every image: never half a cache; what was begun is removed by whoever makes the next one."""
+def test_kill_during_creation_leaves_no_obstacle(root, monkeypatch):
+    """Killed at every image: never half a cache; the next creation removes what was left."""
     files = files_of(root).pixels
     assert isinstance(files, Files)
     expected, place = files_of(root).load(), root / ".preceptor"
@@ -286,7 +286,7 @@ def test_a_kill_while_it_is_made_leaves_nothing_in_the_way(root, monkeypatch):
     assert kept(root) == CACHE
 
 
-def test_one_that_is_being_made_is_not_removed(root, monkeypatch):
+def test_unfinished_cache_of_a_running_process_is_kept(root, monkeypatch):
     place = root / ".preceptor"
     place.mkdir()
     with cache._unfinished(place / "x.npy") as file:
@@ -296,7 +296,7 @@ def test_one_that_is_being_made_is_not_removed(root, monkeypatch):
     assert list(place.iterdir()) == []
 
 
-def test_packed_paths_are_the_paths():
+def test_packed_paths_equal_the_paths():
     paths = [Path("a"), Path("/x y/ä.png"), Path(os.fsdecode(b"/raw/\xff.jpg")), Path("b/c/d.gif")]
     packed = pickle.loads(pickle.dumps(PackedPaths(paths)))  # noqa: S301  as a worker does
     assert list(packed) == paths and len(packed) == 4

@@ -68,7 +68,7 @@ def test_equal_snapshots_give_equal_bytes():
     assert packed(first) == packed(turned) == packed(snapshot(3)) != packed(snapshot(4))
 
 
-def test_every_dtype_comes_back_to_the_bit():
+def test_every_dtype_is_restored_bit_identically():
     numbers = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-3, 7.0, 100.0])
     tensors = {str(dtype): numbers.to(dtype) for dtype in DTYPES}
     tensors |= {"nan": torch.tensor([torch.nan, torch.inf, -torch.inf]), "scalar": torch.tensor(3)}
@@ -77,7 +77,7 @@ def test_every_dtype_comes_back_to_the_bit():
     assert_same(made, unpack(packed(made), source=Path("x")))
 
 
-def test_every_layout_comes_back():
+def test_every_memory_layout_is_restored():
     weight = torch.randn(8, 3, 3, 3).to(memory_format=torch.channels_last)
     whole = torch.randn(40)
     tensors = {"channels_last": weight, "turned": torch.randn(4, 6).T, "part": whole[3:9], "strided": whole[::3]}
@@ -86,7 +86,7 @@ def test_every_layout_comes_back():
     assert_same(made, unpack(packed(made), source=Path("x")))
 
 
-def test_parts_and_weights():
+def test_snapshot_returns_parts_and_evaluation_weights():
     one = torch.ones(1)
     made = Snapshot({"model.a.b": one, "model.c": one, "ema.a.b": 2 * one, "emax": one}, {"step": 5})
     assert made.step == 5 and set(made.part("model")) == {"a.b", "c"}
@@ -94,18 +94,18 @@ def test_parts_and_weights():
     assert set(Snapshot({"model.c": one}, {}).weights) == {"c"}
 
 
-def test_another_format_is_refused():
+def test_checkpoint_of_another_format_is_refused_by_unpack():
     content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"preceptor": json.dumps({"format": 5, "step": 1})})
     with pytest.raises(CheckpointError, match="format 5; this version reads format 4"):
         unpack(content, source=Path("x"))
-    with pytest.raises(CheckpointError, match="not a checkpoint of ours"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of Preceptor"):
         unpack(safetensors.torch.save({"a": torch.ones(1)}), source=Path("x"))
 
 
 # Generations
 
 
-def test_names_generations_and_what_is_kept(tmp_path):
+def test_checkpoint_names_and_number_of_generations(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in range(1, 6):
         folder.save(["last", "step"] if step != 3 else ["best"], snapshot(step), keep={**KEEP, "step": 3})
@@ -120,14 +120,14 @@ def test_names_generations_and_what_is_kept(tmp_path):
     assert path.name in names and damaged == {}
 
 
-def test_all_are_kept_where_no_number_is_given(tmp_path):
+def test_all_checkpoints_are_kept_without_a_limit(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in range(5):
         folder.save(["step"], snapshot(step), keep=KEEP)
     assert [file.step for file in folder.files("step")] == [4, 3, 2, 1, 0]
 
 
-def test_large_steps_are_newer(tmp_path):
+def test_checkpoints_are_ordered_by_step_number(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in (99_999_999, 100_000_001):  # eight digits, and nine
         folder.save(["last"], snapshot(step), keep=KEEP)
@@ -173,7 +173,7 @@ def test_every_truncation_is_noticed(tmp_path):
     assert folder.load("last")[0].step == 1
 
 
-def test_all_damaged_is_an_error_that_lists_each(tmp_path):
+def test_error_lists_each_damaged_checkpoint_if_none_is_usable(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2):
         for file in folder.save(["last", "best"], snapshot(step), keep=KEEP):
@@ -237,7 +237,7 @@ def test_pickles_and_archives_are_never_opened(tmp_path, monkeypatch):
     assert not target.exists()
 
 
-def test_safetensors_of_every_kind_pass_the_gate():
+def test_valid_safetensors_of_every_kind_are_read():
     for tensors in ({}, {"a": torch.ones(1)}, {"name" * 100: torch.ones(2), "b": torch.zeros(200_000)}):
         read_header(safetensors.torch.save(tensors), source=Path("x"))
 
@@ -287,7 +287,7 @@ def test_a_failed_write_leaves_the_older_generation(tmp_path, monkeypatch, where
     assert folder.load("best")[0].step == 1
 
 
-def test_two_kinds_of_one_step_are_one_file_or_two_where_links_cannot_be(tmp_path, monkeypatch):
+def test_two_kinds_of_one_step_share_a_file_if_links_are_possible(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -295,7 +295,7 @@ def test_two_kinds_of_one_step_are_one_file_or_two_where_links_cannot_be(tmp_pat
         best, last = CheckpointFolder(tmp_path).save(["best", "last"], snapshot(step), keep=KEEP)
         assert best.path.read_bytes() == last.path.read_bytes() == packed(snapshot(step))
         assert (best.path.stat().st_ino == last.path.stat().st_ino) == (step == 1)
-        CheckpointFolder(tmp_path).save(["best", "last"], snapshot(step), keep=KEEP)  # again, over what is there
+        CheckpointFolder(tmp_path).save(["best", "last"], snapshot(step), keep=KEEP)  # again, over existing files
         monkeypatch.setattr(os, "link", refuse)
     assert leftovers(tmp_path) == []
 
@@ -312,7 +312,7 @@ def test_files_cannot_be_written_by_others(tmp_path):
 # The run folder
 
 
-def test_a_run_folder_is_born_whole(tmp_path, monkeypatch):
+def test_run_folder_is_created_atomically(tmp_path, monkeypatch):
     seen: list[list[str]] = []
     rename = Path.rename
 
@@ -332,7 +332,7 @@ def test_a_run_folder_is_born_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("where", "call"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
-def test_a_birth_that_fails_leaves_nothing(tmp_path, monkeypatch, where, call):
+def test_failed_creation_of_a_run_folder_leaves_nothing(tmp_path, monkeypatch, where, call):
     failing_write(monkeypatch, where, call)
     with pytest.raises(StorageError):
         RunFolder.create(tmp_path / "run", record={}, first=snapshot(0))
@@ -340,7 +340,7 @@ def test_a_birth_that_fails_leaves_nothing(tmp_path, monkeypatch, where, call):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_config_leaves_nothing(tmp_path):
+def test_config_error_leaves_no_run_folder(tmp_path):
     config = composed("schedule.warmup_epochs=99")
     config.values["run_dir"] = str(tmp_path / "run")
     with pytest.raises(Exception, match="warm-up"):
@@ -349,7 +349,7 @@ def test_a_bad_config_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "dangling link"])
-def test_what_is_there_is_not_touched(tmp_path, kind):
+def test_existing_path_is_not_touched(tmp_path, kind):
     path = tmp_path / "run"
     if kind == "file":
         path.write_text("mine")
@@ -365,8 +365,8 @@ def test_what_is_there_is_not_touched(tmp_path, kind):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_slower_of_two_births_is_refused(tmp_path, monkeypatch):
-    """Somebody takes the name after the first look at it."""
+def test_second_of_two_concurrent_creations_is_refused(tmp_path, monkeypatch):
+    """Another process takes the name after the first check."""
     rename = Path.rename
 
     def be_faster(newborn: Path, path: Path) -> Path:
@@ -391,7 +391,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_folder_in_use_is_refused_by_name_of_its_process(tmp_path):
+def test_folder_in_use_is_refused_and_names_the_process(tmp_path):
     RunFolder.create(tmp_path / "run", record={}, first=snapshot(0)).close()
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **PATH})
@@ -409,12 +409,12 @@ def test_a_folder_in_use_is_refused_by_name_of_its_process(tmp_path):
 PATH = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")}
 
 
-def test_no_such_run_folder(tmp_path):
+def test_missing_run_folder_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no such run folder"):
         RunFolder.open(tmp_path / "nowhere")
 
 
-def test_a_torn_last_line_is_repaired_and_later_steps_taken_back(tmp_path):
+def test_rewind_drops_an_incomplete_line_and_later_steps(tmp_path):
     folder = RunFolder.create(tmp_path / "run", record={}, first=snapshot(0))
     for step in (2, 4, 6):
         folder.append_metrics({"step": step, "value": 0.1 + 0.2})

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,7 @@ def test_evaluate_from_the_run_alone(folder, run_folder):
     test = digits().test
     pixels = resize(test.pixels, image_size=32, fit="resize")
     with torch.no_grad():
-        logits = run.model(torch.stack([run.transform(picture) for picture in pixels]))
+        logits = run.model(torch.stack([run.transform(image) for image in pixels]))
     predicted, labels = logits.argmax(1), test.labels
     matrix = torch.zeros(10, 10, dtype=torch.int64)
     for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
@@ -104,13 +105,13 @@ def test_evaluate_from_the_run_alone(folder, run_folder):
     assert f"accuracy {report['accuracy']:.4f}" in out
 
 
-def test_predict_writes_what_evaluate_counts(folder, run_folder):
+def test_predictions_agree_with_the_confusion_matrix(folder, run_folder):
     test = digits().test
-    pictures = resize(test.pixels[:60], image_size=32, fit="resize")
-    for index, picture in enumerate(pictures):
+    images = resize(test.pixels[:60], image_size=32, fit="resize")
+    for index, image in enumerate(images):
         place = folder / "images" / str(int(test.labels[index]))
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[0].numpy()).save(place / f"{index:03d}.png")
+        Image.fromarray(image[0].numpy()).save(place / f"{index:03d}.png")
     (folder / "images" / "notes.txt").write_text("no image")
     script("predict", "run=outputs/digits", "input=images", "output=out.csv", "batch_size=7", cwd=folder)
     rows = read_table(folder / "out.csv")
@@ -121,14 +122,14 @@ def test_predict_writes_what_evaluate_counts(folder, run_folder):
     for row in rows:
         index = int(Path(row["file"]).stem)
         with torch.no_grad():
-            expected = run.model(run.transform(pictures[index])[None]).softmax(1)[0]
+            expected = run.model(run.transform(images[index])[None]).softmax(1)[0]
         given = torch.tensor([float(row[name]) for name in run.class_names])
         torch.testing.assert_close(given, expected, atol=2e-6, rtol=0)
         assert row["class"] == run.class_names[int(expected.argmax())]
         assert float(row["probability"]) == pytest.approx(given.max().item(), abs=1e-6)
 
 
-def test_grid_leaves_independent_runs(folder):
+def test_grid_creates_independent_runs(folder):
     grid = folder / "outputs/grid"
     assert sorted(path.name for path in grid.iterdir()) == ["0", "1"]
     seeds = [read_run_config(grid / job)["seed"] for job in ("0", "1")]
@@ -148,7 +149,7 @@ def test_grid_leaves_independent_runs(folder):
         assert torch.equal(tensor, within.snapshot.part("model")[name])
 
 
-def test_a_signal_to_the_whole_group_saves_the_run(folder):
+def test_signal_to_the_process_group_saves_the_run(folder):
     """As a cluster's scheduler sends it: to the run and to the workers that decode for it."""
     for index, name in enumerate(("cat", "dog")):
         (folder / "photos" / name).mkdir(parents=True)
@@ -230,43 +231,43 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
     assert "_hparams_/session_end_info" in run.summary_metadata
 
 
-def test_a_network_from_outside_as_contributing_shows_it(tmp_path):
+def test_own_model_as_contributing_shows_it(tmp_path):
     """The section's own files and commands, in a folder that is not the repository."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## A new network")[2].partition("\n## ")[0]
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## A new model")[2].partition("\n## ")[0]
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
         path = tmp_path / re.match(r"# (mine/[\w/]+\.\w+)", block)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block)
-    train, evaluate = re.findall(r"PYTHONPATH=mine .venv/bin/python scripts/(\w+)\.py (.*)", section)
+    train, evaluate = re.findall(r"^python scripts/(\w+)\.py (.*)", section, re.MULTILINE)
     environment = os.environ | {"PYTHONPATH": "mine"}
 
     def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
 
-    done = call(train[0], *train[1].split(), "trainer.max_epochs=12", "trainer.threads=1")
+    done = call(train[0], *shlex.split(train[1]), "trainer.max_epochs=12", "trainer.threads=1")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "outputs/pooled/summary.json").read_text())
     assert summary["parameters"] == 32 * 25 + 32 + 32 * 10 + 10  # model.filters=32 has arrived
     assert summary["test"]["accuracy"] > 0.3  # a tenth by chance
-    done = call(evaluate[0], *evaluate[1].split())
+    done = call(evaluate[0], *shlex.split(evaluate[1]))
     assert done.returncode == 0, done.stderr
     refused = call(evaluate[0], evaluate[1].split()[0])
     assert refused.returncode == 7 and "trust=[pooled]" in refused.stderr
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+def size_of_image(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
-def test_look_shows_what_would_be_trained_on(tmp_path):
+def test_look_draws_images_classes_and_learning_rate(tmp_path):
     out = script(
         "look", "augment=[crop_flip,mixup]", "schedule=one_cycle", "trainer.max_epochs=3", "run_dir=look", cwd=tmp_path
     )
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["all"]] == ["1,294", "144", "359"] and len(rows) == 11
-    sizes = {path.name: picture_size(path) for path in (tmp_path / "look").glob("*.png")}
+    sizes = {path.name: size_of_image(path) for path in (tmp_path / "look").glob("*.png")}
     assert set(sizes) == {"images.png", "classes.png", "lr.png"} and all(min(size) > 200 for size in sizes.values())
 
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
@@ -285,4 +286,4 @@ def test_look_shows_what_would_be_trained_on(tmp_path):
 
 def test_curves_of_runs_are_drawn(folder):
     script("runs", "folder=outputs", "curves=curves.png", "sort=val/loss", cwd=folder)
-    assert min(picture_size(folder / "curves.png")) > 200
+    assert min(size_of_image(folder / "curves.png")) > 200

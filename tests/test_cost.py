@@ -22,6 +22,8 @@ from trainer.snapshot import Snapshot
 from trainer.storage.background_saver import BackgroundSaver
 from trainer.storage.checkpoint import CheckpointFolder
 
+pytestmark = pytest.mark.timing
+
 
 def seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
@@ -57,7 +59,7 @@ def test_a_save_costs_little_more_than_a_write(tmp_path, full, promise):
     assert ratio < 1.5
 
 
-def test_training_goes_on_while_a_save_does(tmp_path, promise):
+def test_training_continues_during_a_save(tmp_path, promise):
     """What the loop waits for is the copy of its state; writing it takes longer, and is done behind."""
     tensors = {f"model.{index}": torch.rand(25, 2**16) for index in range(4)}
     saver = BackgroundSaver(CheckpointFolder(tmp_path), saved=0)
@@ -110,8 +112,8 @@ def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
     assert more / bare < 0.01
 
 
-def test_memory_that_is_freed_is_kept(tmp_path):
-    """Filling 16 MiB that the system gives anew would take 4,096 page faults each time."""
+def test_freed_memory_is_reused(tmp_path):
+    """Filling 16 MiB of new memory from the system would take 4,096 page faults each time."""
     if not sys.platform.startswith("linux"):
         pytest.skip("there is no glibc here")
     keep_freed_memory()

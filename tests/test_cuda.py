@@ -31,8 +31,8 @@ def batches(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_fit_is_a_plain_loop(tmp_path, precision):
-    """A fused update rounds otherwise than a plain one, so almost to the bit."""
+def test_fit_equals_a_plain_loop_on_cuda(tmp_path, precision):
+    """A fused update rounds differently from a plain one, so the results are almost equal."""
     given = (*CUDA, f"trainer.precision={precision}", "trainer.clip_norm=0.7", "trainer.checkpoint.monitor=null")
     run, other = trained(tmp_path / "run", *given), built(tmp_path / "other", *given)
     model = other.state.model
@@ -58,7 +58,7 @@ def test_fit_is_a_plain_loop(tmp_path, precision):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_the_data_lie_on_the_device(tmp_path):
+def test_data_is_on_the_device(tmp_path):
     run = built(tmp_path / "run", *CUDA)
     source = run.training.train_loader.source
     assert source.pixels.device.type == source.labels.device.type == "cuda" and source.pixels.dtype == torch.uint8
@@ -74,7 +74,7 @@ AUGMENTATIONS = (
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-def test_the_device_changes_no_drawn_number(tmp_path, augment):
+def test_random_values_do_not_depend_on_the_device(tmp_path, augment):
     """The same samples in the same order with the same augmentation, up to rounding of the interpolation."""
     given = (f"augment={augment}", "data.channels=3")
     device, host = (built(tmp_path / name, *given, f"trainer.device={name}") for name in ("cuda", "cpu"))
@@ -98,7 +98,7 @@ def test_augmentation_does_not_wait_for_the_device(tmp_path, augment):
 
 
 @pytest.mark.parametrize("more", [(), ("augment=[crop_flip,affine]",), ("augment=rand_augment", "data.num_workers=2")])
-def test_batches_made_ahead_are_whole_whenever_they_are_used(tmp_path, more):
+def test_prefetched_batches_are_complete_whenever_they_are_used(tmp_path, more):
     """The network is late, the next batch is not: neither reads what is not there yet, nor what was freed."""
     given = ("data.channels=3", "data.image_size=32", "data.train_samples=600", *more)
     device, host = (built(tmp_path / name, *given, f"trainer.device={name}") for name in ("cuda", "cpu"))
@@ -122,7 +122,7 @@ def test_batches_made_ahead_are_whole_whenever_they_are_used(tmp_path, more):
 @pytest.mark.parametrize(
     ("tf32", "in_products", "in_convolutions"), [("auto", False, True), ("true", True, True), ("false", False, False)]
 )
-def test_tf32_is_where_it_is_asked_for(tmp_path, tf32, in_products, in_convolutions):
+def test_tf32_follows_the_config(tmp_path, tf32, in_products, in_convolutions):
     built(tmp_path / "run", *CUDA, f"trainer.tf32={tf32}")
     generator = torch.Generator().manual_seed(0)
     matrix, maps, weight = (
@@ -159,21 +159,21 @@ def test_resume_is_exact(tmp_path, precision, optimizer):
         assert last_state(folder) == state, step
 
 
-def test_dropout_goes_on(tmp_path):
+def test_dropout_continues_after_a_resume(tmp_path):
     given = (*CUDA, "model.dropout=0.5")
     state = last_state(trained(tmp_path / "whole", *given).folder.path)
     run = built(tmp_path / "run", *given)
     stop_after(run, 5)
     with pytest.raises(StopSignal):
         run_to_end(run)
-    torch.rand(3, device="cuda")  # nobody else's draws matter
+    torch.rand(3, device="cuda")  # other random draws do not matter
     again = reopened(tmp_path / "run")
     assert again is not None
     run_to_end(again)
     assert last_state(tmp_path / "run") == state
 
 
-def test_the_scaler_is_kept(tmp_path):
+def test_scaler_state_is_restored(tmp_path):
     given = (*CUDA, "trainer.precision=fp16")
     run = built(tmp_path / "run", *given)
     run.state.scaler.load_state_dict({**run.state.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 5})
@@ -188,7 +188,7 @@ def test_the_scaler_is_kept(tmp_path):
     run_to_end(again)
 
 
-def test_an_overflowing_scale_is_the_scalers_business(tmp_path):
+def test_overflow_of_the_scaled_gradient_is_handled_by_the_scaler(tmp_path):
     run = built(tmp_path / "run", *CUDA, "trainer.precision=fp16")
     run.state.scaler.load_state_dict({**run.state.scaler.state_dict(), "scale": 2.0**40})
     before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
@@ -204,7 +204,7 @@ def test_an_overflowing_scale_is_the_scalers_business(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
-def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, optimizer, what):
+def test_cuda_skips_nonfinite_steps_and_reports_them_at_the_next_log(tmp_path, optimizer, what):
     run = built(tmp_path / "run", *CUDA, f"optimizer={optimizer}", "trainer.log_every=5 steps")
     states: list[dict[str, Tensor]] = []
 

@@ -52,8 +52,8 @@ def numbered(sizes: list[int], channels: int = 1, size: int = 8) -> Collection:
     return Collection(Images(pixels, labels), None, None, [f"class {label}" for label in range(len(sizes))])
 
 
-def pictures(pixels: torch.Tensor) -> list[bytes]:
-    return [picture.numpy().tobytes() for picture in pixels]
+def encoded_images(pixels: torch.Tensor) -> list[bytes]:
+    return [image.numpy().tobytes() for image in pixels]
 
 
 # ---------------------------------------------------------------------------------------------------------- digits
@@ -65,12 +65,12 @@ def test_digits_are_those_of_scikit_learn():
     collection = datasets.digits()
     ours = torch.cat([collection.train.pixels, collection.test.pixels])
     expected = np.rint(reference.images * 255 / 16).astype(np.uint8)
-    pairs = sorted(zip(pictures(ours), torch.cat([collection.train.labels, collection.test.labels]).tolist()))
+    pairs = sorted(zip(encoded_images(ours), torch.cat([collection.train.labels, collection.test.labels]).tolist()))
     assert pairs == sorted((image.tobytes(), int(label)) for image, label in zip(expected, reference.target))
     assert ours.max() == 255
 
 
-def test_digits_test_part_is_a_stratified_fifth_that_no_seed_changes():
+def test_digits_test_split_is_a_stratified_fifth_for_every_seed():
     collection = datasets.digits()
     assert (len(collection.train), len(collection.test)) == (1438, 359)
     # Classes of 178 182 177 183 181 182 181 179 174 180, times 359 / 1797: 35.560 36.360 35.361 36.559 36.160 36.360
@@ -216,7 +216,7 @@ def served(tmp_path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_svhn_is_downloaded_part_by_part_but_appears_whole(tmp_path, monkeypatch, capsys, served):
+def test_svhn_download_appears_atomically(tmp_path, monkeypatch, capsys, served):
     from torchvision.datasets import SVHN
 
     written = write_svhn(tmp_path / "there", monkeypatch)
@@ -226,7 +226,7 @@ def test_svhn_is_downloaded_part_by_part_but_appears_whole(tmp_path, monkeypatch
         datasets.svhn(root=str(tmp_path / "root"), download=True)
     assert caught.value.subject == str(tmp_path / "root/svhn")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    # The part that somebody has put there is checked, and used; the address of the other one works.
+    # The file that exists is verified and used; the address of the other one works.
     (tmp_path / "root/svhn").mkdir(parents=True)
     whole = (tmp_path / "there/test_32x32.mat").read_bytes()
     (tmp_path / "root/svhn/test_32x32.mat").write_bytes(whole[:-1])
@@ -271,7 +271,7 @@ def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, capsys, 
     assert capsys.readouterr().out == ""
 
 
-def test_a_download_ends_with_the_files_at_their_place(tmp_path, monkeypatch):
+def test_download_puts_the_files_in_place(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     written = {}
@@ -282,7 +282,7 @@ def test_a_download_ends_with_the_files_at_their_place(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "new/MNIST/raw").iterdir()) == sorted(written)
 
 
-def test_archives_put_there_by_hand_are_checked_and_then_used(tmp_path, monkeypatch):
+def test_archives_that_exist_are_verified_and_used(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     write_mnist(tmp_path / "made")
@@ -329,7 +329,7 @@ def folder(root: Path, **changes: object) -> Collection:
     return image_folder(root=str(root), **(settings | changes))
 
 
-def test_plain_class_folders_get_a_test_part(tmp_path):
+def test_plain_class_folders_get_a_test_split(tmp_path):
     write_folder(tmp_path, {"dog": 10, "cat": 20})
     (tmp_path / "cat/deeper").mkdir()
     (tmp_path / "cat/00.png").rename(tmp_path / "cat/deeper/a.PNG")
@@ -360,7 +360,7 @@ def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path):
     assert [len(ready.train), len(ready.val), len(ready.test)] == [10, 5, 2]
 
 
-def test_folders_that_cannot_work(tmp_path):
+def test_invalid_folder_layouts_are_refused(tmp_path):
     for root, message in ((tmp_path / "none", "does not exist"), (tmp_path, "no class folders")):
         with pytest.raises(DataError, match=f"{message}.*ROOT/cat/1.jpg.*data.root") as caught:
             folder(root)
@@ -401,7 +401,7 @@ def test_empty_class_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kmnist", "cifar100", "svhn", "imagenet"])
-def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name):
+def test_run_folder_alone_is_enough_for_evaluation(tmp_path, monkeypatch, capsys, name):
     root = tmp_path / "data"
     root.mkdir()
     overrides = [f"data={name}", f"data.root={root}", "data.batch_size=8", "data.val_fraction=0.5"]
@@ -424,15 +424,15 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
     # The images as they were found, through the run's transform: what the trainer gave to the network.
     if name == "imagenet":
         split, found, [batch] = "val", folder(root).val, run.training.val_loader
-        pictures = found.pixels.paths
+        encoded_images = found.pixels.paths
     else:
         split, found, [batch] = (
             "test",
             getattr(datasets, name)(root=str(root), download=False).test,
             run.training.test_loader,
         )
-        pictures = found.pixels
-    assert torch.equal(torch.stack([loaded.transform(picture) for picture in pictures]), batch.images)
+        encoded_images = found.pixels
+    assert torch.equal(torch.stack([loaded.transform(image) for image in encoded_images]), batch.images)
     with torch.inference_mode():
         probabilities = loaded.model(batch.images).softmax(1)
 
@@ -442,8 +442,8 @@ def test_a_run_is_used_from_its_folder_alone(tmp_path, monkeypatch, capsys, name
     assert f"{len(found)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 
     (tmp_path / "images").mkdir()
-    for number, picture in enumerate(pictures[:3]):
-        pixels = decode(picture, image_size=None, channels=3) if isinstance(picture, Path) else picture
+    for number, image in enumerate(encoded_images[:3]):
+        pixels = decode(image, image_size=None, channels=3) if isinstance(image, Path) else image
         Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"images/{number}.png")
     call(predict_images, shared | {"input": str(tmp_path / "images"), "output": str(tmp_path / "out"), "batch_size": 2})
     rows = [line.split(",") for line in (tmp_path / "out").read_text().splitlines()]
@@ -463,15 +463,15 @@ LUMA = (299 * 200 + 587 * 100 + 114 * 50 + 500) // 1000  # of (200, 100, 50), IT
 
 
 def palette() -> Image.Image:
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    return picture
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image
 
 
 def see_through_palette() -> Image.Image:
-    picture = palette()
-    picture.info["transparency"] = 1
-    return picture
+    image = palette()
+    image.info["transparency"] = 1
+    return image
 
 
 @pytest.mark.parametrize(
@@ -494,9 +494,9 @@ def see_through_palette() -> Image.Image:
         (lambda: Image.fromarray(np.full((4, 4), 257 * 93, np.int32)), "tif", (93, 93, 93), 93),
     ],
 )
-def test_golden_pixels_of_each_mode(tmp_path, picture, suffix, colour, grey):
+def test_golden_pixels_of_each_mode(tmp_path, image, suffix, colour, grey):
     path = tmp_path / f"image.{suffix}"
-    picture().save(path)
+    image().save(path)
     pixels = decode(path, image_size=4, channels=3)
     assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.uint8
     assert (pixels == torch.tensor(colour)[:, None, None]).all(), pixels[:, 0, 0]
@@ -523,7 +523,7 @@ def test_orientation_crop_and_size(tmp_path):
     assert (decode(tmp_path / "dot.png", image_size=5, channels=1) == 9).all()
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images_are_ignored_or_refused(tmp_path):
     random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(random).save(tmp_path / "whole.jpg")
     contents = {
@@ -576,36 +576,36 @@ def test_stratified_choice_is_uniform_within_a_class():
     assert (taken - 100).abs().max() < 5 * (500 * 0.2 * 0.8) ** 0.5  # binomial: 5 standard deviations
 
 
-def test_parts_are_disjoint_and_complete():
+def test_splits_are_disjoint_and_complete():
     collection = numbered([40, 30, 30])
     ready = prepare(collection, val_fraction=0.2)
     assert ready.val.labels.bincount().tolist() == [8, 6, 6]
-    assert len(set(pictures(ready.train.pixels)) & set(pictures(ready.val.pixels))) == 0
-    assert sorted(pictures(ready.train.pixels) + pictures(ready.val.pixels)) == sorted(
-        pictures(collection.train.pixels)
+    assert len(set(encoded_images(ready.train.pixels)) & set(encoded_images(ready.val.pixels))) == 0
+    assert sorted(encoded_images(ready.train.pixels) + encoded_images(ready.val.pixels)) == sorted(
+        encoded_images(collection.train.pixels)
     )
-    label_of = dict(zip(pictures(collection.train.pixels), collection.train.labels.tolist()))
-    assert [label_of[picture] for picture in pictures(ready.val.pixels)] == ready.val.labels.tolist()
+    label_of = dict(zip(encoded_images(collection.train.pixels), collection.train.labels.tolist()))
+    assert [label_of[image] for image in encoded_images(ready.val.pixels)] == ready.val.labels.tolist()
     assert torch.equal(prepare(collection, val_fraction=0.2).val.pixels, ready.val.pixels)
     assert not torch.equal(prepare(collection, val_fraction=0.2, seed=1).val.pixels, ready.val.pixels)
 
 
-def test_limit_train_leaves_the_other_parts_alone():
+def test_limit_train_does_not_change_other_splits():
     collection = numbered([40, 30, 30])
     whole, few = prepare(collection), prepare(collection, limit_train=9)
     shorter = prepare(collection, limit_eval=3)
     assert (len(shorter.train), len(shorter.val)) == (len(whole.train), 3)
     assert few.train.labels.bincount().tolist() == [3, 3, 3]  # of 36 27 27: 3.6 2.7 2.7, the last two rounded up
     assert torch.equal(whole.val.pixels, few.val.pixels)
-    assert set(pictures(few.train.pixels)) <= set(pictures(whole.train.pixels))
+    assert set(encoded_images(few.train.pixels)) <= set(encoded_images(whole.train.pixels))
     assert len(prepare(collection, limit_train=1000).train) == 90
 
 
 def test_channels_follow_pillow():
     collection = numbered([30, 30], channels=3)
     ready = prepare(collection, val_fraction=0)
-    for ours, picture in zip(ready.train.pixels, collection.train.pixels):
-        reference = Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")
+    for ours, image in zip(ready.train.pixels, collection.train.pixels):
+        reference = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
         assert np.array_equal(ours[0].numpy(), np.asarray(reference))
     grey = numbered([5, 5])
     assert torch.equal(prepare(grey, channels=3, val_fraction=0).train.pixels, grey.train.pixels.repeat(1, 3, 1, 1))
@@ -615,8 +615,8 @@ def test_sizes_follow_pillow():
     collection = numbered([6, 6], size=8)
     for size in (5, 8, 20):
         ready = prepare(collection, image_size=size, val_fraction=0)
-        for ours, picture in zip(ready.train.pixels, collection.train.pixels):
-            reference = Image.fromarray(picture[0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
+        for ours, image in zip(ready.train.pixels, collection.train.pixels):
+            reference = Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
             assert np.abs(ours[0].numpy().astype(int) - np.asarray(reference)).max() <= 1  # Pillow rounds twice
     padded = prepare(collection, image_size=11, fit="pad", val_fraction=0).train.pixels
     assert torch.equal(padded[:, :, 1:9, 1:9], collection.train.pixels)
@@ -634,7 +634,7 @@ def test_sizes_follow_pillow():
         (torch.tensor([0, 1, 1]), "one for each of the 4 images"),
     ],
 )
-def test_labels_that_cannot_be(labels, message):
+def test_invalid_labels_are_refused(labels, message):
     images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), labels)
     good = Images(images.pixels, torch.tensor([0, 1, 0, 1]))
     for part in ("train", "val", "test"):
@@ -658,13 +658,13 @@ def test_labels_that_cannot_be(labels, message):
         ("normalise", "zac"),
     ],
 )
-def test_bad_settings_name_their_key(key, value):
+def test_config_error_names_the_key_of_splitting(key, value):
     with pytest.raises(ConfigError) as caught:
         prepare(numbered([5, 5]), **{key: value})
     assert (caught.value.subject, caught.value.value) == (key, value)
 
 
-def test_parts_that_would_be_empty():
+def test_split_that_would_be_empty_is_refused():
     with pytest.raises(DataError, match="data.val_fraction = 0.1: leaves the val part empty: there are 2 images"):
         prepare(numbered([1, 1]))
     with pytest.raises(DataError, match="train data: is empty"):
@@ -708,13 +708,13 @@ def test_fingerprint_changes_with_the_data_alone(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- synthetic
 
 
-def test_synthetic_pictures_are_fixed_and_can_be_told_apart():
+def test_synthetic_images_are_reproducible_and_separable():
     settings = {"train_samples": 600, "test_samples": 100, "noise": 0.2, "image_size": 16, "num_classes": 5}
     first, second = (synthetic(**settings, channels=3) for _ in range(2))
     assert torch.equal(first.train.pixels, second.train.pixels)
     assert first.train.pixels.shape == (600, 3, 16, 16) and first.train.pixels.dtype == torch.uint8
     assert first.train.labels.bincount().tolist() == [120] * 5
-    assert not set(pictures(first.train.pixels)) & set(pictures(first.test.pixels))
+    assert not set(encoded_images(first.train.pixels)) & set(encoded_images(first.test.pixels))
     # The patch's place alone tells the class: the nearest mean of |pixel - 128| is right far above chance (20 %).
     train, test = ((part.pixels.float() - 128).abs().mean(1).flatten(1) for part in (first.train, first.test))
     means = torch.stack([train[first.train.labels == label].mean(0) for label in range(5)])

@@ -47,7 +47,7 @@ def save(folder: CheckpointFolder, step: int) -> None:
 
 
 def newest(folder: Path, kind: str) -> int:
-    """The step of the newest good checkpoint, checked to the bit; -1 when none is left."""
+    """The step of the newest good checkpoint, compared bit by bit; -1 if none is left."""
     try:
         found = CheckpointFolder(folder).load(kind)[0]
     except CheckpointError:
@@ -60,7 +60,7 @@ def newest(folder: Path, kind: str) -> int:
 
 
 def in_place(path: Path, *content: bytes | memoryview) -> None:
-    """Open and write, over what is there."""
+    """Open and write, over the existing file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.write(descriptor, b"".join(content))
     os.fsync(descriptor)
@@ -151,7 +151,7 @@ def test_a_kill_at_every_system_call_of_a_save(tmp_path, promise):
     promise(1, "a kill inside a save: at every system call", f"{sum(lost)} lost of {sum(tried)}")
 
 
-def test_that_check_finds_bad_ways_of_saving(tmp_path, monkeypatch):
+def test_kill_at_every_system_call_detects_unsafe_saves(tmp_path, monkeypatch):
     assert lost_at_calls(tmp_path / "unlink", save=unlink_first, newest=newest, half=False)[0] > 0
     monkeypatch.setattr(checkpoint, "write_durably", in_place)
     assert lost_at_calls(tmp_path / "place", save=one_name, newest=newest_of_one_name, half=True)[0] > 0
@@ -196,7 +196,7 @@ def test_kills_at_random_moments_of_a_save(tmp_path, full, promise):
     promise(1, "a kill inside a save: at random moments", f"{lost} lost of {kills}, {inside} of them inside a save")
 
 
-def test_that_check_finds_a_file_written_in_place(tmp_path, monkeypatch):
+def test_random_kills_detect_a_file_written_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_durably", in_place)
     lost, _ = lost_at_random(tmp_path / "run", save=one_name, newest=newest_of_one_name, kills=40)
     assert lost > 4
@@ -326,7 +326,7 @@ def test_a_power_cut_at_every_system_call(tmp_path, promise):
 
 
 @pytest.mark.parametrize("mutant", ["no fsync of the file", "no fsync of the folder", "unlink first"])
-def test_that_check_finds_a_missing_fsync(tmp_path, monkeypatch, mutant):
+def test_power_cut_detects_a_missing_fsync(tmp_path, monkeypatch, mutant):
     if mutant == "no fsync of the file":
         monkeypatch.setattr(checkpoint, "write_durably", without_fsync)
     if mutant == "no fsync of the folder":
@@ -376,7 +376,7 @@ def test_damage_is_noticed_and_the_generation_before_takes_over(tmp_path, full, 
     promise(5, "damage is noticed: cut files", f"{cuts - unnoticed[1]} of {cuts}")
 
 
-def test_that_check_finds_a_reader_that_trusts_names(tmp_path, monkeypatch):
+def test_damage_detects_a_reader_that_trusts_names(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "digest", lambda *content: "0123456789abcdef")
     flips, _ = unnoticed_damage(tmp_path / "run", flips=50, cuts=10)
     assert flips > 25
@@ -414,7 +414,7 @@ def lost_on_full_disks(folder: Path, *, save: Save, offsets: list[int]) -> int:
     return lost
 
 
-def test_a_full_disk_destroys_nothing(tmp_path, promise):
+def test_full_disk_keeps_the_older_checkpoint(tmp_path, promise):
     size = len(packed(snapshot(3)))
     offsets = sorted({0, 1, size // 4, size // 2, size * 99 // 100, size - 1, *range(97, size, size // 14)})[:20]
     assert len(offsets) == 20
@@ -423,7 +423,7 @@ def test_a_full_disk_destroys_nothing(tmp_path, promise):
     promise(6, "a full disk destroys nothing", f"{len(offsets) - lost} of {len(offsets)} offsets")
 
 
-def test_that_check_finds_a_file_cut_in_place(tmp_path, monkeypatch):
+def test_full_disk_detects_a_file_truncated_in_place(tmp_path, monkeypatch):
     def cut(path: Path, content: bytes) -> None:
         full = OSError(errno.EFBIG, "File too large")
         try:
@@ -453,7 +453,7 @@ except StorageError as error:
 """
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_tmpfs_that_is_full_keeps_the_older_checkpoint(tmp_path):
     """A tmpfs of 200 KiB in a mount namespace of its own, where that is permitted."""
     mount = f"mount -t tmpfs -o size=200k none {tmp_path} && "
     tests = Path(__file__).parent

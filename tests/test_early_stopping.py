@@ -58,7 +58,7 @@ def first_stop(values: list[float], **settings: Any) -> int | None:
         ([9, 8, 7, 6, 5, 4], {"patience": 3, "geometric": 1.1}, None),
     ],
 )
-def test_table(values, settings, stop):
+def test_stops_at_the_epoch_of_the_table(values, settings, stop):
     assert first_stop(values, **settings) == stop
 
 
@@ -78,7 +78,7 @@ def second_implementation(values: list[float], mode: str, patience: int, delta: 
     return None
 
 
-def test_random_sequences_against_a_second_implementation():
+def test_random_sequences_agree_with_a_second_implementation():
     draw, stops = random.Random(0), 0
     for _ in range(3000):
         values = [draw.choice([NAN, INF, -INF, *range(8), *range(8)]) for _ in range(draw.randint(1, 25))]
@@ -91,7 +91,7 @@ def test_random_sequences_against_a_second_implementation():
     assert 1000 < stops < 3000
 
 
-def test_its_state_is_all_there_is():
+def test_state_dict_restores_the_decision():
     draw = random.Random(1)
     for _ in range(200):
         values = [draw.choice([NAN, *range(6)]) for _ in range(20)]

@@ -1,4 +1,4 @@
-"""Bad inputs (FAULTS.md, A and D): one line on stderr naming the key and what is allowed; nothing left behind.
+"""Bad inputs: one line on stderr naming the key and what is allowed; nothing left behind.
 
 The scripts' own entry runs in this process, from command line to exit code.
 """
@@ -38,10 +38,10 @@ def script(tmp_path, monkeypatch, capfd):
 
 
 CONFIG = {
-    "C01 option": (["model=resnet19"], "model = resnet19", ["did you mean resnet18?", "lenet5, maxout, mlp, nin"]),
-    "C01 group": (["modle=mlp"], "modle = mlp", ["did you mean model?"]),
-    "C02 key": (["trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
-    "C02 plus": (["+trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
+    "unknown option": (["model=resnet19"], "model = resnet19", ["did you mean resnet18?", "lenet5, maxout, mlp, nin"]),
+    "unknown group": (["modle=mlp"], "modle = mlp", ["did you mean model?"]),
+    "misspelt key": (["trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
+    "misspelt plus": (["+trainer.max_epoch=3"], "trainer.max_epoch = 3", ["did you mean trainer.max_epochs?"]),
     "interval of a built-in schedule": (["+schedule.interval=step"], "schedule.interval = step", ["schedule=torch"]),
     "warm-up of torch's": (["schedule=torch", "+schedule.warmup_epochs=5"], "schedule.warmup_epochs = 5", ["not used"]),
     "momentum of plateau": (
@@ -85,59 +85,63 @@ CONFIG = {
     ),
     "quoted number": (["optimizer.lr='0.1'"], "optimizer.lr = 0.1", ["this is text: write it without quotes"]),
     "empty": ([""], "command line", ["an empty argument"]),
-    "C02 top": (["+sede=3"], "sede = 3", ["did you mean seed?"]),
-    "C02 model": (["+model.activatoin=relu"], "model.activatoin = relu", ["did you mean activation?"]),
-    "C02 data": (["+data.batchsize=3"], "data.batchsize = 3", ["did you mean batch_size?"]),
-    "C02 optimizer": (["+optimizer.momentun=0.5"], "optimizer.momentun = 0.5", ["did you mean momentum?"]),
-    "C02 augment": (
+    "misspelt top": (["+sede=3"], "sede = 3", ["did you mean seed?"]),
+    "misspelt model": (["+model.activatoin=relu"], "model.activatoin = relu", ["did you mean activation?"]),
+    "misspelt data": (["+data.batchsize=3"], "data.batchsize = 3", ["did you mean batch_size?"]),
+    "misspelt optimizer": (["+optimizer.momentun=0.5"], "optimizer.momentun = 0.5", ["did you mean momentum?"]),
+    "misspelt augment": (
         ["augment=crop_flip", "+augment.crop.pading=3"],
         "augment.crop.pading = 3",
         ["did you mean padding?"],
     ),
-    "C03 negative": (["optimizer.lr=-0.1"], "optimizer.lr = -0.1", ["must be a number > 0"]),
-    "C03 nan": (["optimizer.lr=nan"], "optimizer.lr = nan", ["must be a number > 0"]),
-    "C03 inf": (["optimizer.lr=inf"], "optimizer.lr = inf", ["must be a number > 0"]),
-    "C03 text": (["optimizer.lr=1e-3x"], "optimizer.lr = 1e-3x", ["must be a number > 0"]),
-    "C04 epochs": (["trainer.max_epochs=0"], "trainer.max_epochs = 0", ["must be an integer >= 1"]),
-    "C04 zero": (["data.batch_size=0"], "data.batch_size = 0", ["must be an integer >= 1"]),
-    "C04 minus": (["data.batch_size=-1"], "data.batch_size = -1", ["must be an integer >= 1"]),
-    "C04 fraction": (["data.batch_size=1.5"], "data.batch_size = 1.5", ["must be an integer >= 1"]),
-    "C05 root": (["data=image_folder"], "data.root = ???", ["mandatory", "data.root=..."]),
-    "C07 list": (["seed=[1,2]"], "seed = [1, 2]", ["must be an integer >= 0"]),
-    "C07 null": (["trainer.device=null"], "trainer.device = null", ["must be one of auto, cpu, cuda"]),
-    "C07 section": (["model=null"], "model = null", ["must name one of", "lenet5"]),
-    "C07 flag": (["trainer.compile=1"], "trainer.compile = 1", ["must be true or false"]),
-    "C07 hidden": (["model=mlp", "model.hidden=64"], "model.hidden = 64", ["list"]),
-    "C09 early": (
+    "not a rate: negative": (["optimizer.lr=-0.1"], "optimizer.lr = -0.1", ["must be a number > 0"]),
+    "not a rate: nan": (["optimizer.lr=nan"], "optimizer.lr = nan", ["must be a number > 0"]),
+    "not a rate: inf": (["optimizer.lr=inf"], "optimizer.lr = inf", ["must be a number > 0"]),
+    "not a rate: text": (["optimizer.lr=1e-3x"], "optimizer.lr = 1e-3x", ["must be a number > 0"]),
+    "out of range: epochs": (["trainer.max_epochs=0"], "trainer.max_epochs = 0", ["must be an integer >= 1"]),
+    "out of range: zero": (["data.batch_size=0"], "data.batch_size = 0", ["must be an integer >= 1"]),
+    "out of range: minus": (["data.batch_size=-1"], "data.batch_size = -1", ["must be an integer >= 1"]),
+    "out of range: fraction": (["data.batch_size=1.5"], "data.batch_size = 1.5", ["must be an integer >= 1"]),
+    "mandatory root": (["data=image_folder"], "data.root = ???", ["mandatory", "data.root=..."]),
+    "wrong type: list": (["seed=[1,2]"], "seed = [1, 2]", ["must be an integer >= 0"]),
+    "wrong type: null": (["trainer.device=null"], "trainer.device = null", ["must be one of auto, cpu, cuda"]),
+    "wrong type: section": (["model=null"], "model = null", ["must name one of", "lenet5"]),
+    "wrong type: flag": (["trainer.compile=1"], "trainer.compile = 1", ["must be true or false"]),
+    "wrong type: hidden": (["model=mlp", "model.hidden=64"], "model.hidden = 64", ["list"]),
+    "monitor: early": (
         ["trainer.early_stopping.monitor=val/f1"],
         "trainer.early_stopping.monitor = val/f1",
         ["train/loss, train/accuracy, val/loss, val/accuracy"],
     ),
-    "C09 checkpoint": (
+    "monitor: checkpoint": (
         ["trainer.checkpoint.monitor=val/f1"],
         "trainer.checkpoint.monitor = val/f1",
         ["train/loss, train/accuracy, val/loss, val/accuracy"],
     ),
-    "C09 no validation": (
+    "monitor: no validation": (
         ["data.val_fraction=0.0"],
         "trainer.early_stopping.monitor = val/loss",
         ["(data.val_fraction = 0)", "available: train/loss, train/accuracy"],
     ),
-    "C10 size": (["model=lenet", "data.image_size=8"], "data.image_size = 8", ["at least 16"]),
-    "C10 channels": (["model.in_channels=3"], "model.in_channels = 3", ["the data has 1"]),
-    "C11 model": (["model.num_classes=5"], "model.num_classes = 5", ["10 classes"]),
-    "C11 data": (["data.num_classes=5"], "data.num_classes = 5", ["10 classes"]),
-    "C12 fp16": (["trainer.precision=fp16", "trainer.device=cpu"], "trainer.precision = fp16", ["fp32 or bf16"]),
-    "C04 endless": (["trainer.log_every=1e999 steps"], "trainer.log_every = 1e999 steps", ["a duration > 0"]),
-    "C04 warm-up": (["schedule.warmup_epochs=1e308"], "schedule.warmup_epochs = 1e+308", ["must be a number in [0"]),
-    "C04 samples": (["data=synthetic", "data.noise='0.1'"], "data.noise = 0.1", ["must be a number >= 0"]),
-    "C07 data": (["data._target_=torch.nn.Identity"], "data._target_ = torch.nn.Identity", ["Collection"]),
-    "C07 empty target": (["data._target_=''"], "data._target_ = ", ["must be text"]),
-    "C07 module": (["model._target_=models.mlp"], "model._target_ = models.mlp", ["leads to a module"]),
-    "C07 group": (["trainer=[true]"], "trainer = [true]", ["must name one of default"]),
-    "C07 section of a list": (["trainer.checkpoint=[0]"], "trainer.checkpoint = [0]", []),
-    "C07 no signature": (["loss._target_=builtins.dict"], "loss", []),
-    "C07 step": (["augment=noise_blur", "augment.noise=null"], "augment.noise._target_", ["missing"]),
+    "size: size": (["model=lenet", "data.image_size=8"], "data.image_size = 8", ["at least 16"]),
+    "size: channels": (["model.in_channels=3"], "model.in_channels = 3", ["the data has 1"]),
+    "classes: model": (["model.num_classes=5"], "model.num_classes = 5", ["10 classes"]),
+    "classes: data": (["data.num_classes=5"], "data.num_classes = 5", ["10 classes"]),
+    "device: fp16": (["trainer.precision=fp16", "trainer.device=cpu"], "trainer.precision = fp16", ["fp32 or bf16"]),
+    "out of range: endless": (["trainer.log_every=1e999 steps"], "trainer.log_every = 1e999 steps", ["a duration > 0"]),
+    "range: warm-up": (
+        ["schedule.warmup_epochs=1e308"],
+        "schedule.warmup_epochs = 1e+308",
+        ["must be a number in [0"],
+    ),
+    "out of range: samples": (["data=synthetic", "data.noise='0.1'"], "data.noise = 0.1", ["must be a number >= 0"]),
+    "wrong type: data": (["data._target_=torch.nn.Identity"], "data._target_ = torch.nn.Identity", ["Collection"]),
+    "wrong type: empty target": (["data._target_=''"], "data._target_ = ", ["must be text"]),
+    "wrong type: module": (["model._target_=models.mlp"], "model._target_ = models.mlp", ["leads to a module"]),
+    "wrong type: group": (["trainer=[true]"], "trainer = [true]", ["must name one of default"]),
+    "wrong type: section of a list": (["trainer.checkpoint=[0]"], "trainer.checkpoint = [0]", []),
+    "wrong type: no signature": (["loss._target_=builtins.dict"], "loss", []),
+    "wrong type: step": (["augment=noise_blur", "augment.noise=null"], "augment.noise._target_", ["missing"]),
     "deleted": (["~data.fit"], "data.fit", ["missing"]),
     "deleted target": (["~loss._target_"], "loss._target_", ["missing"]),
     "lines": (["trainer.device='two\nlines'"], "trainer.device = two lines", ["one of auto"]),
@@ -165,15 +169,27 @@ CONFIG = {
     ),
     "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["(0, 1)"]),
     "no momentum": (["schedule=one_cycle", "optimizer=rmsprop"], "schedule.momentum = [0.85, 0.95]", ["set null"]),
-    "C03 infinite": (
+    "not a rate: infinite": (
         ["schedule=inverse_time", "schedule.decay=inf"],
         "schedule.decay = inf",
         ["must be a number >= 0"],
     ),
-    "C04 periods": (["schedule=cosine_restarts", "schedule.periods=2000"], "schedule.periods = 2000", ["<= 100"]),
-    "C04 padding": (["augment=crop_flip", "augment.crop.padding=1.5"], "augment.crop.padding = 1.5", ["integer"]),
-    "C07 network flag": (["model=vgg_tiny", "model.batch_norm=no"], "model.batch_norm = no", ["must be true or false"]),
-    "C10 one image": (
+    "range: periods": (
+        ["schedule=cosine_restarts", "schedule.periods=2000"],
+        "schedule.periods = 2000",
+        ["<= 100"],
+    ),
+    "range: padding": (
+        ["augment=crop_flip", "augment.crop.padding=1.5"],
+        "augment.crop.padding = 1.5",
+        ["integer"],
+    ),
+    "type: model flag": (
+        ["model=vgg_tiny", "model.batch_norm=no"],
+        "model.batch_norm = no",
+        ["must be true or false"],
+    ),
+    "size: one image": (
         ["model=mlp", "model.batch_norm=true", "data.batch_size=1"],
         "data.batch_size = 1",
         ["batch of one image"],
@@ -210,7 +226,7 @@ def test_config_errors(script, case, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_c12_no_cuda(script, tmp_path):
+def test_cuda_without_a_device_is_a_config_error(script, tmp_path):
     code, _, err = script("train", "trainer.device=cuda")
     assert (code, list(tmp_path.iterdir())) == (2, [])
     assert err.startswith("error[config] trainer.device = cuda") and "cpu" in err
@@ -222,7 +238,7 @@ def test_environment_stays_out_of_errors(script, monkeypatch):
     assert code == 2 and "hunter2" not in out + err and "environment:SECRET_TOKEN" in err
 
 
-def test_c14_resume_refuses_another_architecture(script, tmp_path):
+def test_resume_refuses_another_architecture(script, tmp_path):
     assert script("train", *FAST, "run_dir=run")[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, _, err = script("train", "resume=run", "model.hidden=[16]", "data.batch_size=5")
@@ -236,7 +252,7 @@ def test_c14_resume_refuses_another_architecture(script, tmp_path):
     assert code == 6 and "no such run folder" in err
 
 
-def pictures(folder: Path, names: list[str], count: int = 3) -> None:
+def write_class_folders(folder: Path, names: list[str], count: int = 3) -> None:
     for index, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -245,27 +261,27 @@ def pictures(folder: Path, names: list[str], count: int = 3) -> None:
 
 def folder_with(tmp_path: Path, case: str) -> Path:
     root = tmp_path / "images"
-    if case == "D01 file":
+    if case == "folder: file":
         root.write_text("")
-    elif case == "D01 empty":
+    elif case == "folder: empty":
         root.mkdir()
-    elif case == "D02 empty class":
-        pictures(root, ["cat", "dog"])
+    elif case == "folder: empty class":
+        write_class_folders(root, ["cat", "dog"])
         (root / "eel").mkdir()
-    elif case == "D03 class sets":
-        pictures(root / "train", ["cat", "dog"])
-        pictures(root / "val", ["cat", "eel"])
+    elif case == "folder: class sets":
+        write_class_folders(root / "train", ["cat", "dog"])
+        write_class_folders(root / "val", ["cat", "eel"])
     return root
 
 
 @pytest.mark.parametrize(
     ("case", "hints"),
     [
-        ("D01 missing", ["images", "ROOT/train"]),
-        ("D01 file", ["images"]),
-        ("D01 empty", ["images"]),
-        ("D02 empty class", ["eel", "empty_class"]),
-        ("D03 class sets", ["dog", "eel"]),
+        ("folder: missing", ["images", "ROOT/train"]),
+        ("folder: file", ["images"]),
+        ("folder: empty", ["images"]),
+        ("folder: empty class", ["eel", "empty_class"]),
+        ("folder: class sets", ["dog", "eel"]),
     ],
 )
 def test_folder_errors(script, tmp_path, case, hints):
@@ -277,8 +293,8 @@ def test_folder_errors(script, tmp_path, case, hints):
     assert sorted(tmp_path.rglob("*")) == left
 
 
-def test_d02_an_empty_class_can_be_kept(script, tmp_path):
-    root = folder_with(tmp_path, "D02 empty class")
+def test_empty_class_can_be_kept(script, tmp_path):
+    root = folder_with(tmp_path, "folder: empty class")
     code, _, err = script(
         *("train", "data=image_folder", f"data.root={root}", "data.image_size=8", "data.empty_class=keep"),
         *("data.batch_size=2", "data.test_fraction=0.34", "data.val_fraction=0.5", "run_dir=run", *FAST[5:]),
@@ -287,20 +303,20 @@ def test_d02_an_empty_class_can_be_kept(script, tmp_path):
     assert "num_classes: 3" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_official_data_that_is_not_there(script, tmp_path):
+def test_missing_official_data_names_the_folder(script, tmp_path):
     code, _, err = script("train", "data=mnist", "data.download=false", f"data.root={tmp_path}/none")
     assert code == 3 and err.startswith("error[data]") and err.count("\n") == 1
     assert "none" in err and "MNIST/raw" in err and "data.root" in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_set_smaller_than_a_batch(script, tmp_path):
+def test_batch_larger_than_the_data_is_a_config_error(script, tmp_path):
     code, _, err = script("train", *FAST, "data.batch_size=64")
     assert code == 2 and "data.batch_size = 64" in err and "54" in err, err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_d11_one_sample_left_over(script, tmp_path):
+def test_single_last_sample_is_dropped_for_batch_norm(script, tmp_path):
     """55 samples in batches of 18 leave one over, which batch norm cannot take; `auto` leaves it out."""
     arguments = (*FAST, "data.train_samples=60", "data.val_fraction=0.0834", "data.batch_size=18")
     monitors = ("model.batch_norm=true",)
@@ -310,7 +326,7 @@ def test_d11_one_sample_left_over(script, tmp_path):
 
 
 def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
-    """D10, through a data set of the user's own."""
+    """Through a data set of the user's own."""
     (tmp_path / "mydata.py").write_text(
         "import torch\nfrom data.sources.collection import Collection\nfrom data.sources.images import Images\n"
         "def wrong(*, label):\n"
@@ -374,7 +390,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
     assert script("evaluate", "run=run")[0] == 6
 
 
-def test_a_signal_that_an_import_makes_an_error_of_still_ends_the_script(script, monkeypatch):
+def test_signal_during_an_import_ends_the_script(script, monkeypatch):
     """pydoc, which finds what a config names, turns whatever an import raises into an error of its own."""
 
     def importing(*_: object, **__: object) -> None:
@@ -388,7 +404,7 @@ def test_a_signal_that_an_import_makes_an_error_of_still_ends_the_script(script,
     assert script("train", *FAST, "-m", "seed=1,2") == (143, "", "")
 
 
-def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
+def test_unknown_exception_is_reported_as_internal_error(script, monkeypatch):
     import trainer.run
 
     monkeypatch.setattr(trainer.run, "build", lambda config: 1 / 0)
@@ -398,7 +414,7 @@ def test_unknown_exceptions_are_told_as_bugs(script, monkeypatch):
     assert "Traceback" in err and "1 / 0" in err
 
 
-def test_hydras_own_values_can_be_used_in_a_single_run(script, tmp_path, monkeypatch):
+def test_hydra_resolver_and_env_set_work_in_a_single_run(script, tmp_path, monkeypatch):
     """They exist only while Hydra calls the job, which is over when the run begins."""
     monkeypatch.setenv("NAME", "a")  # so that it is restored
     more = ("+hydra.job.env_set.NAME=b", "run_dir='${hydra:runtime.choices.model}/${oc.env:NAME}'")
@@ -432,7 +448,7 @@ def test_traceback_may_be_asked_for_in_a_yaml_file(script, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug"])
-def test_file_without_its_package_line_is_told_of_it(script, tmp_path, group):
+def test_card_without_package_line_is_explained(script, tmp_path, group):
     (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / group / "short.yaml").write_text("trainer:\n  max_epochs: 1\n")
     code, _, err = script("train", "--config-dir", str(tmp_path / "mine"), f"{group}=short")
@@ -440,7 +456,7 @@ def test_file_without_its_package_line_is_told_of_it(script, tmp_path, group):
 
 
 @pytest.mark.parametrize("content", [b"a: \xff\n", b"seed: ${\n", b"a: [1\n"])
-def test_a_file_that_is_no_yaml_in_utf8_is_named(script, tmp_path, content):
+def test_unreadable_yaml_file_is_named(script, tmp_path, content):
     (tmp_path / "mine/debug").mkdir(parents=True)
     (tmp_path / "mine/debug/bad.yaml").write_bytes(b"# @package _global_\n" + content)
     code, _, err = script("train", "--config-dir", str(tmp_path / "mine"), "debug=bad")
@@ -457,7 +473,7 @@ def test_a_deleted_working_directory_is_named(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_runs_are_named_as_users_name_them(script, tmp_path):
+def test_run_folder_may_be_given_without_its_key(script, tmp_path):
     """`evaluate.py RUN`, `train.py resume RUN`; and a sweep is not resumed like a run."""
     script("train", *FAST, "run_dir=run")
     code, out, err = script("evaluate", "run")
@@ -471,7 +487,7 @@ def test_runs_are_named_as_users_name_them(script, tmp_path):
 
 
 @pytest.mark.parametrize("edit", [("data:\n", "data: digits\nx:\n"), ("seed: 0", "true: 0")])
-def test_a_run_config_of_another_shape_names_its_key(script, tmp_path, edit):
+def test_damaged_run_config_names_its_key(script, tmp_path, edit):
     script("train", *FAST, "run_dir=run")
     file = tmp_path / "run/config.yaml"
     file.write_text(file.read_text().replace(*edit, 1))

@@ -6,7 +6,7 @@ from PIL import Image
 from analysis.figures import class_counts, image_table, learning_curves, rate_curve, save
 
 
-def test_every_figure_is_drawn_whatever_the_names(tmp_path):
+def test_every_figure_is_drawn_for_unusual_names(tmp_path):
     names = [r"cost $\foo$", "[red]a", "plain"]
     lines = [{"step": step, "train/loss": 1 / step, "val/loss": 2 / step} for step in (1, 2, 3)]
     figures = {
@@ -19,9 +19,9 @@ def test_every_figure_is_drawn_whatever_the_names(tmp_path):
     }
     for name, figure in figures.items():
         save(figure, tmp_path / f"{name}.png")
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert min(picture.size) > 100
-            assert len(picture.convert("L").getcolors(2**16)) > 1  # not blank
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 100
+            assert len(image.convert("L").getcolors(2**16)) > 1  # not blank
 
 
 def test_curves_show_the_numbers():
@@ -31,9 +31,9 @@ def test_curves_show_the_numbers():
     assert drawn == {"run train": [[10, 0.5], [20, 0.25], [30, 0.2]], "run val": [[10, 0.7], [20, 0.6]]}
 
 
-def test_pictures_are_shown_as_they_are():
+def test_image_table_shows_the_pixels():
     generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
-    figure = image_table(pictures, rows=["a", "b"], columns=["x", "y", "z"])
+    images = generator.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
+    figure = image_table(images, rows=["a", "b"], columns=["x", "y", "z"])
     shown = [axes.images[0].get_array() for axes in figure.axes]
-    assert all(np.array_equal(array, picture) for array, picture in zip(shown, pictures.reshape(6, 4, 4, 3)))
+    assert all(np.array_equal(array, image) for array, image in zip(shown, images.reshape(6, 4, 4, 3)))

@@ -48,7 +48,7 @@ def poison(run: Run, step: int, what: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("given", [["optimizer=adam"], [*SGD, "trainer.clip_norm=1"]])
-def test_what_is_not_finite_never_reaches_the_weights(tmp_path, what, given):
+def test_nonfinite_values_never_reach_the_weights(tmp_path, what, given):
     run = built(tmp_path / "run", *given, "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
     noted = poison(run, 8, what)
     with pytest.raises(NumericalError) as caught:
@@ -72,8 +72,8 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, what, given):
 @pytest.mark.parametrize("where", ["log line", "evaluation", "checkpoint"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "nesterov"])
-def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, what, where):
-    """As on CUDA: a fused update that is told by a flag; here on the CPU, whose fused kernels obey the same flag."""
+def test_fused_update_skips_nonfinite_steps_and_reports_them_later(tmp_path, name, what, where):
+    """As on CUDA: a fused update that obeys a flag; here on the CPU, whose fused kernels obey the same flag."""
     seen_at = {"log line": 5, "evaluation": 6, "checkpoint": 4}[where]
     run = built(
         tmp_path / "run",
@@ -101,7 +101,7 @@ def test_the_device_skips_what_is_not_finite_and_tells_later(tmp_path, name, wha
 
 
 def test_a_skipped_first_step_leaves_momentum_at_zero(tmp_path):
-    """Fused SGD allocates its momentum unfilled at the first step, also when it is told to skip that step."""
+    """Fused SGD allocates its momentum unfilled at the first step, also if it skips that step."""
     run = built(tmp_path / "run", *SGD, "++optimizer.fused=true", "trainer.log_every=100 steps")
     run.state.guard.on_device = True
     noted = poison(run, 1, "gradient")
@@ -118,7 +118,7 @@ def momentum_of(run: Run) -> dict[str, Tensor]:
     return {name: state[value]["momentum_buffer"].clone() for name, value in run.state.model.named_parameters()}
 
 
-def test_the_device_path_is_the_same_training(tmp_path):
+def test_device_flag_gives_the_same_training(tmp_path):
     """Without anything to skip, telling the fused update so changes no bit."""
     given = ("optimizer=adamw", "++optimizer.fused=true", "trainer.clip_norm=1")
     host, device = built(tmp_path / "host", *given), built(tmp_path / "device", *given)
@@ -128,7 +128,7 @@ def test_the_device_path_is_the_same_training(tmp_path):
     assert_equal(weights(host.state.model), weights(device.state.model))
 
 
-def test_a_validation_that_is_not_finite_is_no_best(tmp_path):
+def test_nonfinite_validation_is_never_the_best(tmp_path):
     run = built(tmp_path / "run", "trainer.max_epochs=3", "trainer.checkpoint.monitor=val/loss")
     run.training.loss_function.register_forward_hook(
         lambda _, given, loss: loss * (1 if run.state.model.training or run.state.step != 12 else math.nan)
@@ -141,7 +141,7 @@ def test_a_validation_that_is_not_finite_is_no_best(tmp_path):
     assert event["event"] == "warning" and event["step"] == 12 and "val/loss is nan" in event["text"]
 
 
-def test_a_learning_rate_far_too_large_never_learns_or_saves_nan(tmp_path, promise):
+def test_huge_learning_rate_saves_no_nan(tmp_path, promise):
     """N05: with every optimizer; the run ends with the first step that is not finite, and with finite checkpoints."""
     ended = 0
     cases = [(name, lr) for name in sorted(path.stem for path in OPTIMIZERS) for lr in ("1e6", "1e30")]
@@ -177,7 +177,7 @@ BATCH_NORM = ("model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.log_eve
 
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_skipped_changes_nothing(tmp_path, what, on_device):
+def test_skipped_step_changes_nothing(tmp_path, what, on_device):
     """N06: weights, optimizer, batch norm's statistics and the sums are those before it; the next step is made."""
     run = skipping(tmp_path / "run", *(["++optimizer.fused=true"] if on_device else []))
     run.state.guard.on_device = on_device
@@ -207,7 +207,7 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path, what, on_device):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_a_run_that_skips_is_resumed_to_the_bit(tmp_path, on_device):
+def test_run_with_skipped_steps_resumes_bit_identically(tmp_path, on_device):
     def make(name: str) -> Run:
         run = skipping(tmp_path / name, *(["++optimizer.fused=true"] if on_device else []))
         return poisoned(run)
@@ -240,7 +240,7 @@ def test_a_run_that_skips_is_resumed_to_the_bit(tmp_path, on_device):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_too_many_skipped_in_a_row_end_the_run(tmp_path, on_device):
+def test_32_skipped_steps_in_a_row_end_the_run(tmp_path, on_device):
     given = ["trainer.max_epochs=20", *(["++optimizer.fused=true"] if on_device else [])]
     run = skipping(tmp_path / "run", *given)
     run.state.guard.on_device = on_device

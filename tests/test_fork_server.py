@@ -95,9 +95,7 @@ def test_the_server_has_one_thread_and_children_that_start_at_once(server):
         assert f"PPid:\t{server.pid}\n" in Path(f"/proc/{child.pid}/status").read_text()
         child.end()
         assert not is_alive(child.pid or 0) and child.exit_code(0) == -signal.SIGKILL
-    start = time.monotonic()
     assert ended(server.start("test_fork_server.exits", b"0")) == 0
-    assert time.monotonic() - start < 1
 
 
 def test_exit_codes_are_reported(server, capfd):

@@ -1,10 +1,10 @@
-"""Fuzzed command lines (FAULTS.md, C15): whatever is typed, one useful line with its exit code, and never a traceback.
+"""Fuzzed command lines: whatever is typed, one useful line with its exit code, and never a traceback.
 
     a valid command line of one option of one group  ->  1 to 4 mutations  ->  launch(everything but the run folder)
 
 Each case runs in a fork of this process, in an empty folder, with bounded memory and without network. The scripts' own
 entry, schema, builder, data and network classes are at work; only the networks' weights are left out: networks are
-made and tried out on the meta device, where a VGG costs nothing, and then get memory that nobody fills.
+built and checked on the meta device, where a VGG costs nothing, and then get uninitialised memory.
 """
 
 import os
@@ -126,7 +126,7 @@ def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
             if name.removeprefix("override /") != "data" and isinstance(value, str):
                 chosen[name.removeprefix("override /")] = value
         given = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
-        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # made-up images have one size
+        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # synthetic images have one size
     else:
         chosen[group] = option
         given = [f"{name}={value}" for name, value in chosen.items()]
@@ -217,7 +217,7 @@ _main: Callable[[Config], object] = build_everything
 
 
 def on_meta(patched: pytest.MonkeyPatch) -> None:
-    """Networks are built and tried out on the meta device; behind it they get memory that nobody fills."""
+    """Models are built and checked on the meta device; afterwards they get uninitialised memory."""
     modules = trainer.build.training
     build_model, check_model, check_single_image = (
         modules.build_model,
@@ -327,7 +327,7 @@ def test_every_option_builds(bounded, tmp_path, full):
         assert outcome.code == 0 or (outcome.code == 3 and "data=synthetic" not in outcome.arguments), outcome
 
 
-def test_c15_fuzzed_configs(bounded, tmp_path, full, promise):
+def test_fuzzed_command_lines_end_in_one_line_and_an_exit_code(bounded, tmp_path, full, promise):
     count = 2000 if full else 120
     found = outcomes(list(fuzzed(count)), build_everything, tmp_path)
     faults = [outcome.fault for outcome in found if outcome.fault]
@@ -349,6 +349,6 @@ def test_c15_fuzzed_configs(bounded, tmp_path, full, promise):
     ],
     ids=["exception", "ValueError", "words", "litter", "crash"],
 )
-def test_the_fuzz_sees_what_is_wrong(bounded, tmp_path, broken):
+def test_fuzz_detects_internal_errors_and_tracebacks(bounded, tmp_path, broken):
     found = outcomes([base("model", "mlp")[0]], broken, tmp_path)
     assert found[0].fault

@@ -78,7 +78,9 @@ def test_counts_are_those_of_the_papers(network_class: Any, arguments: dict[str,
 
 
 @pytest.mark.parametrize(("network_class", "arguments", "smallest"), NETWORKS)
-def test_minimum_size_is_the_smallest_that_works(network_class: Any, arguments: dict[str, Any], smallest: int) -> None:
+def test_minimum_size_is_the_smallest_that_inception_takes(
+    network_class: Any, arguments: dict[str, Any], smallest: int
+) -> None:
     """In training and in evaluation, as the builder tries every network; one pixel less is refused, and would fail."""
 
     def build(side: int) -> None:
@@ -154,7 +156,9 @@ def test_auxiliary_logits_come_in_training_alone_and_all_that_is_trained_gets_a_
         (InceptionSmall, {"in_channels": "3"}, "in_channels = 3: must be a whole number >= 1"),
     ],
 )
-def test_wrong_arguments_are_named(network_class: Any, arguments: dict[str, Any], message: str) -> None:
+def test_config_error_names_wrong_inception_arguments(
+    network_class: Any, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as error, torch.device("meta"):
         network_class(**{**TEN, **arguments})
     assert message in str(error.value)
@@ -354,7 +358,7 @@ def test_inception_small_equals_one_written_by_hand(batch_norm: bool) -> None:
     ],
     ids=["small", "small without norms", "googlenet"],
 )
-def test_network_learns_a_batch_by_heart(build: Callable[[], nn.Module], side: int, rate: float) -> None:
+def test_inception_model_overfits_a_batch(build: Callable[[], nn.Module], side: int, rate: float) -> None:
     network = build().train()
     images, labels = torch.randn(4, 3, side, side), torch.arange(4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate)

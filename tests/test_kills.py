@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch._inductor  # noqa: F401  which each process would import anew, for seconds
+import torch._inductor  # noqa: F401  which each process would import again, for seconds
 from conftest import ended, forked, last_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -163,7 +163,7 @@ def children_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[Any, dict[str, list[int]]]:
-    """The run that nobody disturbs: its state at the end, and what TensorBoard shows of it."""
+    """The undisturbed run: its state at the end, and what TensorBoard shows of it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert ended(start(Watch(), folder, *RUN, f"run_dir={folder}")) == 0, folder.with_suffix(".out").read_text()
     assert len(read_lines(folder / "metrics.jsonl")) == 23
@@ -180,9 +180,9 @@ def killed_until_done(
     watch, draw = Watch(), random.Random(int(number))
     landed: collections.Counter[str] = collections.Counter()
     for trial in itertools.count():
-        goes_on = folder.exists()
+        resumes = folder.exists()
         child = start(
-            *(watch, folder, *((f"resume={folder}",) if goes_on else (*RUN, f"run_dir={folder}"))),
+            *(watch, folder, *((f"resume={folder}",) if resumes else (*RUN, f"run_dir={folder}"))),
             number=trial,
             slowness=0.003,
         )
@@ -224,7 +224,7 @@ def test_killed_at_random_moments_until_done(tmp_path, reference, full, promise)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop_at_random_moments_until_done(tmp_path, reference, full, promise, number, code):
+def test_signals_at_random_moments_cost_no_step(tmp_path, reference, full, promise, number, code):
     folder, times = tmp_path / "run", 24 if full else 8
     lost: list[int] = []
 
@@ -245,8 +245,8 @@ def test_asked_to_stop_at_random_moments_until_done(tmp_path, reference, full, p
     promise(7, f"{number.name}: saved, exit {code}, nothing lost", f"{times} of {times} ({told})")
 
 
-def test_interrupted_ten_times_in_50_ms(tmp_path):
-    """P04: stop now, without a traceback; what was saved before is whole."""
+def test_ten_interrupts_in_50_ms_end_the_run_once(tmp_path):
+    """stop now, without a traceback; what was saved before is whole."""
     watch, folder = Watch(), tmp_path / "run"
     child = start(watch, folder, *RUN, f"run_dir={folder}", slowness=0.003)
     assert wait_for(child, watch, "step", steps=20, draw=random.Random(0))
@@ -263,7 +263,7 @@ def test_interrupted_ten_times_in_50_ms(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def image_root(tmp_path_factory) -> Path:
     draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
     for index in range(60):
         path = root / f"class {index % 3}" / f"{index}.png"
@@ -272,9 +272,15 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def test_no_process_outlives_its_run(tmp_path, pictures, full, promise):
+def test_no_process_outlives_its_run(tmp_path, image_root, full, promise):
     watch, times = Watch(), 10 if full else 3
-    given = ("data=image_folder", f"data.root={pictures}", "data.image_size=8", "data.channels=1", "data.batch_size=4")
+    given = (
+        "data=image_folder",
+        f"data.root={image_root}",
+        "data.image_size=8",
+        "data.channels=1",
+        "data.batch_size=4",
+    )
     given += ("data.memory_budget=0", "data.num_workers=2", "model=mlp", "trainer.threads=1", "trainer.log_graph=false")
     given += ("trainer.max_epochs=1000", "trainer.device=cpu", "trainer.early_stopping.patience=null")
     for trial in range(times):
@@ -348,7 +354,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch, full, promise):
         assert [line["step"] for line in read_lines(folder / "metrics.jsonl")][-2:] == [98, 100]
     assert slowest < 1
     promise(12, "one folder, one run: races with one winner", f"{2 * races} of {2 * races}")
-    promise(12, "the loser is told after", f"{slowest:.2f} s at most")
+    promise(12, "the loser is reported after", f"{slowest:.2f} s at most")
 
 
 # A save that fails behind the training's back
@@ -374,11 +380,11 @@ def test_a_full_disk_ends_the_run(tmp_path):
     assert newest_step(folder) == 0 and strays(folder) == []
 
 
-def test_that_check_finds_an_exception_that_is_swallowed(tmp_path, monkeypatch):
+def test_full_disk_check_detects_a_swallowed_exception(tmp_path, monkeypatch):
     monkeypatch.setattr(BackgroundSaver, "wait", lambda saver: None)
     monkeypatch.setattr(BackgroundSaver, "check", lambda saver: None)
     assert exit_code_on_a_full_disk(tmp_path / "run") != 5
 
 
-def test_the_harness_starts_what_users_start():
+def test_forked_script_is_the_one_that_users_start():
     assert core.composition.CONFIGS.parent == TRAIN_SCRIPT.parents[1]

@@ -126,8 +126,8 @@ def test_labels_and_pixels_belong_to_the_indices():
         assert (batch.images - expected).abs().max() < 1e-5
 
 
-def test_on_cuda_a_batch_is_begun_before_the_one_in_front_is_given_out(monkeypatch):
-    """The order of what two streams are told, by streams that only write it down; test_cuda.py has real ones."""
+def test_prefetch_starts_a_batch_before_the_previous_one_is_returned(monkeypatch):
+    """The order of the calls on two streams that only record them; test_cuda.py has real ones."""
     told: list[str] = []
 
     class Stream:
@@ -190,14 +190,14 @@ def test_channels_last():
 @pytest.fixture
 def files(tmp_path):
     paths = []
-    for index, picture in enumerate(images(22).pixels):
+    for index, image in enumerate(images(22).pixels):
         paths.append(tmp_path / f"{index}.png")
-        Image.fromarray(picture[0].numpy()).save(paths[-1])
+        Image.fromarray(image[0].numpy()).save(paths[-1])
     return Images(Files(paths, image_size=6, channels=1), images(22).labels)
 
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["own", "mixed", "from elsewhere"])
-def test_files_and_workers_change_no_bit(files, steps):
+def test_files_and_workers_give_identical_bits(files, steps):
     expected = list(train_loader(images(22), accumulate=2, augmentations=augmentations(**steps)).steps(1))
     for batch in (batch for step in expected for batch in step):
         assert len(batch.images) == len(batch.labels) == len(batch.indices)
@@ -217,10 +217,10 @@ def test_sizes_of_batches_do_not_change_a_sample(steps):
     def sample_by_sample(**changes: object) -> dict[int, tuple[bytes, list[float]]]:
         loader = train_loader(images(23), augmentations=augmentations(**steps), **changes)
         return {
-            index: (picture.numpy().tobytes(), label.tolist())
+            index: (image.numpy().tobytes(), label.tolist())
             for step in loader.steps(3)
             for batch in step
-            for picture, label, index in zip(batch.images, batch.labels, batch.indices.tolist(), strict=True)
+            for image, label, index in zip(batch.images, batch.labels, batch.indices.tolist(), strict=True)
         }
 
     reference = sample_by_sample(batch_size=23)
@@ -235,8 +235,8 @@ class InWorker:
     def __init__(self) -> None:
         self.main = os.getpid()
 
-    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(picture, os.getpid() != self.main)
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(image, os.getpid() != self.main)
 
 
 def test_transforms_run_in_the_workers():
@@ -247,7 +247,7 @@ def test_transforms_run_in_the_workers():
 
 
 class Breaks:
-    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("on purpose")
 
 
@@ -290,7 +290,7 @@ def test_fewer_samples_than_a_batch():
 @pytest.mark.parametrize(
     ("key", "value"), [("batch_size", 0), ("accumulate", 0), ("num_workers", -1), ("drop_last", "maybe")]
 )
-def test_bad_settings_name_their_key(key, value):
+def test_config_error_names_the_key_of_loading(key, value):
     with pytest.raises(ConfigError, match="must be") as caught:
         train_loader(images(8), **{key: value})
     assert caught.value.subject == key
@@ -298,7 +298,7 @@ def test_bad_settings_name_their_key(key, value):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("mixing", [{}, MIX])
-def test_batches_made_at_once_are_those_made_one_by_one(mixing, accumulate):
+def test_batches_assembled_together_equal_single_ones(mixing, accumulate):
     """And they lie as far from the beginning of their group wherever an epoch is begun: products may depend on it."""
     steps = augmentations(**STEPS, **mixing)
     alone, grouped = (train_loader(images(43), augmentations=steps, accumulate=accumulate) for _ in range(2))

@@ -52,7 +52,7 @@ def by_hand(name: str, row: list[float], target: list[float], smoothing: float, 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 1.0, 3.0]])
 @pytest.mark.parametrize("name", LOSSES)
-def test_by_hand(name, class_weights, smoothing, mixed):
+def test_losses_equal_values_computed_by_hand(name, class_weights, smoothing, mixed):
     generator = torch.Generator().manual_seed(0)
     logits, labels = 2 * torch.randn(9, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
     rows = functional.one_hot(labels, 4).double()
@@ -67,7 +67,7 @@ def test_by_hand(name, class_weights, smoothing, mixed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_is_certain_and_wrong_stays_finite(name, dtype):
+def test_loss_of_a_confident_error_is_finite(name, dtype):
     """Far beyond where exp overflows, and in 16 bits, where a sum of many classes would lose small terms."""
     logits = torch.full((2, 1000), -3e4, dtype=dtype).requires_grad_()
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_balanced_weights(tmp_path):
         (["loss.auxiliary_weight=-0.3"], r"loss.auxiliary_weight = -0.3: must be a number >= 0, or null"),
     ],
 )
-def test_wrong_values_are_told_by_their_key(overrides, message):
+def test_config_error_names_the_key_of_a_loss(overrides, message):
     with pytest.raises(ConfigError, match=message):
         build(composed(*overrides))
 
@@ -128,7 +128,7 @@ def test_wrong_values_are_told_by_their_key(overrides, message):
 # Mixed targets
 
 
-def test_accuracy_counts_the_larger_part_of_a_mixed_sample():
+def test_accuracy_of_a_mixed_sample_uses_its_larger_share():
     sums = RunningSums()
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0]])
     sums.add(torch.tensor(2.0), logits, torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 1.0, 0.0]]))
@@ -136,7 +136,7 @@ def test_accuracy_counts_the_larger_part_of_a_mixed_sample():
     assert sums.read() == {"loss": 2.5, "accuracy": 0.5}
 
 
-def test_sums_are_the_same_whenever_they_are_made():
+def test_running_sums_do_not_depend_on_when_they_are_computed():
     """Of losses that a sum in another order would round otherwise; what is taken back does not count."""
     generator = torch.Generator().manual_seed(0)
     batches = [
@@ -283,7 +283,7 @@ def test_each_heads_classes_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("loss", "function"), [("cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")])
-def test_a_run_says_probabilities_as_its_loss_took_them(tmp_path, loss, function):
+def test_load_run_returns_the_probabilities_of_its_loss(tmp_path, loss, function):
     trained(tmp_path / "run", f"loss={loss}", "trainer.max_epochs=1", "optimizer.lr=0.01")
     run = load_run(tmp_path / "run")
     logits = torch.tensor([[1.0, -2.0, 3.0, 0.0]])

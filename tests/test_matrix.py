@@ -1,4 +1,4 @@
-"""Every feature beside every other: a run that was stopped at any step ends as one that was not, to the bit.
+"""Every feature beside every other: a run that was stopped at any step ends bit-identical to one that was not.
 
     row of the matrix = a choice of each factor (optimizer, schedule, ...), each switch (EMA, clipping, ...) on or off
 
@@ -186,7 +186,7 @@ ROWS = covering_rows()
 NO_WORKERS = "data.num_workers=0"
 
 
-def overrides(row: Row, pictures: Path) -> tuple[str, ...]:
+def overrides(row: Row, image_root: Path) -> tuple[str, ...]:
     """What a user would type for a row, the number of workers apart."""
     given = ["data.image_size=8", "data.batch_size=8", "data.val_fraction=0.2"]
     if row["files"] == "off":
@@ -197,7 +197,7 @@ def overrides(row: Row, pictures: Path) -> tuple[str, ...]:
     chosen = [FACTORS[factor][row[factor]] for factor in FACTORS]
     own = {"batch_norm"} if row["network"] in ("resnet", "airbench") else set()  # they have it, and no key for it
     chosen += [SWITCHES[name][row[name] == "on"] for name in SWITCHES if name not in own]
-    values = {"images": pictures, "epochs": epochs, "half": epochs // 2, "long": epochs * 3 // 2}
+    values = {"images": image_root, "epochs": epochs, "half": epochs // 2, "long": epochs * 3 // 2}
     return tuple(text.format(**values) for text in itertools.chain(*chosen, given))
 
 
@@ -206,7 +206,7 @@ def shown(row: Row) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def image_root(tmp_path_factory) -> Path:
     """A folder of small PNGs, whose training part is as large as that of the synthetic data."""
     folder = tmp_path_factory.mktemp("data") / "images"
     draw = np.random.default_rng(0)
@@ -266,8 +266,8 @@ def constant(configs: Sequence[Mapping[str, Any]], keys: Collection[str]) -> set
 
 
 @pytest.fixture(scope="module")
-def typed(pictures) -> list[tuple[str, ...]]:
-    return [(*overrides(row, pictures), NO_WORKERS) for row in ROWS]
+def typed(image_root) -> list[tuple[str, ...]]:
+    return [(*overrides(row, image_root), NO_WORKERS) for row in ROWS]
 
 
 OFFERED = {group: options(group) for group in GROUPS} | {
@@ -300,7 +300,7 @@ def test_each_key_is_varied_or_excluded(typed):
         key for key in options_of(TrainConfig) if key.partition(".")[0] in ("data", "trainer", *GROUPS) and "." in key
     ]
     assert constant(configs, keys) == set(EXCLUDED)
-    # A feature that nobody has put into the matrix:
+    # A feature that is not in the matrix:
     assert constant(configs, [*keys, "trainer.lookahead"]) == {*EXCLUDED, "trainer.lookahead"}
     assert rare(typed, {"optimizer": [*options("optimizer"), "lion"]}) == {"optimizer=lion"}
     once = [row for row in typed if "optimizer=muon" not in row] + [("optimizer=muon",)]
@@ -323,12 +323,12 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pictures) -> Callable[[int], Whole]:
+def whole(tmp_path_factory, image_root) -> Callable[[int], Whole]:
     """The uninterrupted run of a row, made once."""
 
     @cache
     def run(number: int) -> Whole:
-        run = built(tmp_path_factory.mktemp("whole") / "run", *overrides(ROWS[number], pictures), NO_WORKERS)
+        run = built(tmp_path_factory.mktemp("whole") / "run", *overrides(ROWS[number], image_root), NO_WORKERS)
         checkpoints = run.folder.checkpoints
         start = checkpoints.load("last")[0]
         run_to_end(run)
@@ -364,7 +364,7 @@ STOPPED: dict[int, list[tuple[int, bool, bool]]] = {}  # row -> step, at an epoc
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=lambda number: f"{number} {shown(ROWS[number])}")
-def test_stopped_at_any_step(tmp_path, whole, pictures, full, number):
+def test_stopped_at_any_step(tmp_path, whole, image_root, full, number):
     row = ROWS[number]
     state, values, lines = whole(number).state
     steps = values["step"]
@@ -376,7 +376,7 @@ def test_stopped_at_any_step(tmp_path, whole, pictures, full, number):
         # New processes take longer than all the rest.
         before, after = WORKERS[number % 3] if in_workers and (number + step) % 4 == 0 else (0, 0)
         folder = tmp_path / str(step)
-        run = stopped(folder, step, *overrides(row, pictures), f"data.num_workers={before}")
+        run = stopped(folder, step, *overrides(row, image_root), f"data.num_workers={before}")
         again = gone_on(folder, f"data.num_workers={after}")
         assert again[1:] == (values, lines), step
         assert again[0] == state, step
@@ -384,7 +384,7 @@ def test_stopped_at_any_step(tmp_path, whole, pictures, full, number):
         STOPPED[number].append((step, at_end, row["accumulate"] == "on"))
 
 
-def test_the_stops_were_everywhere(promise):
+def test_stops_cover_every_step(promise):
     if len(STOPPED) < len(ROWS):
         pytest.skip("not all rows were run")
     stops = [stop for row in STOPPED.values() for stop in row]
@@ -405,20 +405,20 @@ FP16 = (
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-def test_fp16_stopped_at_any_step(tmp_path, pictures, full):
+def test_fp16_stopped_at_any_step(tmp_path, image_root, full):
     """A row on CUDA, its scaler's state among the rest."""
-    given = (*FP16, f"data.root={pictures}")
+    given = (*FP16, f"data.root={image_root}")
     state = last_state(trained(tmp_path / "whole", *given).folder.path)
     for step in range(1, 13) if full else (1, 6, 7):
         stopped(tmp_path / str(step), step, *given)
         assert gone_on(tmp_path / str(step)) == state, step
 
 
-def test_workers_change_nothing(tmp_path, pictures, full, promise):
+def test_workers_change_nothing(tmp_path, image_root, full, promise):
     """Files and a transform of torchvision's, mixed, with dropout; read at once, or by a number of workers that changes
     at the resume too."""
     given = (
-        *("data=image_folder", f"data.root={pictures}", "data.image_size=8", "data.channels=3", "data.batch_size=8"),
+        *("data=image_folder", f"data.root={image_root}", "data.image_size=8", "data.channels=3", "data.batch_size=8"),
         *("data.val_fraction=0.2", "augment=[trivial_augment,crop_flip,mixup]", "model.dropout=0.3"),
     )
     streamed = (*given, "data.memory_budget=0")
@@ -493,7 +493,7 @@ def test_every_piece_of_state_has_a_mutant(whole):
 
 
 @pytest.fixture(scope="module")
-def halted(tmp_path_factory, whole, pictures) -> Callable[[int, int], Path]:
+def halted(tmp_path_factory, whole, image_root) -> Callable[[int, int], Path]:
     """The folder of a row's run that was stopped at a step; at the last one, killed before its summary."""
 
     @cache
@@ -503,7 +503,7 @@ def halted(tmp_path_factory, whole, pictures) -> Callable[[int, int], Path]:
             shutil.copytree(whole(number).folder, folder)
             (folder / "summary.json").unlink()
             return folder
-        stopped(folder, step, *overrides(ROWS[number], pictures), NO_WORKERS)
+        stopped(folder, step, *overrides(ROWS[number], image_root), NO_WORKERS)
         return folder
 
     return make

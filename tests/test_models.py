@@ -138,7 +138,7 @@ def test_goldens_are_the_numbers_of_the_papers(name: str, parameters: int, multi
     assert (GOLDENS[name]["parameters"], GOLDENS[name]["multiply_adds"]) == (parameters, multiply_adds)
 
 
-def test_page_is_up_to_date() -> None:
+def test_docs_models_page_is_up_to_date() -> None:
     assert model_table.PAGE.read_text() == model_table.page(GOLDENS), "python scripts/zoo.py --write"
 
 
@@ -169,7 +169,7 @@ def test_every_key_of_a_config_has_a_comment(name: str) -> None:
 
 
 @pytest.mark.parametrize("network_class", ARGUMENTS)
-def test_minimum_size_is_the_smallest_that_works(network_class: Any) -> None:
+def test_minimum_size_of_each_model_is_the_smallest_that_works(network_class: Any) -> None:
     """By shapes alone, on the meta device."""
     arguments = ARGUMENTS[network_class]
 
@@ -641,7 +641,7 @@ def test_maxout_and_response_norm_keep_channels_last() -> None:
     ],
     ids=type,
 )
-def test_network_is_one_graph_for_the_compiler(network: nn.Module) -> None:
+def test_model_compiles_to_one_graph(network: nn.Module) -> None:
     images = torch.randn(2, 1 if isinstance(network, LeNet | LeNet5) else 3, 28, 28)
     network.eval()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
@@ -697,7 +697,7 @@ def test_named_starting_weights_have_the_deviation_of_their_formula(init: str) -
 
 @pytest.mark.parametrize("init", SCHEMES)
 @pytest.mark.parametrize("network_class", [name for name in ARGUMENTS if name is not AlexNet])
-def test_every_network_takes_every_scheme(network_class: Any, init: str) -> None:
+def test_every_model_takes_every_init(network_class: Any, init: str) -> None:
     network = network_class(**ARGUMENTS[network_class], init=init)
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     biases = [layer.bias.abs().sum().item() for layer in layers if layer.bias is not None]
@@ -786,7 +786,7 @@ def small_network(channels: int = 3) -> nn.Sequential:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 7])
 @pytest.mark.parametrize("old", [1, 3])
-def test_adapter_keeps_the_function_on_grey_pictures(old: int, channels: int) -> None:
+def test_adapter_keeps_the_function_on_grey_images(old: int, channels: int) -> None:
     network = small_network(old)
     grey = torch.randn(2, 1, 8, 8)
     expected = network(grey.expand(-1, old, -1, -1))
@@ -904,7 +904,7 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
         (AlexNet, {"image_size": 64}, "image_size = 64: AlexNet needs at least 67 px"),
     ],
 )
-def test_wrong_arguments_are_named(network_class: Any, arguments: dict[str, Any], message: str) -> None:
+def test_config_error_names_wrong_model_arguments(network_class: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         network_class(**{**ARGUMENTS[network_class], **arguments})
     assert message in str(error.value)
@@ -920,7 +920,7 @@ def test_wrong_arguments_are_named(network_class: Any, arguments: dict[str, Any]
         (small_network(), 0, "in_channels = 0: must be a whole number >= 1"),
     ],
 )
-def test_wrong_networks_are_refused_by_the_adapter(network: Any, in_channels: int, message: str) -> None:
+def test_adapter_refuses_models_it_cannot_fit(network: Any, in_channels: int, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         adapt(network=network, in_channels=in_channels, num_classes=10)
     assert message in str(error.value)

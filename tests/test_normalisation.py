@@ -56,7 +56,7 @@ def test_per_channel_and_none_are_torchvisions(tmp_path):
     expected = torchvision.normalize(scaled, mean.tolist(), std.tolist())
     torch.testing.assert_close(per_channel(pixels), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(none(pixels), scaled, rtol=0, atol=1e-7)
-    # To the bit: one multiplication and one addition, in single precision.
+    # Bit-identical: one multiplication and one addition, in single precision.
     tensors = {name: tensor.double()[:, None, None] for name, tensor in per_channel.tensors.items()}
     scale, bias = (1 / (255 * tensors["std"])).float(), (-tensors["mean"] / tensors["std"]).float()
     assert torch.equal(per_channel(pixels), pixels * scale + bias)
@@ -110,7 +110,7 @@ def test_whitening_is_that_of_a_singular_value_decomposition():
     assert (np.diff(pca.var(0)) < 1e-6).all()  # from the largest variance to the smallest
 
 
-def test_zca_leaves_pictures_nearest_to_what_they_were():
+def test_zca_is_the_whitening_nearest_to_the_identity():
     pixels = natural(500)
     tensors = fitted(pixels, "zca").tensors
     spread = torch.from_numpy(np.cov(numpy_rows(pixels).T))
@@ -148,7 +148,7 @@ def test_eigenvectors_have_one_sign(monkeypatch):
     assert torch.equal(whitening(spread, kind="pca", epsilon=0.01), expected)
 
 
-def test_epsilon_bounds_what_is_blown_up():
+def test_epsilon_bounds_the_amplification_of_noise():
     pixels = natural(30)  # fewer images than numbers in one: the covariance is singular
     pixels[:, :, 0] = 7  # and some pixels never change
     largest = np.linalg.eigvalsh(np.cov(numpy_rows(pixels).T, bias=True))[-1]
@@ -174,7 +174,7 @@ def test_input_of_any_type_and_output_in_the_wanted_layout(kind):
     assert torch.equal(Normalisation(normalise.tensors)(pixels), expected)
 
 
-def test_too_large_a_picture_is_refused_before_it_is_read(tmp_path):
+def test_image_too_large_for_whitening_is_refused_before_it_is_read(tmp_path):
     paths = [tmp_path / f"{name}.png" for name in "abcd"]  # not there: reading one would be another error
     files = Images(Files(paths, image_size=37, channels=3), torch.tensor([0, 1, 0, 1]))
     settings = {"seed": 0, "val_fraction": 0, "image_size": 37, "channels": 3, "fit": "resize", "limit_train": None}
@@ -198,15 +198,15 @@ def prepared(collection: Collection, normalise: str, **changes: object) -> Split
 
 
 @pytest.mark.parametrize("kind", ["per_channel", "pca", "zca"])
-def test_only_the_training_part_is_fitted_to(kind):
+def test_only_the_train_split_is_fitted(kind):
     labels, pixels = torch.arange(200) % 2, natural(200)
     first = prepared(Collection(Images(pixels, labels), None, Images(natural(9), labels[:9]), ["a", "b"]), kind)
     of_train = fitted(first.train.pixels, kind).tensors
     assert len(first.train) == 140
     assert all(torch.equal(tensor, of_train[name]) for name, tensor in first.normalisation.tensors.items())
 
-    in_val = {picture.numpy().tobytes() for picture in first.val.pixels}
-    others = torch.tensor([picture.numpy().tobytes() in in_val for picture in pixels])
+    in_val = {image.numpy().tobytes() for image in first.val.pixels}
+    others = torch.tensor([image.numpy().tobytes() in in_val for image in pixels])
     changed = torch.where(others[:, None, None, None], 255 - pixels, pixels)
     second = prepared(
         Collection(Images(changed, labels), None, Images(natural(9, seed=1), labels[:9]), ["a", "b"]), kind
@@ -217,8 +217,8 @@ def test_only_the_training_part_is_fitted_to(kind):
 
 def test_streamed_files_are_measured_as_resident_pixels(tmp_path):
     pixels, paths = natural(30), [tmp_path / f"{number:02}.png" for number in range(30)]
-    for path, picture in zip(paths, pixels, strict=True):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     streamed = Images(Files(paths, image_size=5, channels=3), torch.arange(30) % 2)
     assert torch.equal(torch.cat(list(measured(streamed, image_size=5, seed=3))), pixels)
     [resident] = measured(Images(pixels, streamed.labels), image_size=5, seed=3)
@@ -283,7 +283,7 @@ def same_input(loaded: LoadedRun, run: Run) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["none", "pca", "zca"])
-def test_run_trains_resumes_to_the_bit_and_is_used_from_its_folder_alone(tmp_path, kind):
+def test_run_with_each_normalisation_resumes_bit_identically(tmp_path, kind):
     overrides = [*ZCA, f"data.normalise={kind}"]
     whole = trained(tmp_path / "whole", *overrides)
     stopped = built(tmp_path / "stopped", *overrides)

@@ -101,7 +101,7 @@ def test_groups_hold_each_parameter_once(on):
         (("optimizer=rmsprop",), None),
     ],
 )
-def test_one_kernel_updates_all_where_there_is_one(tmp_path, given, fused):
+def test_fused_update_is_used_if_available(tmp_path, given, fused):
     """The same training but for rounding."""
     runs = [
         built(tmp_path / name, *keys) for name, keys in {"a": given, "b": (given[0], "+optimizer.foreach=true")}.items()
@@ -120,7 +120,7 @@ def test_one_kernel_updates_all_where_there_is_one(tmp_path, given, fused):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
-def test_both_rules_are_torchs_to_the_bit(monkeypatch, layout, adjust_lr_fn):
+def test_muon_and_adamw_updates_are_bit_identical_to_torch(monkeypatch, layout, adjust_lr_fn):
     """A convolution's weight as torch.optim.Muon updates the matrix (out, in x k x k), in 16 bits as it works in;
     everything else as torch.optim.AdamW does."""
     monkeypatch.setattr("trainer.optim.muon.working_type", lambda device: torch.bfloat16)
@@ -171,7 +171,7 @@ def test_orthogonalise_is_its_polynomial_of_the_singular_values(shape):
     torch.testing.assert_close(found, left @ values.diag() @ right, rtol=1e-10, atol=1e-12)
 
 
-def test_on_a_cpu_a_step_is_finer_than_torchs_but_the_same():
+def test_cpu_step_agrees_with_torch_at_higher_precision():
     """The point of it: a step's singular values are near 1, whatever those of the gradient were."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 12, 3), nn.Linear(12, 2))
@@ -225,7 +225,7 @@ def test_the_state_goes_through_a_checkpoint(tmp_path, name):
 # Through the loop
 
 
-def test_rates_and_momenta_of_each_group(tmp_path):
+def test_schedule_sets_lr_and_momentum_of_each_group(tmp_path):
     run = built(
         tmp_path / "run",
         *("optimizer=muon", "optimizer.lr=0.02", "optimizer.adamw_lr=0.001", "trainer.weight_decay_on=weights"),
@@ -243,7 +243,7 @@ def test_rates_and_momenta_of_each_group(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["muon", "rmsprop", "adagrad"])
-def test_it_learns_a_batch_by_heart(tmp_path, name):
+def test_optimizer_overfits_a_batch(tmp_path, name):
     rate = {"muon": 0.003, "rmsprop": 0.001, "adagrad": 0.01}[name]
     given = ("model=lenet5", "data.image_size=32", "data=digits", "debug=overfit", "trainer.max_epochs=60")
     folder = trained(tmp_path / "run", f"optimizer={name}", f"optimizer.lr={rate}", *given).folder.path
@@ -263,7 +263,7 @@ def test_it_learns_a_batch_by_heart(tmp_path, name):
         ("model.hidden=[]", r"optimizer._target_.*this one has none; try optimizer=adamw"),
     ],
 )
-def test_wrong_values_are_told_by_their_key(override, message):
+def test_config_error_names_the_key_of_an_optimizer(override, message):
     with pytest.raises(ConfigError, match=message):
         build(composed("optimizer=muon", override))
 

@@ -50,7 +50,7 @@ STEPS = {
 CHAINS = {name: {name: step} for name, step in STEPS.items()} | {"all": STEPS}
 
 
-def pictures(batch: int, channels: int = 3, height: int = 11, width: int = 13) -> torch.Tensor:
+def random_images(batch: int, channels: int = 3, height: int = 11, width: int = 13) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
 
@@ -75,7 +75,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
-    images, steps = pictures(N), CHAINS[name]
+    images, steps = random_images(N), CHAINS[name]
     untouched, state = images.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
     whole = show(draw(steps), images, torch.arange(N))
     assert len(whole[0]) == N and torch.equal(whole[2], torch.arange(N)) and torch.isfinite(whole[0].float()).all()
@@ -89,9 +89,9 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
     assert np.random.get_state()[1].tolist() == state[2]
 
 
-def test_threads_change_no_bit_of_large_pictures():
+def test_threads_change_no_bit_of_large_images():
     """Where torch gives a sum to several threads, a lone image is summed in another order than one of several."""
-    images = pictures(2, 3, 224, 224)
+    images = random_images(2, 3, 224, 224)
     for name in STEPS.keys() - {"early_mixup", "cutmix", "mixup"}:
         numbers = torch.rand(2, STEPS[name].num_random_values, generator=torch.Generator().manual_seed(8))
         expected = STEPS[name](images, numbers)
@@ -105,8 +105,8 @@ def test_threads_change_no_bit_of_large_pictures():
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 4)])
-def test_grey_and_tiny_pictures_and_float_pixels(name, channels, side):
-    images, indices = pictures(N, channels, side, side), torch.arange(N)
+def test_steps_take_grey_and_tiny_images_and_float_pixels(name, channels, side):
+    images, indices = random_images(N, channels, side, side), torch.arange(N)
     steps = {key: PCAColor(sigma=2) if step is PCA else step for key, step in CHAINS[name].items()}
     if "pca_color" in steps:
         steps["pca_color"].fit(torch.zeros(channels), 0.1 * torch.eye(channels))
@@ -118,9 +118,9 @@ def test_grey_and_tiny_pictures_and_float_pixels(name, channels, side):
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "transform"])
-def test_no_step_reads_a_number_back_from_the_device(name):
+def test_no_step_synchronises_with_the_device(name):
     """Tensors of the device `meta` have no values to read."""
-    step, images = copy.deepcopy(STEPS[name]), pictures(8).to("meta")
+    step, images = copy.deepcopy(STEPS[name]), random_images(8).to("meta")
     numbers = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.num_random_values).to("meta")
     if len(numbers) == 8:
         assert step(images, numbers).shape == images.shape
@@ -132,23 +132,23 @@ def test_no_step_reads_a_number_back_from_the_device(name):
 def test_pixels_keep_their_type_where_nothing_is_interpolated():
     kept = ("crop", "reflect", "flip", "alternate", "erasing", "cutmix", "transform")
     for name in STEPS:
-        assert (show(draw(CHAINS[name]), pictures(N), torch.arange(5))[0].dtype == torch.uint8) == (name in kept)
+        assert (show(draw(CHAINS[name]), random_images(N), torch.arange(5))[0].dtype == torch.uint8) == (name in kept)
 
 
 def test_seed_epoch_index_and_step_all_matter():
-    images = pictures(1).expand(N, -1, -1, -1)
+    images = random_images(1).expand(N, -1, -1, -1)
     some = {name: STEPS[name] for name in ("crop", "affine", "flip")}
     base, _, _ = show(draw(some), images, torch.arange(N))
     for seed, epoch in ((2, 2), (1, 1)):
         other, _, _ = show(draw(some, seed=seed, epoch=epoch), images, torch.arange(N))
         assert all(not torch.equal(ours, theirs) for ours, theirs in zip(base, other))
-    assert len({picture.numpy().tobytes() for picture in base}) == N
+    assert len({image.numpy().tobytes() for image in base}) == N
     drawn = draw({"a": Mixup(alpha=1, probability=1), "b": Mixup(alpha=1, probability=1)})
     assert not torch.equal(drawn.random_values["a"], drawn.random_values["b"])
     assert not torch.equal(drawn.partners["a"], drawn.partners["b"])
 
 
-def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_move_anothers():
+def test_random_values_follow_the_documented_formula():
     drawn = draw(STEPS, seed=9, epoch=4)
     generator = torch.Generator().manual_seed(fold(9, "augment", "flip", 4))
     assert torch.equal(drawn.random_values["flip"], torch.rand(N, 1, generator=generator))
@@ -161,7 +161,7 @@ def test_numbers_are_those_that_the_docstring_promises_and_one_step_does_not_mov
         assert name == "flip" or torch.equal(alone.partners[name], drawn.partners[name])
 
 
-def test_alternating_numbers_are_those_of_epoch_0_moved_by_a_half():
+def test_alternating_steps_shift_the_values_of_epoch_0():
     first, second, third, fourth = (draw(STEPS, seed=9, epoch=epoch).random_values["alternate"] for epoch in range(4))
     generator = torch.Generator().manual_seed(fold(9, "augment", "alternate", 0))
     assert torch.equal(first, torch.rand(N, 1, generator=generator))
@@ -169,8 +169,8 @@ def test_alternating_numbers_are_those_of_epoch_0_moved_by_a_half():
     assert torch.equal(third, first) and torch.equal(fourth, second)
 
 
-def test_nothing_to_do():
-    images, rows = pictures(5), torch.arange(5)
+def test_pipeline_without_steps_returns_its_input():
+    images, rows = random_images(5), torch.arange(5)
     drawn = draw({}, samples=5)
     assert drawn.rows(rows) is rows
     assert all(ours is given for ours, given in zip(drawn(images, LABELS, rows), (images, LABELS, rows)))
@@ -182,25 +182,25 @@ def test_nothing_to_do():
 def test_two_mixing_steps_sample_by_sample():
     """Each image made for itself alone, by recursion through its partners."""
     names = ["crop", "mixup", "flip", "cutmix", "noise"]
-    images, drawn = pictures(N), draw({name: STEPS[name] for name in names})
+    images, drawn = random_images(N), draw({name: STEPS[name] for name in names})
 
     def made(index: int, done: int) -> tuple[torch.Tensor, torch.Tensor]:
         if done == 0:
             return images[index][None], torch.eye(K)[LABELS[index]][None]
         name = names[done - 1]
-        picture, label = made(index, done - 1)
+        image, label = made(index, done - 1)
         numbers = drawn.random_values[name][index][None]
         if name not in drawn.partners:
-            return STEPS[name](picture, numbers), label
+            return STEPS[name](image, numbers), label
         other, other_label = made(int(drawn.partners[name][index]), done - 1)
-        return STEPS[name](torch.cat([picture, other]), torch.cat([label, other_label]), numbers)
+        return STEPS[name](torch.cat([image, other]), torch.cat([label, other_label]), numbers)
 
     shown, labels, indices = show(drawn, images, torch.tensor([7, 3, 49, 0, 7]))
     assert labels.shape == (5, K) and (labels.sum(1) - 1).abs().max() < 1e-6
     assert (labels > 0).sum() > 5  # mixed at all
     for ours, label, index in zip(shown, labels, indices.tolist()):
-        picture, expected = made(index, len(names))
-        assert torch.equal(ours, picture[0]) and torch.equal(label, expected[0])
+        image, expected = made(index, len(names))
+        assert torch.equal(ours, image[0]) and torch.equal(label, expected[0])
 
 
 def test_partners_are_all_samples_alike():
@@ -216,25 +216,25 @@ def test_partners_are_all_samples_alike():
 class Draws:
     """The three generators that a transform may draw from, as pixels."""
 
-    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
         drawn = [torch.randint(256, ()).item(), random.randrange(256), np.random.randint(256)]
-        return torch.tensor(drawn, dtype=torch.uint8)[:, None, None].expand(picture.shape)
+        return torch.tensor(drawn, dtype=torch.uint8)[:, None, None].expand(image.shape)
 
 
-def test_a_transform_is_what_torchvision_makes_of_its_picture_and_seed():
-    images = pictures(30)
+def test_transform_equals_torchvision_with_the_same_seed():
+    images = random_images(30)
     drawn = draw({"transform": STEPS["transform"], "draws": ASampleAtATime(Draws(), name="draws")})
     shown = STEPS["transform"](images, drawn.random_values["transform"][:30])
-    for ours, picture, number in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
+    for ours, image, number in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
         with torch.random.fork_rng():
             torch.manual_seed(int(number * 2**24))
-            assert torch.equal(ours, v2.TrivialAugmentWide()(picture))
+            assert torch.equal(ours, v2.TrivialAugmentWide()(image))
     values = drawn.steps["draws"](images, drawn.random_values["draws"][:30])[:, :, 0, 0]
     assert all(len(column.unique()) > 20 for column in values.T)
 
 
 def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
-    keep = ASampleAtATime(lambda picture: picture, name="keep")
+    keep = ASampleAtATime(lambda image: image, name="keep")
     images = torch.tensor([-3.0, 1.4, 1.6, 254.6, 300.0]).view(1, 1, 1, 5)
     assert keep(images, torch.zeros(1, 1)).flatten().tolist() == [0, 1, 2, 255, 255]
 
@@ -245,14 +245,14 @@ def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
         (v2.ToDtype(torch.float32), "must give torch.uint8 .3, 8, 8., as it got; it gives torch.float32 .3, 8, 8."),
         (v2.CenterCrop(5), "it gives torch.uint8 .3, 5, 5."),
         (v2.ToPILImage(), "it gives Image"),
-        (lambda picture: picture @ picture[0, 0, 0, 0], "fails on an image .3, 8, 8.: IndexError: too many indices"),
-        (7, "must be a step of ours"),
+        (lambda image: image @ image[0, 0, 0, 0], "fails on an image .3, 8, 8.: IndexError: too many indices"),
+        (7, "must be a built-in augmentation"),
     ],
 )
 def test_a_transform_that_does_not_fit_is_named(transform, problem):
     state = torch.get_rng_state()
     with pytest.raises(ConfigError, match=problem) as caught:
-        ASampleAtATime(transform, name="augment.mine").try_out((3, 8, 8))
+        ASampleAtATime(transform, name="augment.mine").dry_run((3, 8, 8))
     assert caught.value.subject == "augment.mine" and torch.equal(torch.get_rng_state(), state)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # as a worker sends it
 
@@ -281,7 +281,7 @@ def test_every_option_builds_and_names_its_steps_like_no_other(tmp_path):
     assert batch.labels.shape == (8, 4) and batch.labels.dtype == torch.float32
 
 
-def test_the_builder_fits_to_the_training_part_and_wraps_transforms(tmp_path):
+def test_builder_fits_steps_to_the_train_split_and_wraps_transforms(tmp_path):
     run = built(tmp_path / "run", "augment=[pca_color,erasing,rand_augment]", "augment.erasing.fill=mean")
     loader = run.training.train_loader
     steps, pixels = loader.augmentations.steps, loader.source.images.pixels.double() / 255
@@ -297,10 +297,10 @@ def test_the_builder_fits_to_the_training_part_and_wraps_transforms(tmp_path):
         ("+augment.x._target_=torchvision.transforms.v2.RandAugmen", "augment.x._target_", "did you mean RandAugment"),
         ("+augment.x={_target_:torchvision.transforms.v2.RandAugment,op:1}", "augment.x.op", "no such argument"),
         ("+augment.x={_target_:data.augment.mixing.Mixup,alpha:0,probability:1}", "augment.x.alpha", "must be within"),
-        ("+augment.x._target_=builtins.list", "augment.x", "must be a step of ours"),
+        ("+augment.x._target_=builtins.list", "augment.x", "must be a built-in augmentation"),
     ],
 )
-def test_a_wrong_step_is_named(tmp_path, override, subject, problem):
+def test_config_error_names_a_wrong_step(tmp_path, override, subject, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         built(tmp_path / "run", override)
     assert caught.value.subject == subject and not (tmp_path / "run").exists()

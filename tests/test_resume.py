@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or moved ends as one that was not: to the bit, and each step told once.
+"""A run that was stopped, killed or moved ends bit-identical to one that was not, and each step is logged once.
 
 Whether that holds for every feature is test_matrix.py's business.
 """
@@ -118,7 +118,7 @@ def killed_at(source: Path, folder: Path, step: int) -> Path:
 
 
 @pytest.mark.usefixtures("_event_files_in_order")
-def test_each_step_is_told_once(tmp_path, whole):
+def test_each_step_is_logged_once(tmp_path, whole):
     overrides = ("trainer.evaluate_every=2 steps", "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
     reference = whole(*overrides)
     expected = scalars(reference)
@@ -137,7 +137,7 @@ def test_each_step_is_told_once(tmp_path, whole):
 
 
 @pytest.mark.usefixtures("_event_files_in_order")
-def test_a_torn_event_file_is_no_obstacle(tmp_path, whole):
+def test_truncated_event_file_does_not_prevent_a_resume(tmp_path, whole):
     overrides = ("trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
     reference = whole(*overrides)
     folder = killed_at(reference, tmp_path / "run", 7)
@@ -219,7 +219,7 @@ def test_all_checkpoints_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("number", [3, 5])
-def test_another_format_is_refused(tmp_path, number):
+def test_checkpoint_of_another_format_is_refused_by_resume(tmp_path, number):
     folder = trained(tmp_path / "run", "trainer.max_epochs=1").folder
     found = folder.checkpoints.load("last")[0]
     other = packed(Snapshot(found.tensors, {**found.values, "format": number, "step": 7}))
@@ -229,12 +229,12 @@ def test_another_format_is_refused(tmp_path, number):
         reopened(folder.path)
 
 
-# Put off: an evaluation for which there was no time, or that failed
+# Deferred: an evaluation for which there was no time, or that failed
 
 
 @pytest.mark.usefixtures("_event_files_in_order")
-def test_an_evaluation_that_is_put_off_is_told_once(tmp_path, whole):
-    """Stopped in the middle of one; killed behind it, before the checkpoint that counts it; and gone on with."""
+def test_deferred_evaluation_is_logged_once(tmp_path, whole):
+    """Stopped in the middle of one; killed after it, before the checkpoint that counts it; and resumed."""
     overrides = ("trainer.evaluate_every=3 steps", "data.eval_batch_size=4")
     folder = tmp_path / "run"
     run = built(folder, *overrides)
@@ -266,8 +266,8 @@ def killed(**_: object) -> None:
 
 
 @pytest.mark.parametrize("phase", ["training", "validation", "test"])
-def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
-    """D13: the root is gone in the middle of a run; what was done is saved, and goes on when it is back."""
+def test_failing_data_loses_no_step(tmp_path, whole, phase):
+    """The data root disappears during a run: the last step is saved, and the run resumes when it is back."""
     run = built(tmp_path / "run", "trainer.evaluate_every=4 steps")
     run.training.train_loader.batches_at_once = 1  # read step by step
     loader = {
@@ -296,7 +296,7 @@ def test_data_that_fails_costs_no_step(tmp_path, whole, phase):
 
 @pytest.mark.parametrize("method", ["add_event", "flush"])
 def test_tensorboard_that_fails_does_not_stop_training(tmp_path, whole, monkeypatch, capfd, method):
-    """P11: told once, by name; the training is the same."""
+    """told once, by name; the training is the same."""
     run = built(tmp_path / "run")
 
     def fail(*_: object) -> None:
@@ -306,7 +306,7 @@ def test_tensorboard_that_fails_does_not_stop_training(tmp_path, whole, monkeypa
     run_to_end(run)
     assert last_state(tmp_path / "run") == last_state(whole())
     (told,) = [line["text"] for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "warning"]
-    assert told.startswith("TensorBoard fails, the run goes on without it: OSError") and "No space left" in told
+    assert told.startswith("TensorBoard fails and is disabled: OSError") and "No space left" in told
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
@@ -332,7 +332,7 @@ def test_a_save_that_fails_is_tried_again_before_a_later_one(tmp_path, monkeypat
     assert last_state(folder) == last_state(whole(*overrides))
 
 
-def test_a_failure_behind_the_failure_does_not_hide_it(tmp_path, monkeypatch):
+def test_second_failure_does_not_hide_the_first(tmp_path, monkeypatch):
     run = built(tmp_path / "run")
     monkeypatch.setattr(run.saver, "retry", lambda: 1 // 0)
     run.state.model.register_forward_pre_hook(broken)
@@ -345,7 +345,7 @@ def broken(*_: object) -> None:
     raise DataError("data", "the first")
 
 
-def test_damaged_logs_are_told_and_lose_only_what_is_damaged(tmp_path):
+def test_damaged_log_lines_are_reported_and_others_kept(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder, "trainer.evaluate_every=2 steps"), 9)
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -358,7 +358,7 @@ def test_damaged_logs_are_told_and_lose_only_what_is_damaged(tmp_path):
     assert "metrics.jsonl: line 2 cannot be read" in told
 
 
-def test_a_mask_of_infinities_is_no_sign_of_divergence(tmp_path):
+def test_buffer_of_infinities_is_no_divergence(tmp_path):
     run = built(tmp_path / "run", "model._target_=test_resume.Masked")
     run_to_end(run)
     assert run.state.step == 12
@@ -372,8 +372,8 @@ class Masked(mlp.MLP):
         self.register_buffer("mask", torch.full((3,), -torch.inf))
 
 
-def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
-    """`train.py ... | head -1`: told to nobody any more, trained and saved all the same."""
+def test_closed_terminal_does_not_end_the_run(tmp_path):
+    """`train.py ... | head -1`: the output is lost, the run is trained and saved."""
     script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
     command = [
         sys.executable,
@@ -394,7 +394,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "ASGD", "Adam", "NAdam", "RAdam", "Adadelta", "Adamax", "Rprop"])
-def test_any_optimizer_of_torchs_is_resumed(tmp_path, whole, name):
+def test_every_torch_optimizer_is_resumed(tmp_path, whole, name):
     """Their states are of any shape: rows and columns, counts, rates."""
     keys = ("optimizer=adam", f"optimizer._target_=torch.optim.{name}", "schedule=constant")
     without = {"Adam": [], "NAdam": [], "RAdam": [], "Adamax": []}.get(name, ["~optimizer.betas", "~optimizer.eps"])
@@ -416,7 +416,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize(
     "extra", [(), ("optimizer.lr=2", "trainer.early_stopping.patience=1", "trainer.max_epochs=20")]
 )
-def test_a_finished_run_is_left_alone(tmp_path, capfd, extra):
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, capfd, extra):
     folder = trained(tmp_path / "run", *extra).folder.path
     before, places = contents(folder), folder.stat().st_mtime_ns
     for _ in range(2):
@@ -428,8 +428,8 @@ def test_a_finished_run_is_left_alone(tmp_path, capfd, extra):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_more_epochs(tmp_path, whole, schedule):
-    """Under a constant rate it is the longer run; a cosine spans the whole run, and goes on where the longer one is."""
+def test_resume_with_more_epochs_equals_the_longer_run(tmp_path, whole, schedule):
+    """A constant rate gives the longer run; a cosine spans the run, and continues at the step of the longer one."""
     folder = trained(tmp_path / "run", f"schedule={schedule}", "trainer.max_epochs=1").folder.path
     assert reopened(folder) is None
     resume_to_end(folder, "trainer.max_epochs=2")
@@ -454,7 +454,7 @@ REFUSED = {
 }
 
 
-def test_what_may_not_change(tmp_path):
+def test_resume_refuses_options_that_are_not_free(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     before = contents(folder)
@@ -472,7 +472,7 @@ def test_what_may_not_change(tmp_path):
     resume_to_end(folder, "seed=0", "model.hidden=[16]")  # the same values are no change
 
 
-def test_what_may_change(tmp_path):
+def test_resume_records_changed_options(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder, "schedule=constant"), 4)
     changes = ["optimizer.lr=0.01", "trainer.max_epochs=3", "trainer.log_every=2 steps", "data.num_workers=1"]
@@ -496,7 +496,7 @@ def test_what_may_change(tmp_path):
     ]
 
 
-def test_turning_a_run_that_is_under_way(tmp_path):
+def test_resume_applies_lr_weight_decay_and_momentum_from_the_next_step(tmp_path):
     """A new base rate scales the schedule from the next step on, weight decay and momentum hold; TensorBoard and the
     run's history tell of it. What comes out is what torch's SGD makes of the same gradients with the same numbers."""
     folder = tmp_path / "run"
@@ -537,7 +537,7 @@ def test_momentum_belongs_to_the_schedule_that_moves_it(tmp_path):
         reopened(tmp_path / "run", "optimizer.momentum=0.5")
 
 
-def test_flags_and_other_places(tmp_path):
+def test_resume_refuses_flags_and_takes_a_moved_folder(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     with pytest.raises(ConfigError, match="cannot be combined with resume="):
@@ -557,7 +557,7 @@ def test_flags_and_other_places(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
+def image_root(tmp_path) -> Path:
     draw = np.random.default_rng(0)
     for index in range(36):
         path = tmp_path / "images" / f"class {index % 3}" / f"{index}.png"
@@ -572,14 +572,14 @@ FILES = (
 )
 
 
-def test_a_root_from_the_environment(tmp_path, monkeypatch, whole, pictures):
-    monkeypatch.setenv("PRECEPTOR_DATA", str(pictures))
+def test_resume_takes_the_data_root_from_the_environment(tmp_path, monkeypatch, whole, image_root):
+    monkeypatch.setenv("PRECEPTOR_DATA", str(image_root))
     folder = tmp_path / "run"
     stopped(built(folder, *FILES, "data.root=${oc.env:PRECEPTOR_DATA}"), 4)
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"] == "environment:PRECEPTOR_DATA"
     for path in folder.rglob("*"):
-        assert path.is_dir() or str(pictures).encode() not in path.read_bytes(), path
-    moved = pictures.rename(tmp_path / "moved")
+        assert path.is_dir() or str(image_root).encode() not in path.read_bytes(), path
+    moved = image_root.rename(tmp_path / "moved")
     before = contents(folder)
     with pytest.raises(DataError, match="images"):
         reopened(folder)
@@ -589,17 +589,17 @@ def test_a_root_from_the_environment(tmp_path, monkeypatch, whole, pictures):
     assert last_state(folder) == last_state(whole(*FILES, f"data.root={moved}"))
 
 
-def test_other_data_is_refused(tmp_path, pictures):
+def test_resume_refuses_other_data(tmp_path, image_root):
     folder = tmp_path / "run"
-    stopped(built(folder, *FILES, f"data.root={pictures}"), 4)
-    shutil.copy(pictures / "class 0" / "0.png", pictures / "class 0" / "99.png")
+    stopped(built(folder, *FILES, f"data.root={image_root}"), 4)
+    shutil.copy(image_root / "class 0" / "0.png", image_root / "class 0" / "99.png")
     with pytest.raises(CheckpointError, match="fingerprint"):
         reopened(folder)
-    (pictures / "class 0" / "99.png").unlink()
+    (image_root / "class 0" / "99.png").unlink()
     resume_to_end(folder)
 
 
-def test_a_lock_is_given_back(tmp_path):
+def test_failed_resume_releases_the_lock(tmp_path):
     """Whatever a failed resume raises, this process can try again."""
     folder = tmp_path / "run"
     stopped(built(folder), 4)
@@ -612,7 +612,7 @@ def test_a_lock_is_given_back(tmp_path):
     resume_to_end(folder)
 
 
-def test_the_clock_goes_on(tmp_path):
+def test_resume_continues_the_clock(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     before = json.loads((folder / "summary.json").read_text())
@@ -660,14 +660,26 @@ def test_the_advice_after_exhausted_memory_is_free_on_resume(tmp_path):
         (["data.batch_size=4", "trainer.accumulate=3"], "may not change data.batch_size: 8 -> 4; trainer.accumulate"),
     ],
 )
-def test_another_number_of_samples_a_step_is_refused(tmp_path, changes, message):
+def test_resume_refuses_another_number_of_samples_per_step(tmp_path, changes, message):
     stopped(built(tmp_path / "run"), 4)
     with pytest.raises(CheckpointError, match=message):
         reopened(tmp_path / "run", *changes)
 
 
-def test_batches_that_change_the_steps_of_an_epoch_are_refused(tmp_path):
+def test_resume_refuses_batches_that_change_steps_per_epoch(tmp_path):
     """44 samples: batches of 20 leave out 4 of them, batches of 4 none."""
     stopped(built(tmp_path / "run", "data.batch_size=20", "data.drop_last=true"), 1)
     with pytest.raises(CheckpointError, match=r"data.batch_size.*an epoch would have 3 steps, not 2 as before"):
         reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_of_clusters_save_and_stop_the_run(tmp_path, whole, number):
+    """SLURM's --signal=USR1@60 and submitit's SIGUSR2: the resumed run ends bit-identical to an uninterrupted one."""
+    run = built(tmp_path / "run")
+    stop_after(run, 4, number)
+    with pytest.raises(StopSignal) as stop:
+        run_to_end(run)
+    assert stop.value.exit_code == 128 + number and run.state.step == 4
+    resume_to_end(tmp_path / "run")
+    assert last_state(tmp_path / "run") == last_state(whole())

@@ -143,8 +143,8 @@ def test_periods_that_end_between_steps():
     assert found[11] == close((1 + math.cos(math.pi * (33 / 31 - 1))) / 2) and found[30] < 0.03
 
 
-def test_a_longer_run_stretches_the_shape():
-    """As a run resumed with more epochs goes on: at the step of the longer run, which is that share of the way."""
+def test_schedule_spans_the_whole_run():
+    """As a run resumed with more epochs continues: at the step of the longer run."""
     factors = {
         "multistep": partial(multistep, milestones=[0.3, 0.6]),
         "exponential": exponential,
@@ -232,7 +232,7 @@ def test_warm_up_by_hand():
         (partial(one_cycle, final_divisor=0.5), "final_divisor"),
     ],
 )
-def test_values_out_of_range_are_named(factor, name):
+def test_config_error_names_the_key_of_a_schedule(factor, name):
     with pytest.raises(ConfigError) as caught:
         factor(0, 10, 0)
     assert caught.value.subject == name
@@ -300,7 +300,7 @@ TORCH = {
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("name", TORCH)
-def test_torch_scheduler_is_the_plain_loop_and_goes_on_from_any_step(name, interval):
+def test_torch_scheduler_equals_a_plain_loop_and_resumes_at_any_step(name, interval):
     every, steps = (1, 14) if interval == "step" else (3, 29)
     reference, expected = TORCH[name](optimizer()), []
     for step in range(steps):
@@ -323,7 +323,7 @@ def test_torch_scheduler_is_the_plain_loop_and_goes_on_from_any_step(name, inter
 
 
 @pytest.mark.parametrize("name", ["exponential", "multi_step", "cosine", "restarts"])
-def test_torch_scheduler_goes_on_at_another_base_rate(name):
+def test_torch_scheduler_continues_with_another_base_lr(name):
     first = TorchScheduler(TORCH[name](optimizer()), interval="step", steps_per_epoch=3)
     for step in range(4):
         first.apply(first.scheduler.optimizer, step)
@@ -376,7 +376,7 @@ def test_ten_times_a_tenth_is_the_run():
         assert len([step for step in range(1, total + 1) if due(step, every, total_steps=total)]) <= 10
 
 
-def test_what_is_no_duration_is_refused():
+def test_invalid_duration_is_refused():
     for text in ("", "steps", "3", "-1 steps", "3 weeks", "nan steps", "1 epoch 2"):
         with pytest.raises(ValueError, match="no duration"):
             to_steps(text, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600)

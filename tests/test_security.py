@@ -1,4 +1,4 @@
-"""Files from others cannot run code (FAULTS.md, G): checkpoints and configs that come with a run folder are data.
+"""Files from others cannot run code: checkpoints and configs that come with a run folder are data.
 
 Each attack is made through what users call: resume, load_run (evaluate, predict) and init_from. An audit hook watches
 meanwhile for what none of them may do.
@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def copy(run, tmp_path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a run's config as somebody would who hands it on."""
+    """Change a run's config as an attacker would."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     change(config)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -104,7 +105,7 @@ def put(config: dict[str, Any], name: str, value: Any) -> None:
     config[key] = value
 
 
-# X01: payloads in the place of checkpoints
+# payloads in the place of checkpoints
 
 
 class Payload:
@@ -186,7 +187,7 @@ def routes(folder: Path, file: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def test_x01_payloads_are_refused_before_they_are_parsed(copy, tmp_path, monkeypatch, promise):
+def test_payloads_are_refused_before_they_are_parsed(copy, tmp_path, monkeypatch, promise):
     target = tmp_path / "written"
     made = payloads(target)
     for name in ("pickle-0", "pickle-5", "brace"):
@@ -221,7 +222,7 @@ def test_x01_payloads_are_refused_before_they_are_parsed(copy, tmp_path, monkeyp
     promise(11, "Files from others cannot run code", f"50 payloads, {refused} openings: all refused, none parsed")
 
 
-def test_the_hook_sees_what_it_is_to_see(tmp_path):
+def test_audit_hook_detects_code_execution(tmp_path):
     """A loader that opens a pickle, runs a program or makes code is noticed."""
     content = pickle.dumps(Payload(tmp_path / "x"))
     attacks: list[Callable[[], object]] = [
@@ -235,7 +236,7 @@ def test_the_hook_sees_what_it_is_to_see(tmp_path):
             attack()
 
 
-# X02: safetensors that lie
+# safetensors that lie
 
 
 def entry(shape: Any = (1,), offsets: Any = (0, 4), dtype: Any = "F32") -> dict[str, Any]:
@@ -300,12 +301,16 @@ NO_CHECKPOINT: dict[str, Callable[[], bytes]] = {  # weights from elsewhere perh
 }
 
 
-def opened_elsewhere(path: Path, how: Callable[[Path], object]) -> tuple[str, float, int]:
-    """What opening a file says, in a fork: the error's class, seconds, and bytes by which the memory's peak grew."""
+def opened_in_a_fork(path: Path, how: Callable[[Path], object]) -> tuple[str, int]:
+    """Open a file in a fork; returns the class of the error, and the bytes by which the peak of memory grew.
+
+    A file that takes a minute ends the fork: then the error is "killed".
+    """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start = peak(), time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        signal.alarm(60)
+        before = peak()
         try:
             how(path)
             said = "nothing"
@@ -313,13 +318,13 @@ def opened_elsewhere(path: Path, how: Callable[[Path], object]) -> tuple[str, fl
             said = type(error).__name__ if str(path) in str(error) and len(str(error)) < 1000 else f"{error!s:.300}"
         except BaseException as error:
             said = f"{error!r:.300}"
-        os.write(writer, json.dumps([said, time.perf_counter() - start, peak() - before]).encode())
+        os.write(writer, json.dumps([said, peak() - before]).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as answer:
-        said, seconds, grown = json.loads(answer.read() or '["killed", 0, 0]')
+        said, grown = json.loads(answer.read() or '["killed", 0]')
     os.waitpid(child, 0)
-    return said, seconds, grown
+    return said, grown
 
 
 def peak() -> int:
@@ -329,7 +334,7 @@ def peak() -> int:
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *NO_CHECKPOINT])
-def test_x02_hostile_safetensors(tmp_path, name):
+def test_hostile_safetensors_are_refused(tmp_path, name):
     content = (HOSTILE | NO_CHECKPOINT)[name]()
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
@@ -337,12 +342,12 @@ def test_x02_hostile_safetensors(tmp_path, name):
     if name in HOSTILE:
         ways.append(load_weights_file)
     for how in ways:
-        said, seconds, grown = opened_elsewhere(path, how)
+        said, grown = opened_in_a_fork(path, how)
         assert said == "CheckpointError", said
-        assert seconds < 1 + len(content) / 2**26 and grown < 200 * 2**20 + len(content), (seconds, grown)
+        assert grown < 200 * 2**20 + len(content), grown
 
 
-# X04, X05: what a run's config may name
+# what a run's config may name
 
 TARGETS = (
     *("os.system", "os.getcwd", "subprocess.run", "shutil.copyfile", "builtins.eval", "builtins.exec", "builtins.open"),
@@ -391,7 +396,7 @@ PLACES = ("model._target_", "data._target_", "optimizer._target_", "schedule._ta
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_x04_targets_in_a_runs_config(copy, target):
+def test_untrusted_targets_in_a_run_config_are_refused(copy, target):
     for place in PLACES:
         config = yaml.safe_load((copy / "config.yaml").read_text())
         edit(copy, lambda config, place=place: put(config, place, target))
@@ -419,7 +424,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("case", HIDDEN)
-def test_x04_targets_that_hide(copy, case):
+def test_hidden_targets_in_a_run_config_are_refused(copy, case):
     name, value = HIDDEN[case]
     edit(copy, lambda config: put(config, name, value))
     calls: list[Callable[[], object]] = [lambda: reopened(copy, "trainer.max_epochs=2"), lambda: load_run(copy)]
@@ -431,7 +436,7 @@ def test_x04_targets_that_hide(copy, case):
 
 @pytest.fixture
 def others_package(tmp_path, monkeypatch) -> str:
-    """A package of somebody's; a file tells that it was imported."""
+    """A package of another author; a file shows that it was imported."""
     (tmp_path / "their_losses.py").write_text(
         f"from pathlib import Path\nfrom torch import nn\nPath({str(tmp_path / 'imported')!r}).touch()\n"
         "class Theirs(nn.CrossEntropyLoss): pass\n"
@@ -441,7 +446,7 @@ def others_package(tmp_path, monkeypatch) -> str:
     return "their_losses"
 
 
-def test_x05_only_the_caller_trusts_a_package(copy, tmp_path, others_package, monkeypatch):
+def test_only_the_caller_trusts_a_package(copy, tmp_path, others_package, monkeypatch):
     def attack(config: dict[str, Any]) -> None:
         config["loss"] = {"_target_": "their_losses.Theirs", "auxiliary_weight": None}
         config["trust"] = ["their_losses"]
@@ -467,15 +472,15 @@ def test_x05_only_the_caller_trusts_a_package(copy, tmp_path, others_package, mo
     assert (tmp_path / "imported").exists()
 
 
-def test_what_the_user_wrote_runs_freely(others_package):
+def test_config_of_the_user_builds_any_class(others_package):
     config = composed("loss._target_=their_losses.Theirs", "loss.auxiliary_weight=null")
     assert type(build(config)[0].loss_function).__name__ == "Theirs"
 
 
-# X06: values from the environment, and interpolation
+# values from the environment, and interpolation
 
 
-def test_x06_environment_values_are_written_nowhere(tmp_path, run, monkeypatch, capfd):
+def test_environment_values_are_written_nowhere(tmp_path, run, monkeypatch, capfd):
     weights = shutil.copytree(run, tmp_path / "hunter2-weights")
     monkeypatch.setenv("SECRET", str(weights))
     folder = tmp_path / "run"
@@ -510,7 +515,7 @@ SPIED = {
 
 
 @pytest.mark.parametrize("case", SPIED)
-def test_x06_no_resolver_runs_for_a_runs_config(copy, case):
+def test_no_resolver_runs_for_a_run_config(copy, case):
     calls: list[int] = []
     OmegaConf.register_new_resolver("spy", calls.append, replace=True)
     name, value = SPIED[case]
@@ -542,7 +547,7 @@ def test_x06_no_resolver_runs_for_a_runs_config(copy, case):
         "? [a]\n: b",
     ],
 )
-def test_hostile_yaml(copy, text):
+def test_hostile_yaml_is_refused(copy, text):
     (copy / "config.yaml").write_text(text)
     for call in (lambda: read_run_config(copy), lambda: reopened(copy), lambda: load_run(copy)):
         with watched(), pytest.raises(CheckpointError, match="config.yaml"):
@@ -550,7 +555,7 @@ def test_hostile_yaml(copy, text):
 
 
 @pytest.mark.parametrize("name", ["model", "loss", "data", "data.fit", "data.image_size", "model._target_"])
-def test_a_config_that_lacks_something(copy, name):
+def test_run_config_without_a_key_is_refused(copy, name):
     def drop(config: dict[str, Any]) -> None:
         *sections, key = name.split(".")
         for section in sections:
@@ -565,7 +570,7 @@ def test_a_config_that_lacks_something(copy, name):
     assert caught.value.exit_code in (2, 6, 7) and name in str(caught.value)
 
 
-# X07: Hydra's own powers
+# Hydra's own powers
 
 
 @pytest.mark.parametrize(
@@ -579,14 +584,14 @@ def test_a_config_that_lacks_something(copy, name):
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_x07_hydras_settings_in_a_runs_config(copy, given):
+def test_hydra_settings_in_a_run_config_are_refused(copy, given):
     edit(copy, lambda config: put(config, "hydra", given))
     with watched(), pytest.raises(PreceptorError) as caught:
         reopened(copy, "trainer.max_epochs=2")
     assert caught.value.exit_code == 6 and "hydra" in str(caught.value)
 
 
-# X10: sockets; X11: files
+# Sockets and files
 
 
 def tree(process: int) -> list[int]:
@@ -634,18 +639,18 @@ def observed(tmp_path_factory) -> tuple[Path, int, set[str]]:
     return place / "a", most, found
 
 
-def test_x10_a_training_listens_nowhere(observed):
+def test_training_opens_no_listening_socket(observed):
     _, most, found = observed
     assert most >= 3  # it was seen together with its workers
     assert not found
 
 
-def test_x11_a_run_can_be_written_by_its_user_alone(observed):
+def test_run_folder_is_writable_by_its_user_only(observed):
     for path in observed[0].rglob("*"):
         assert not path.stat().st_mode & stat.S_IWOTH, path
 
 
-def test_x10_a_listener_is_seen():
+def test_listening_socket_is_detected():
     code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
@@ -657,12 +662,12 @@ def test_x10_a_listener_is_seen():
         process.communicate()
 
 
-def test_x10_nobody_is_told_to_open_tensorboard_to_all():
+def test_documents_do_not_expose_tensorboard_to_other_hosts():
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile", *ROOT.glob("scripts/*.py")):
         assert "--bind_all" not in path.read_text() and "0.0.0.0" not in path.read_text(), path
 
 
-def test_x11_temporary_names_cannot_be_foreseen_and_links_are_not_followed(tmp_path, monkeypatch):
+def test_temporary_names_are_unpredictable_and_links_not_followed(tmp_path, monkeypatch):
     opened: list[tuple[str, int]] = []
     real = os.open
 
@@ -685,7 +690,7 @@ def test_x11_temporary_names_cannot_be_foreseen_and_links_are_not_followed(tmp_p
     assert (tmp_path / "theirs").read_bytes() == b"untouched" and (tmp_path / "file").read_bytes() == b"ours"
 
 
-def test_a_result_that_is_a_link_is_replaced_not_followed(tmp_path):
+def test_link_in_the_place_of_a_result_is_replaced(tmp_path):
     """evaluate.py and predict.py write by write_durably: a link in a run folder from elsewhere leads nowhere."""
     (tmp_path / "theirs").write_bytes(b"untouched")
     (tmp_path / "evaluation-test.json").symlink_to(tmp_path / "theirs")

@@ -1,5 +1,5 @@
 """Images stored larger than the network sees them: pieces of them, resized as torchvision resizes those of the
-original; the same run to the bit however they are read; evaluation as ever."""
+original; the run is bit-identical however they are read; evaluation is unchanged."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def given(root: Path, cache: Path | None, *more: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 16), (25, 40, 12), (16, 16, 16), (11, 15, 20)])
 @pytest.mark.parametrize("as_float", [False, True])
 def test_pieces_are_torchvisions_with_antialiasing(height, width, size, as_float):
-    """Shrunk, as they are, and enlarged; each alone as in its batch, to the bit."""
+    """Shrunk, as they are, and enlarged; each alone bit-identical to the one in its batch."""
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (50, 3, height, width), generator=draw, dtype=torch.uint8)
     numbers = torch.rand(50, 4, generator=draw)
@@ -118,8 +118,8 @@ def test_pieces_have_the_detail_of_the_original(root, tmp_path):
     assert errors[ORIGINAL] < 0.001 and errors[STORED] < errors[SEEN] / 2 and errors[SEEN] > 20
 
 
-def test_a_training_is_the_same_to_the_bit(root, tmp_path):
-    """Decoded anew, resident, mapped, by workers, by partners of a mix, and gone on with in the middle of an epoch."""
+def test_training_with_stored_size_is_bit_identical_for_any_loading(root, tmp_path):
+    """Decoded again, resident, mapped, by workers, as partners of a mix, and resumed within an epoch."""
     cache = tmp_path / "cache"
     more = ("augment=[flip,random_resized_crop,mixup]",)
     states = [
@@ -145,7 +145,7 @@ def test_a_training_is_the_same_to_the_bit(root, tmp_path):
     assert len(list(cache.glob("*.npy"))) == 2  # one a size
 
 
-def test_only_what_is_trained_on_is_stored_larger(root, tmp_path):
+def test_only_training_images_are_stored_larger(root, tmp_path):
     """Validation and test are as without the key, measured statistics those of images that the network sees; a cache
     holds no size that is not read."""
     parts = tmp_path / "parts"
@@ -193,7 +193,7 @@ def test_the_memory_budget_counts_what_is_stored(root, tmp_path):
     (("data.stored_size=null", "augment.resized_crop.size=20"), "data.stored_size = null: augmentation leaves"),
     (("augment.resized_crop.size=0",), "augment.resized_crop.size = 0: must be an integer >= 1, or null"),
 ])  # fmt: skip
-def test_what_cannot_work_is_told_before_a_picture_is_decoded(root, tmp_path, monkeypatch, more, told):
+def test_invalid_stored_size_is_refused_before_decoding(root, tmp_path, monkeypatch, more, told):
     monkeypatch.setattr("data.sources.images.decode", None)
     monkeypatch.setattr("data.sources.cache.decode", None)
     with pytest.raises(ConfigError) as caught:
@@ -201,13 +201,13 @@ def test_what_cannot_work_is_told_before_a_picture_is_decoded(root, tmp_path, mo
     assert told in str(caught.value) and not (tmp_path / "cache").exists()
 
 
-def test_the_key_is_checked(root):
+def test_stored_size_is_validated(root):
     for value in ("large", "0", "1e12"):
         with pytest.raises(ConfigError, match="data.stored_size = .*: must be an integer >= 1 and <= 16384, or null"):
             composed(*given(root, None, f"data.stored_size={value}"))
 
 
-def test_torchvisions_own_brings_pictures_down(root, tmp_path):
+def test_torchvision_crop_reduces_images_to_image_size(root, tmp_path):
     transform = "{_target_:torchvision.transforms.v2.RandomResizedCrop,size:16,antialias:true}"
     run = built(tmp_path / "run", *given(root, None, "augment=[flip]", f"+augment.theirs={transform}"))
     assert next(iter(run.training.train_loader.augmented_batches(0))).images.shape == (4, 3, SEEN, SEEN)
@@ -215,11 +215,11 @@ def test_torchvisions_own_brings_pictures_down(root, tmp_path):
     assert next(iter(shrunk.training.train_loader.augmented_batches(0))).images.shape == (4, 3, SEEN, SEEN)
 
 
-def test_look_and_evaluate_see_what_the_network_sees(root, tmp_path):
+def test_look_and_evaluate_use_the_input_size_of_the_model(root, tmp_path):
     """evaluate.py split=train is as of a run without the key; look.py puts images of one size side by side."""
     training, splits = build(composed(*given(root, None, "data.memory_budget=0")))
-    pictures = look.augmented_images(training.train_loader, splits, image_size=SEEN)["images"]
-    assert pictures.shape == (2, 1 + look.EPOCHS, SEEN, SEEN, 3)
+    images = look.augmented_images(training.train_loader, splits, image_size=SEEN)["images"]
+    assert images.shape == (2, 1 + look.EPOCHS, SEEN, SEEN, 3)
 
     run = load_run(trained(tmp_path / "run", *given(root, None)).folder.path)
     values = {"run": str(tmp_path / "run"), "split": "train", "checkpoint": "best", "device": "cpu", "root": None}

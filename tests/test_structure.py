@@ -41,7 +41,7 @@ SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
 
 MOST_LINES, MOST_LINES_OF_SCRIPT, MOST_LINES_OF_FUNCTION = 300, 40, 60
 MOST_FILES, MOST_MODELS = 15, 20
-OF_OTHERS = {"bias", "state"}  # attributes of torch's modules and Optuna's tables that a class of ours has too
+OF_OTHERS = {"bias", "state"}  # attributes of torch's modules and Optuna's tables that a built-in class has too
 
 
 def place_of(path: Path) -> str:
@@ -314,7 +314,7 @@ def test_at_most_four_frames_lead_from_a_command_to_the_loop(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("walk", ["one batch", "`optimizer.lr`"])
-def test_the_walks_of_contributing_name_what_is_there(walk):
+def test_walks_of_contributing_name_existing_code(walk):
     """At most twelve stops; each names a file, and the code words after it occur in that file."""
     text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## The walk of {walk}\n")[2].partition("\n## ")[0]
     stops = re.findall(r"^(\d+)\. `([^`]+)`: (.*)$", text, re.MULTILINE)

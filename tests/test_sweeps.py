@@ -1,7 +1,7 @@
 """Sweeps: what is drawn, what the store keeps through kills, and whole searches by the command line.
 
 The sweeps are those of scripts/sweep.py, forked from this process, and so is the process that forks their trials: torch
-is there already, and a whole search takes a second or two. FAULTS.md K03 to K07 are named where they are tested.
+is there already, and a whole search takes a second or two.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any
 
 import optuna
 import pytest
-import torch._inductor  # noqa: F401  which each trial would import anew
+import torch._inductor  # noqa: F401  which each trial would import again
 import yaml
 from conftest import SYNTHETIC, ended, forked, last_state, reopened, run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -121,8 +121,8 @@ def test_random_search(tmp_path):
     assert [trial.datetime_complete for trial in trials_of(folder)] == [trial.datetime_complete for trial in trials]
 
 
-def test_signals_save_and_the_same_command_goes_on(tmp_path):
-    """SIGTERM while trials run: 143, nobody left, nothing lost; then the bits are those of a run that was let alone."""
+def test_signals_save_and_the_same_command_continues(tmp_path):
+    """SIGTERM while trials run: exit 143, no process left, nothing lost; then bit-identical to an undisturbed run."""
     folder = tmp_path / "sweep"
     long = (*QUICK, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.max_epochs=120")
     child = started(folder, *long)
@@ -155,8 +155,8 @@ def lines(run: Path) -> int:
     return len((run / "metrics.jsonl").read_text().splitlines())
 
 
-def test_killed_again_and_again(tmp_path, full, promise):
-    """K04, K07: sweeps and trials are killed; N trials end as N rows, each with the bits of one that was let alone."""
+def test_sweep_completes_after_repeated_kills(tmp_path, full, promise):
+    """Sweeps and trials are killed; N trials end as N rows, each bit-identical to one that was undisturbed."""
     count, kills = (40, 10) if full else (6, 3)
     folder, alone = tmp_path / "sweep", tmp_path / "alone"
     arguments = (*QUICK, LR, f"sweep.trials={count}", "sweep.parallel=2", "trainer.max_epochs=12", "sweep.retries=10")
@@ -167,7 +167,7 @@ def test_killed_again_and_again(tmp_path, full, promise):
         real = trial_process.train
 
         def train(job: Any, run: Path, *others: Any) -> Any:
-            if run.name == f"trial-{count - 1:04}":  # however fast the machine, somebody is left to be killed
+            if run.name == f"trial-{count - 1:04}":  # however fast the machine, a trial is left to be killed
                 wait_for(enough.exists, within=400)
             return real(job, run, *others)
 
@@ -219,7 +219,7 @@ def is_alive(process: int) -> bool:
 
 
 def test_a_trial_that_always_fails(tmp_path):
-    """K06: tried again twice, told in one line at once; the others complete, and the exit code is the failure's."""
+    """tried again twice, told in one line at once; the others complete, and the exit code is the failure's."""
     folder = tmp_path / "sweep"
 
     def patch(patched: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_trial_that_always_fails(tmp_path):
     assert code == 5
 
 
-def test_on_error_stop(tmp_path):
+def test_on_error_stop_ends_the_sweep(tmp_path):
     def patch(patched: pytest.MonkeyPatch) -> None:
         patched.setattr(trial_process, "train", lambda *_: 1 / 0)
 
@@ -255,8 +255,8 @@ def test_on_error_stop(tmp_path):
     assert [trial.state.name for trial in trials_of(tmp_path / "sweep")] == ["FAIL"] + ["WAITING"] * 3
 
 
-def test_another_search_is_refused(tmp_path):
-    """K07: the search space, what every trial shares, and how it is searched; more trials are welcome."""
+def test_changed_search_is_refused(tmp_path):
+    """the search space, what every trial shares, and how it is searched; more trials are welcome."""
     folder = tmp_path / "sweep"
     arguments = (*QUICK, "sweep.trials=1", "trainer.max_epochs=1")
     assert swept(folder, *arguments, LR)[0] == 0
@@ -278,7 +278,7 @@ def test_another_search_is_refused(tmp_path):
     assert code == 2 and "error[config] sweep.trials = 1: may grow only: the sweep has 2 already" in out
 
 
-def test_another_sweeps_folders_are_not_taken_for_its_own(tmp_path):
+def test_folders_of_another_sweep_are_not_reused(tmp_path):
     folder = tmp_path / "sweep"
     assert swept(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=one")[0] == 0
     code, out = swept(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=other", "model.hidden=[8]")
@@ -287,7 +287,7 @@ def test_another_sweeps_folders_are_not_taken_for_its_own(tmp_path):
 
 
 def test_a_signal_while_a_trial_is_begun_reaches_it(tmp_path):
-    """It comes between the claim and the start: the trial would train to its end, and nobody could stop it."""
+    """It comes between the claim and the start: the trial would train to its end, and could not be stopped."""
 
     def patch(patched: pytest.MonkeyPatch) -> None:
         real = Store.claim
@@ -304,7 +304,7 @@ def test_a_signal_while_a_trial_is_begun_reaches_it(tmp_path):
     assert [trial.state for trial in trials_of(tmp_path / "sweep")] == [TrialState.WAITING]
 
 
-def test_what_fails_after_the_time_is_over_waits_for_the_next_launch(tmp_path):
+def test_failure_after_the_time_limit_is_retried_at_the_next_launch(tmp_path):
     def patch(patched: pytest.MonkeyPatch) -> None:
         def train(*_: Any) -> None:
             time.sleep(3)
@@ -339,8 +339,8 @@ def test_a_metric_that_was_not_finite_is_left_out(tmp_path):
     assert trial.constraints["val/loss > 0"] > 0 >= trial.constraints["val/accuracy >= 0"]
 
 
-def test_pictures_in_a_folder(tmp_path):
-    """A key that is mandatory, as the place of one's own images is, stands on the card of the best."""
+def test_sweep_over_an_image_folder(tmp_path):
+    """A key that is mandatory, such as the folder of the user's images, is on the card of the best."""
     for number in range(60):
         file = tmp_path / "images" / f"class {number % 3}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -422,7 +422,7 @@ WRONG_SPACES = {
 
 
 @pytest.mark.parametrize("space", WRONG_SPACES)
-def test_a_space_that_cannot_be_is_told_at_once(tmp_path, space):
+def test_invalid_search_space_is_refused_before_the_first_trial(tmp_path, space):
     code, out = swept(tmp_path / "sweep", *QUICK, "~sweep.space", f"+sweep.space={space}")
     assert code == 2 and out.count("\n") == 1 and WRONG_SPACES[space] in out
     assert not (tmp_path / "sweep").exists()
@@ -496,7 +496,7 @@ def work_off(store: Store, *, seconds: float) -> int:
 
 
 def test_eight_workers_share_one_store(tmp_path, url, full, promise):
-    """K03: all open, define and fill the same study at once; each trial is done once."""
+    """all open, define and fill the same study at once; each trial is done once."""
     count = 200 if full else 40
     children = []
     for _ in range(8):
@@ -523,7 +523,7 @@ def test_eight_workers_share_one_store(tmp_path, url, full, promise):
 
 
 def test_killed_at_every_statement(tmp_path, full, promise):
-    """K05: a process that ends without a word at statement k, for every k; whoever comes next finds all trials."""
+    """A process that ends at statement k, for every k; the next one finds all trials."""
     count, last = 3, 0
     for k in range(0, 1000, 1 if full else 23):
         folder = tmp_path / str(k)
@@ -562,7 +562,7 @@ def test_killed_at_every_statement(tmp_path, full, promise):
     promise(22, "A sweep killed at every statement to its store", f"{last // (1 if full else 23) + 1} statements")
 
 
-def test_requeue_knows_the_dead_and_the_silent(tmp_path, url):
+def test_requeue_takes_trials_of_dead_and_silent_owners(tmp_path, url):
     with contextlib.closing(open_store(tmp_path / "a", url)) as one:
         one.settle_definition({})
         one.fill(2)
@@ -583,7 +583,7 @@ def test_requeue_knows_the_dead_and_the_silent(tmp_path, url):
         assert other.finish(optuna.Trial(other.study, claimed[0]), TrialState.COMPLETE, [2.0])
         assert [trial.value for trial in other.trials()] == [2.0, None]
         assert other.claim() is not None
-        other.close()  # it ends, by an error perhaps, and its trial is nobody's
+        other.close()  # it ends, by an error perhaps, and its trial has no owner
         assert one.requeue(stale_after=3600) == [1]
     assert not list((tmp_path / "a" / ".owners").iterdir())
 
@@ -591,8 +591,8 @@ def test_requeue_knows_the_dead_and_the_silent(tmp_path, url):
 # What is sought
 
 
-def test_pruning_ends_the_poor_ones_and_they_can_go_on(tmp_path):
-    """ASHA with learning rates of which most are far too small; train.py goes on with one that was pruned."""
+def test_pruned_trials_can_be_resumed(tmp_path):
+    """ASHA with learning rates of which most are far too small; train.py continues one that was pruned."""
     folder = tmp_path / "sweep"
     space = "sweep.space={optimizer:{lr:{log_uniform:[1e-6,1.0]}}}"
     arguments = (*QUICK, "~sweep.space", f"+{space}", "sweep.trials=9", "trainer.max_epochs=9")
@@ -639,7 +639,7 @@ def test_samplers_learn_from_trials_and_constraints(tmp_path, sampler):
         assert statistics.median(late_rates("bound", "sweep.constraints=['parameters < 300']")) < 0.4
 
 
-def test_grace():
+def test_no_trial_is_pruned_before_its_grace():
     """No pruner ends a trial before so many evaluations, and each may at that one."""
     for pruner in ("median", "asha", "hyperband"):
         given = ["sweep=random", f"sweep.pruner={pruner}", "sweep.grace=3", "sweep.startup=1"]
@@ -657,7 +657,7 @@ def test_grace():
         assert min(ended_at) == 3, pruner
 
 
-def test_constraints(tmp_path):
+def test_infeasible_trials_are_marked_and_never_the_best(tmp_path):
     """Infeasible trials are marked, and are never the best."""
     folder = tmp_path / "sweep"
     space = "+sweep.space={model:{hidden:{choice:[[4],[64]]}}}"
@@ -725,7 +725,7 @@ def test_divergence_is_a_result(tmp_path):
     assert "best    none" not in out and "tried again" not in out
 
 
-@pytest.mark.slow  # it imports torch anew
+@pytest.mark.slow  # it imports torch again
 def test_cold_workers(tmp_path):
     """sweep.warm=false: a process that imports torch for each trial, through the real command line."""
     arguments = [*QUICK, LR, "sweep.trials=1", "sweep.warm=false", f"sweep.dir={tmp_path / 'sweep'}"]

@@ -105,7 +105,7 @@ SGD = ("optimizer=sgd", "optimizer.lr=0.2", "optimizer.momentum=0.8", "optimizer
 
 
 @pytest.mark.parametrize(("clip", "l1"), [(None, 0), (0.5, 0), (None, 0.01), (0.5, 0.01)])
-def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip, l1):
+def test_fit_is_bit_identical_to_a_plain_loop(tmp_path, clip, l1):
     clipping = f"trainer.clip_norm={'null' if clip is None else clip}"
     given = (*SGD, clipping, f"trainer.l1={l1}", "trainer.checkpoint.monitor=null")
     run = built(tmp_path / "run", *given)
@@ -125,7 +125,7 @@ def test_fit_is_the_plain_loop_to_the_bit(tmp_path, clip, l1):
     assert_equal(run.folder.checkpoints.load("last")[0].weights, expected)
 
 
-def test_the_plain_loop_notices_another_order(tmp_path):
+def test_plain_loop_comparison_detects_another_order(tmp_path):
     """The reference is no tautology: another seed gives other weights."""
     one, two = (trained(tmp_path / str(seed), *SGD, f"seed={seed}") for seed in (0, 1))
     assert not torch.equal(one.state.model.head.weight, two.state.model.head.weight)
@@ -171,7 +171,7 @@ def test_the_average_copies_batch_norms_statistics(tmp_path):
     assert_equal(dict(run.state.models["ema"].named_buffers()), buffers)
 
 
-def test_weight_decay_on_weights_spares_biases_and_norms(tmp_path):
+def test_weight_decay_on_weights_excludes_biases_and_norms(tmp_path):
     """With a zero gradient, SGD without momentum shrinks a decayed tensor by 1 - lr x decay and leaves others alone."""
     given = ("optimizer.momentum=0", "optimizer.weight_decay=0.5", "optimizer.lr=0.1", "model.batch_norm=true")
     for where in ("weights", "all"):
@@ -260,7 +260,7 @@ def test_metrics_against_recomputation(tmp_path):
     assert len({line["val/loss"] for line in lines}) == 4
 
 
-def test_the_best_weights_are_what_is_tested(tmp_path):
+def test_best_weights_are_tested(tmp_path):
     given = ("optimizer.lr=2", "trainer.max_epochs=6", "schedule=constant", "trainer.checkpoint.monitor=val/loss")
     run = trained(tmp_path / "run", *given)
     lines, told = metrics(run), summary(run)
@@ -311,7 +311,7 @@ def test_summary_and_files(tmp_path):
         (["trainer.max_epochs=1"], 6, "max_epochs"),
     ],
 )
-def test_budgets(tmp_path, given, step, reason):
+def test_run_ends_at_the_smallest_budget(tmp_path, given, step, reason):
     run = trained(tmp_path / "run", *given)
     assert (run.state.step, summary(run)["stop_reason"], summary(run)["status"]) == (step, reason, "finished")
     assert metrics(run)[-1]["step"] == step == steps_on_disk(run, "last")[0]
@@ -454,7 +454,7 @@ def test_bf16_runs_and_is_another_training(tmp_path):
     assert_close(weights(low.state.model), weights(full.state.model), rtol=0.1, atol=0.02)
 
 
-def test_overfit_learns_a_batch_by_heart(tmp_path):
+def test_debug_overfit_overfits_one_batch(tmp_path):
     run = trained(tmp_path / "run", "debug=overfit", "data.val_fraction=0", "trainer.max_epochs=200")
     lines = metrics(run)
     assert lines[-1]["train/loss"] < 0.01 and lines[-1]["train/accuracy"] == 1 and run.state.step == 200
@@ -493,7 +493,7 @@ def test_a_monitor_that_is_not_produced():
             build(composed("data.val_fraction=0", *given))
 
 
-def test_a_folder_with_its_data_on_the_way(tmp_path):
+def test_run_folder_beside_its_data(tmp_path):
     """An unhappy path in the middle: what the loader raises keeps its class, and the last state stays."""
     run = built(tmp_path / "run")
     steps = run.training.train_loader.steps
@@ -512,7 +512,7 @@ def test_a_folder_with_its_data_on_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("tf32", "expected"), [("auto", (True, "highest")), (True, (True, "high")), (False, (False, "highest"))]
 )
-def test_tf32_is_told_to_torch_where_there_is_cuda(tf32, expected):
+def test_tf32_is_set_in_torch_on_cuda(tf32, expected):
     def told() -> tuple[bool, str]:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 

@@ -16,7 +16,7 @@ from trainer.inference.tta import with_tta
 
 
 @pytest.mark.parametrize("average", [(), ("trainer.ema_decay=0.9",)])
-def test_what_is_told_is_the_mean_of_both_sides(tmp_path, average):
+def test_metrics_are_those_of_the_mean_logits_of_both_sides(tmp_path, average):
     folder = tmp_path / "run"
     run = trained(folder, "trainer.tta=mirror", "trainer.checkpoint.monitor=null", *average)
     network = run.state.models["ema"] if average else run.state.model

@@ -1,4 +1,4 @@
-"""Every network of configs/model learns: a batch by heart, at its own input size, with its own recipe's optimizer.
+"""Every model of configs/model overfits a batch, at its own input size, with the optimizer of its recipe.
 
 Through the trainer, from the command line's config to the checkpoint; in a process of its own each, so that the peak of
 memory is its own. Those that take more than seconds are marked slow and print it.
@@ -75,7 +75,7 @@ def rate_of(card: str) -> float:
 def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
     """Train on two images until the loss is a tenth of what guessing costs; tells what it took.
 
-    Without what hinders learning by heart: augmentation, dropout, smoothed labels. The gradient is clipped, as a
+    Without what hinders overfitting: augmentation, dropout, smoothed labels. The gradient is clipped, as a
     recipe's rate is not meant for so small a batch from the first step on.
     """
     golden = GOLDENS[name]
@@ -128,7 +128,7 @@ def tell(name: str, folder: Path, pipe: Any) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(GOLDENS)]
 )
-def test_network_learns_a_batch_by_heart(name, tmp_path, capsys):
+def test_model_overfits_a_batch(name, tmp_path, capsys):
     ours, theirs = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=tell, args=(name, tmp_path / "run", theirs))
     process.start()

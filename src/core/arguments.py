@@ -38,7 +38,7 @@ def named_arguments(arguments: list[str], schema: Schema) -> list[str]:
 def asks_for_help(arguments: list[str]) -> bool:
     """For ours: together with other things that Hydra may be asked for, `--help` is left to it."""
     flags = {item.partition("=")[0] for item in arguments}
-    others = {"--hydra-help", "--cfg", "-c", "--resolve", "--info", "-i", "--shell-completion", "-sc", "--version"}
+    others = {"--hydra-help", "--cfg", "-c", "--resolve", "--info", "-i", "--shell-completion", "-sc"}
     return bool(HELP & flags) and flags.isdisjoint(others) and not any(flag.startswith("hydra") for flag in flags)
 
 

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -53,6 +54,9 @@ def launch(main: str, *, config_name: str, schema: Schema, before_import: str | 
     config before that, to start what can run while torch is imported. A grid (-m) calls both once per job.
     """
     with _exit_code():
+        if "--version" in sys.argv[1:]:
+            print(_version())
+            return
         _prepare_environment()
         sys.argv[1:] = named_arguments(sys.argv[1:], schema)
         folder, wants_help = resumed_folder(sys.argv[1:]), asks_for_help(sys.argv[1:])
@@ -227,6 +231,12 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _ignore_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _version() -> str:
+    """Return the versions of Preceptor and of what it builds on, without importing torch."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "hydra-core"))
+    return f"preceptor {version('preceptor')} ({packages}, Python {platform.python_version()})"
 
 
 def _help(config_name: str, schema: Schema) -> Callable[[DictConfig], None]:

@@ -168,6 +168,9 @@ def _explanation(
     if isinstance(exception, MissingConfigException) and "/" in str(exception.missing_cfg_file):
         group, _, option = str(exception.missing_cfg_file).rpartition("/")
         options = sorted(name for name in exception.options or options_of_group(group) if not name.startswith("_"))
+        if group == "hydra/launcher":
+            explanation = "its plugin is not installed; type: .venv/bin/uv pip install --editable '.[joblib,submitit]'"
+            return ConfigError(group, explanation, value=option)
         return no_such_option(group, option, options)
     if error := first_unreadable_file(list(folders)):
         return error

@@ -1,9 +1,9 @@
-"""What can go wrong, as classes: each knows its exit code and prints as one line.
+"""Errors: one class per kind, with its exit code; each prints as one line.
 
     error[config] optimizer.lr = -0.1: must be > 0
           ^kind   ^subject       ^value ^what is allowed
 
-Whatever is raised here is the user's to mend, so no traceback is shown. Any other exception is a bug of ours (exit 1).
+The user can correct each of these, so no traceback is shown. Any other exception is an internal error (exit 1).
 """
 
 import difflib
@@ -37,7 +37,7 @@ class PreceptorError(Exception):
         return f"error[{self.kind}] {self.described}"
 
     def under(self, section: str) -> "PreceptorError":
-        """The same error with its subject put under a config section: `hidden` becomes `model.hidden`."""
+        """Return the same error with its subject in a config section: `hidden` becomes `model.hidden`."""
         self.subject = f"{section}.{self.subject}"
         return self
 
@@ -55,7 +55,7 @@ class DataError(PreceptorError):
 
 
 class NumericalError(PreceptorError):
-    """Not-a-number, divergence or exhausted memory."""
+    """NaN, divergence or exhausted memory."""
 
     kind, exit_code = "numerical", 4
 
@@ -67,7 +67,7 @@ class StorageError(PreceptorError):
 
 
 class InUse(StorageError):
-    """A folder that another process works in."""
+    """A folder that another process uses."""
 
 
 class CheckpointError(PreceptorError):
@@ -77,7 +77,7 @@ class CheckpointError(PreceptorError):
 
 
 class SecurityError(PreceptorError):
-    """A file from elsewhere asks for code that nobody has trusted."""
+    """A file from elsewhere names code that the user has not trusted."""
 
     kind, exit_code = "security", 7
 
@@ -106,18 +106,18 @@ class StopSignal(BaseException):
 
 
 def sighup_is_ignored(number: signal.Signals) -> bool:
-    """Has `nohup` asked that the end of the terminal be ignored?"""
+    """Return whether SIGHUP is ignored, as `nohup` requests."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Python's own, torch's on CUDA (known by its name: torch may not be loaded), and torch's on the CPU."""
+    """Return whether memory is exhausted: an error of Python, torch.cuda (by name: it may not be loaded) or torch."""
     named = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator" in str(exception)
 
 
 def as_preceptor_error(exception: Exception, *, place: str = "storage", step: str | None = None) -> Exception:
-    """What the system or torch has raised, as one of our errors where the user can mend it; any other as it is."""
+    """Return an exception of the system or of torch as a PreceptorError if the user can act on it, or unchanged."""
     if isinstance(exception, OSError):
         reason = exception.strerror or str(exception)
         return StorageError(str(exception.filename or place), f"{step}: {reason}" if step else reason)
@@ -128,7 +128,7 @@ def as_preceptor_error(exception: Exception, *, place: str = "storage", step: st
 
 
 def internal_error(exception: BaseException) -> PreceptorError:
-    """Return the error for an exception that is a bug of ours: exit code 1."""
+    """Return the error for an exception that is a bug in Preceptor: exit code 1."""
     what = f"{type(exception).__name__}: {exception}"
     return PreceptorError("internal", f"{what}; traceback=true shows where. Please report it")
 
@@ -157,7 +157,7 @@ def spell(value: object) -> str:
     return str(value)
 
 
-SYNONYMS = {"gpu": "cuda"}  # what users write for something that is spelled otherwise
+SYNONYMS = {"gpu": "cuda"}  # what users type -> the name of the option
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -103,8 +103,8 @@ class ForkServer:
     @property
     def pid(self) -> int | None:
         """The server's process number; None if none was started by this process."""
-        is_ours = self._running is not None and self._running.owner == os.getpid()
-        return self._running.process.pid if self._running is not None and is_ours else None
+        started_here = self._running is not None and self._running.owner == os.getpid()
+        return self._running.process.pid if self._running is not None and started_here else None
 
     def is_alive(self) -> bool:
         """Whether a server of this process runs."""

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, as a run's logs are."""
+"""Files with one JSON object per line, such as the logs of a run."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ LOGGER = logging.getLogger("preceptor.json_lines")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A torn last line, as a crash leaves it, is left out; any other is told."""
+    """Return the objects of a JSON-lines file. An incomplete last line is dropped; any other bad line is logged."""
     lines: list[dict[str, Any]] = []
     texts = read_regular(path).decode(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):

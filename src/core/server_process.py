@@ -75,7 +75,7 @@ def serve(control: socket.socket, preload: Sequence[str]) -> None:
             elif key.fd == woken:
                 os.read(woken, 4096)
                 _reap(selector, children)
-            elif key.data in children:  # its report is closed: nobody wants this child any more
+            elif key.data in children:  # its report socket is closed: the child is no longer needed
                 os.kill(key.data, signal.SIGKILL)
                 selector.unregister(key.fileobj)
 

@@ -1,7 +1,7 @@
 """Makes a network from elsewhere fit the data: torchvision's, or a class of the user's own.
 
     first convolution (or linear layer)        refitted to `in_channels`, its weights kept
-    last linear layer (or 1x1 convolution)     made anew when it has another number of outputs than `num_classes`
+    last linear layer (or 1x1 convolution)     replaced if its number of outputs is not `num_classes`
 
 Refitting keeps what the network says about grey images (all channels equal), pretrained or not: for each filter the
 weights of all channels have the same sum as before. Fewer channels: they are added up. More: they are repeated, and the

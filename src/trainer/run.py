@@ -3,6 +3,7 @@
 execute:  create | resume -> fit (trainer.loop) -> finish
 """
 
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,10 +28,10 @@ from trainer.report.notices import Notices
 from trainer.report.recorder import Recorder
 from trainer.report.terminal import terminal
 from trainer.snapshot import Snapshot
+from trainer.state import require_values
 from trainer.storage.background_saver import BackgroundSaver
 from trainer.storage.provenance import provenance
 from trainer.storage.run_folder import RunFolder, chosen_path
-from trainer.state import require_values
 from trainer.training import Training
 
 
@@ -136,7 +137,7 @@ class Run:
         """Log where the run continues, and what has changed."""
         for file, text in damaged.items():
             file.rename(file.with_suffix(".damaged"))  # or it would count as one of the newest, which are kept
-            self.warn(f"{text}; set aside as {file.stem}.damaged")
+            self.warn(f"{text}; moved to {file.stem}.damaged")
         if changes:
             self.folder.write_config(self.training.record)
         facts = {"checkpoint": checkpoint.name, "changes": changes, "provenance": dict(self.origin)}
@@ -190,7 +191,9 @@ class Run:
             summary = self.write_summary(status, reason, test=test)
         self.recorder.summary(summary, self.folder.path)
         if summary["status"] == "interrupted":
-            self.recorder.say(f"saved; go on with resume={self.folder.path}")
+            self.recorder.say(
+                f"saved; continue with: python scripts/train.py resume={shlex.quote(str(self.folder.path))}"
+            )
             raise StopSignal(self.interrupts.exit_code)
 
     def _load_best(self) -> None:
@@ -199,7 +202,7 @@ class Run:
             self.warn(text)
         wanted = self.state.best["step"]
         if best.step != wanted:
-            self.warn(f"the best, of step {wanted:,}, is lost: the test is of that of step {best.step:,}")
+            self.warn(f"the best, of step {wanted:,}, is lost: the test uses the checkpoint of step {best.step:,}")
         self.state.unsettle()  # these weights are not those of the last step
         self.state.evaluated_model.load_state_dict(best.weights)
 

@@ -200,7 +200,7 @@ VALUES = {  # of a snapshot, beside those of the components
 
 
 def require_values(snapshot: Snapshot) -> None:
-    """Raise CheckpointError if a plain value of a snapshot is missing or of another kind: a right hash proves nothing."""
+    """Raise CheckpointError if a plain value of a snapshot is missing or of another kind, whatever its hash."""
     for name, kind in VALUES.items():
         if not isinstance(snapshot.values.get(name), kind):
             raise CheckpointError("checkpoint", f"has no value {name!r}, or one of another kind")

@@ -1,4 +1,4 @@
-"""What the arguments of an augmentation must be; a wrong one is told by its name."""
+"""Checks of the arguments of augmentations; an error names the argument."""
 
 import math
 from collections.abc import Sequence

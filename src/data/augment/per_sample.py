@@ -29,16 +29,18 @@ class ASampleAtATime:
 
     def __init__(self, transform: Callable[[Tensor], Tensor], *, name: str, image_size: int | None = None) -> None:
         if not callable(transform):
-            raise ConfigError(name, "must be a step of ours, or take an image when it is called", value=transform)
+            raise ConfigError(
+                name, "must be a built-in augmentation, or a callable that takes one image", value=transform
+            )
         self.transform = transform
         self.name = name
         self.image_size = image_size
 
-    def try_out(self, shape: Sequence[int]) -> None:
+    def dry_run(self, shape: Sequence[int]) -> None:
         """Refuse a transform that does not take images of this shape (C, H, W), before the first step."""
-        picture = torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8)
+        image = torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8)
         for number in range(TRIES):  # one that picks among operations shows a wrong argument only now and then
-            self(picture, torch.tensor([[number / TRIES]]))
+            self(image, torch.tensor([[number / TRIES]]))
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images."""

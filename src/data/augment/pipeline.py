@@ -1,9 +1,9 @@
-"""Augmentation: a whole batch at once, each sample with its own numbers.
+"""Augmentation of whole batches, each sample with its own random values.
 
 A step is an object with `num_random_values`, how many uniform random values a sample needs, and a call
-(images, random_values) -> images; it draws nothing itself. The frame draws all numbers of an epoch at once, with a generator of their own:
+(images, random_values) -> images; it draws nothing itself. All random values of an epoch are drawn at once:
 
-    numbers = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
+    random_values = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
 
 so that what happens to a sample depends on seed, epoch and sample alone: not on its batch, the workers, or other steps.
 For a step that alternates (`alternates = True`) they are those of epoch 0, in odd epochs moved by 1/2 on the circle.
@@ -13,8 +13,8 @@ A step that mixes two samples (`mixes = True`) gets a partner for each sample, w
 
     partners = randint(N, (N,)) of fold(seed, "partner", step's name, epoch)
 
-A partner may stand in another batch, or come last in the epoch: so it is read along, and goes through the steps before
-the mix with its own numbers. Backwards through the steps, each mix doubles the rows that a batch needs; forwards, it
+A partner may belong to another batch. It is read with the batch, and goes through the steps before the mix with its own
+random values. Backwards through the steps, each mix doubles the rows that a batch needs; forwards, it
 folds the second half of them into the first:
 
     samples a b    rows a b p(a) p(b)    crop, flip: 4 images    mixup: 2 images, and labels (2, K) that sum to 1

@@ -72,7 +72,7 @@ class Normalisation:
 
 
 def fit_normalisation(
-    pictures: Iterable[Tensor], *, kind: str, epsilon: float, shape: tuple[int, int, int]
+    images: Iterable[Tensor], *, kind: str, epsilon: float, shape: tuple[int, int, int]
 ) -> Normalisation:
     """A normalisation of images (C, H, W) of this shape, fitted to uint8 chunks (N, C, H, W)."""
     if kind not in KINDS:
@@ -80,7 +80,7 @@ def fit_normalisation(
     if kind == "none":
         return Normalisation({"mean": torch.zeros(shape[0]), "std": torch.ones(shape[0])})
     if kind == "per_channel":
-        mean, std = statistics(pictures)
+        mean, std = statistics(images)
         return Normalisation({"mean": mean, "std": std})
     numbers = math.prod(shape)
     if numbers > LARGEST:
@@ -91,7 +91,7 @@ def fit_normalisation(
         raise ConfigError("normalise", explanation, value=kind)
     if epsilon <= 0:
         raise ConfigError("whitening_epsilon", "must be > 0", value=epsilon)
-    count, sums, products = _sums(chunk.flatten(1) for chunk in pictures)
+    count, sums, products = _sums(chunk.flatten(1) for chunk in images)
     scale = 255.0 * count
     spread = (count * products - torch.outer(sums, sums)) / scale**2  # (D, D)
     matrix = whitening(spread, kind=kind, epsilon=epsilon)
@@ -113,9 +113,9 @@ def whitening(covariance: Tensor, *, kind: str, epsilon: float) -> Tensor:
     return symmetric
 
 
-def statistics(pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def statistics(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,), on the scale 0 to 1, over all images of uint8 chunks (N, C, H, W)."""
-    count, sums, spread = _colours(pictures)
+    count, sums, spread = _colours(images)
     mean = torch.tensor([total / (255 * count) for total in sums], dtype=torch.float32)
     std = torch.tensor([math.sqrt(row[i]) / (255 * count) for i, row in enumerate(spread)], dtype=torch.float32)
     return mean, torch.where(std > 0, std, 1.0)  # a channel without contrast is only shifted
@@ -142,17 +142,17 @@ def is_unfitted(tensors: Mapping[str, Tensor]) -> bool:
     return "std" in tensors and not tensors["mean"].any() and bool((tensors["std"] == 1).all())
 
 
-def covariance(pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def covariance(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean (C,) and covariance (C, C) of the colours, on the scale 0 to 1, in double precision, over all pixels of
     uint8 chunks (N, C, H, W)."""
-    count, sums, spread = _colours(pictures)
+    count, sums, spread = _colours(images)
     mean = torch.tensor([total / (255 * count) for total in sums], dtype=torch.float64)
     return mean, torch.tensor([[value / (255 * count) ** 2 for value in row] for row in spread], dtype=torch.float64)
 
 
-def _colours(pictures: Iterable[Tensor]) -> tuple[int, list[int], list[list[int]]]:
+def _colours(images: Iterable[Tensor]) -> tuple[int, list[int], list[list[int]]]:
     """Of n pixels (C,) with values x: n, sum(x), and n sum(x x^T) - sum(x) sum(x)^T."""
-    pixels = (piece.movedim(1, -1).flatten(0, -2) for chunk in pictures for piece in chunk.split(CHUNK))  # (N H W, C)
+    pixels = (piece.movedim(1, -1).flatten(0, -2) for chunk in images for piece in chunk.split(CHUNK))  # (N H W, C)
     count, totals, products = _sums(pixels)
     # Python's integers do not overflow: the difference is exact, and cancels nothing.
     sums = [int(total) for total in totals]

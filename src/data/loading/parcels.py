@@ -49,7 +49,7 @@ def pack(content: object) -> FileIO:
 
 
 def unpack(descriptor: int) -> Any:
-    """Return the content of a parcel. Whoever changes a tensor of it changes a copy: the mapping is private."""
+    """Return the content of a parcel. The mapping is private: a change of a tensor changes a copy."""
     content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     start, length = HEADER.unpack_from(content)
     return _Unpacker(io.BytesIO(content[start : start + length]), content).load()

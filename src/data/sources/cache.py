@@ -37,7 +37,7 @@ from data.sources.decode import PAUSES, BadImage, decode
 RULE = 1  # of data.sources.decode; another rule makes other pixels
 PIECE = 64  # images that a thread decodes before the next piece
 ROOM = 0.9  # share of the free disk that a cache may take
-ABANDONED = 60  # seconds after which an unfinished cache that nobody writes is removed
+ABANDONED = 60  # seconds after which an unfinished cache without a writer is removed
 log = logging.getLogger("preceptor.data")
 
 
@@ -84,7 +84,7 @@ def open_cache(
 
     With `create`, it is created if it does not exist; without, no file is created or removed.
 
-    None if it cannot be created: a warning gives the reason, unless that is a file which nobody can read. Raises
+    None if it cannot be created: a warning gives the reason, unless the reason is an unreadable file. Raises
     BadImage for a bad image, unless `skip_bad`.
     """
     if not paths:
@@ -99,7 +99,7 @@ def open_cache(
             _remove_abandoned(folder)
         contents = Contents(paths, folder, writes=create)
         if None in contents.hashes:
-            return None  # whoever reads that one tells what is wrong with it
+            return None  # reading that file will report what is wrong with it
         path = folder.absolute() / f"{fingerprint(contents, shape=shape, max_pixels=max_pixels)}.npy"
         if not path.exists():
             if not create:
@@ -148,7 +148,7 @@ class Contents:
             for row in new[start : start + PIECE]:
                 self.hashes[row] = _content(paths[row])
 
-        _by_threads(read_piece, len(new), text=f"reading {len(new):,} images, to know them again")
+        _by_threads(read_piece, len(new), text=f"hashing {len(new):,} images")
         now = {key: content for key, content in zip(self.keys, self.hashes, strict=True) if content is not None}
         if writes and now != known:
             with suppress(OSError, StorageError):  # a folder of others, who do not let us write there
@@ -163,7 +163,7 @@ class Contents:
 
 
 def _facts(path: Path) -> tuple[int, ...]:
-    """What changes when a file's content does: at least the last of the times, which nobody can set."""
+    """Return what changes with a file's content: at least the change time, which users cannot set."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -242,7 +242,7 @@ def _unfinished(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """What those left unfinished who were killed."""
+    """Remove the unfinished caches of killed processes."""
     for path in folder.glob(".*.tmp"):
         with suppress(OSError), path.open("rb") as file:
             if time.time() - path.stat().st_mtime > ABANDONED:

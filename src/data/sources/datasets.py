@@ -66,7 +66,7 @@ def cifar100(*, root: str, download: bool) -> Collection:
 
 def svhn(*, root: str, download: bool) -> Collection:
     """The cropped digits, without the easier `extra` ones. torchvision reads MATLAB's files with SciPy, which
-    scikit-learn brings along; and it would have them in ROOT itself, where nobody could tell whose they are."""
+    scikit-learn installs; and it would put them in ROOT itself, beside the files of other data sets."""
     place, parts = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
     return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
 
@@ -148,7 +148,7 @@ def _download(source: Any, parts: Iterable[dict[str, Any]], *, base: Path, place
 
 
 def _reuse(archive: str, *, digest: str, base: Path, place: Path, hidden: Path, fresh: Path) -> None:
-    """Take an archive that somebody has put at its place already, if its digest is right."""
+    """Use an archive that exists already, if its digest is right."""
     from torchvision.datasets.utils import check_integrity
 
     for old, new in {base / archive: hidden / archive, place / archive: fresh / archive}.items():

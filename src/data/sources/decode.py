@@ -84,17 +84,17 @@ def decode(path: str | Path, *, image_size: int | None, channels: int, max_pixel
     """
     for pause in (*PAUSES, None):
         try:
-            picture = _open(Path(path), mode="L" if channels == 1 else "RGB", max_pixels=max_pixels)
+            image = _open(Path(path), mode="L" if channels == 1 else "RGB", max_pixels=max_pixels)
             break
         except OSError as error:
             if pause is None:
                 explanation = f"cannot be read: {error.strerror} (tried {len(PAUSES) + 1} times)"
                 raise DataError(str(path), explanation) from error
             time.sleep(pause)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
     size = image_size or side
-    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    square = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     pixels = np.array(square).reshape(size, size, channels)  # (H, W, C)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (C, H, W)
 
@@ -120,16 +120,16 @@ def _open(path: Path, *, mode: str, max_pixels: int) -> Image.Image:
         raise BadImage(str(path), f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image) -> Image.Image:
     """The image without transparency and with 8 bits a channel."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its values go from {values.min()} to {values.max()}: must be within 0 to 65535")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("it holds floating-point values, whose scale is unknown")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image

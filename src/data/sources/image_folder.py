@@ -14,7 +14,7 @@ from data.sources.collection import Collection, with_test
 from data.sources.decode import MAX_PIXELS, SUFFIXES
 from data.sources.images import Files, Images, with_cache
 
-CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so that nobody takes it for a class
+CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so that it is not taken for a class
 FOLDER_LAYOUT = (
     "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
     "with one for each class in them (val and test may be left out); set data.root"

@@ -84,7 +84,7 @@ class Files:
         return replace(self, paths=paths, caches={size: cache.take(indices) for size, cache in self.caches.items()})
 
     def cached(self, indices: Tensor) -> Tensor | None:
-        """Pictures (B, C, H, W) as they lie in the cache, where they do and none of them is bad."""
+        """Return the cached images (B, C, H, W); None if they are not cached or one of them is bad."""
         return self.cache.read(indices) if self.cache is not None and self.cache.has(indices) else None
 
     def first_good(self, candidates: Iterable[int]) -> tuple[Tensor, dict[int, str]]:
@@ -108,13 +108,13 @@ class Files:
             if index not in self.bad:
                 self.bad[index] = reason
                 self._refuse_too_many(self.bad)
-                log.warning(f"{self.paths[index]}: {reason}; another image of its class stands in for it")
+                log.warning(f"{self.paths[index]}: {reason}; replaced by another image of its class")
 
     def _refuse_too_many(self, bad: dict[int, str]) -> None:
         most = max(1, int(BEARABLE * len(self)))
         if len(bad) > most:
             index, reason = list(bad.items())[-1]
-            explanation = f"{reason}; {len(bad)} of {len(self)} images are bad, where data.on_bad_image=skip bears"
+            explanation = f"{reason}; {len(bad)} of {len(self)} images are unreadable; data.on_bad_image=skip allows"
             raise DataError(str(self.paths[index]), f"{explanation} {most}")
 
 
@@ -154,7 +154,7 @@ class Images:
         return self.read(torch.arange(len(self))) if isinstance(self.pixels, Files) else self.pixels
 
     def read(self, rows: Tensor) -> Tensor:
-        """The images at these positions (B,), uint8 (B, C, H, W); bad ones are told.
+        """The images at these positions (B,), uint8 (B, C, H, W); bad ones are logged.
 
         Files are decoded by threads: Pillow's decoders let others run meanwhile.
         """
@@ -167,9 +167,9 @@ class Images:
         candidates = (self._candidates(row) for row in rows.tolist())
         pool = ThreadPoolExecutor()
         try:
-            for position, (picture, bad) in enumerate(pool.map(files.first_good, candidates)):
+            for position, (image, bad) in enumerate(pool.map(files.first_good, candidates)):
                 files.tell(bad)
-                pixels[position] = picture
+                pixels[position] = image
         finally:
             pool.shutdown(cancel_futures=True)  # so that an error does not wait for all the rest
         return pixels
@@ -181,7 +181,7 @@ class Images:
         if (cached := self.pixels.cached(rows)) is not None:
             return cached, {}
         found = [self.pixels.first_good(self._candidates(row)) for row in rows.tolist()]
-        return torch.stack([picture for picture, _ in found]), {
+        return torch.stack([image for image, _ in found]), {
             index: why for _, bad in found for index, why in bad.items()
         }
 

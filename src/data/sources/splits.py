@@ -26,7 +26,7 @@ STREAMED_STATISTICS = 10_000  # images that stand for a training part that does 
 class Splits:
     """What a run trains, validates and tests on."""
 
-    train: Images  # of stored_size, where there is one
+    train: Images  # of stored_size, if it is set
     val: Images | None  # of image_size
     test: Images | None
     class_names: list[str]

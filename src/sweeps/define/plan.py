@@ -132,7 +132,9 @@ def read_plan(config: Config[SweepConfig]) -> Plan:
         raise ConfigError("--multirun", "a sweep runs its trials itself; give sweep.trials and sweep.space")
     for name in ("resume", "run_dir"):
         if config.values[name] is not None:
-            raise ConfigError(name, "not in a sweep: its folder is sweep.dir, and the same command goes on with it")
+            raise ConfigError(
+                name, "cannot be set in a sweep: its folder is sweep.dir, and the same command continues it"
+            )
     given = [item for item in config.overrides if not item.lstrip("+~").startswith("sweep.")]
     space = read_space(options["space"])
     objectives = [_objective(text) for text in options["objectives"]]
@@ -175,7 +177,7 @@ def read_plan(config: Config[SweepConfig]) -> Plan:
 
 
 def _dry_run(plan: Plan) -> None:
-    """Compose trials until each option and bound was in one: what cannot be is told before anything is begun."""
+    """Compose trials until each option and bound was in one, so that errors are found before the first trial."""
     left = {dimension.key: list(dimension.options) for dimension in plan.space}
     while any(left.values()):
         point: dict[str, Any] = {}

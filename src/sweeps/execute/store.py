@@ -2,7 +2,7 @@
 
     WAITING -- claim --> RUNNING -- finish --> COMPLETE, PRUNED or FAIL
        ^                    |
-       +-- release, or nobody has heard of the one who claimed it --+
+       +-- release, or no heartbeat of its owner --+
 
 A trial is one row from its first moment to its last, so that N trials are N rows whatever is killed when. What was
 found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this file exists:
@@ -15,7 +15,7 @@ found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this f
   `fill` counts and inserts in one transaction that holds the study's row.
 - A heartbeat is written by `Study.optimize` alone, and the callback that requeues a stale trial marks the old row FAIL
   in one transaction and adds a new one in another: killed in between, a trial is lost. Here the claim and its first
-  sign of life are one transaction, and `requeue` looks again, under the row's lock, before it takes a trial back.
+  heartbeat are one transaction, and `requeue` looks again, under the row's lock, before it takes a trial back.
 """
 
 import datetime
@@ -78,7 +78,7 @@ class Store:
         nameless.rename(self.owners / self.owner)
 
     def close(self) -> None:
-        """Give up the token. Where trials still run it stays: by it the next sweep knows that they are nobody's."""
+        """Release the token. If trials still run, it stays, so that the next sweep sees that their owner is gone."""
         with suppress(OSError, SQLAlchemyError):
             if not self._running_of({self.owner}):
                 (self.owners / self.owner).unlink()
@@ -111,9 +111,7 @@ class Store:
                 if before.get(key) != now.get(key)
             ]
             explanation = f"was begun with another search, and its trials cannot be compared: {'; '.join(changed)}."
-            raise CheckpointError(
-                f"sweep {self.name}", f"{explanation} Give it back, or begin anew in another sweep.dir"
-            )
+            raise CheckpointError(f"sweep {self.name}", f"{explanation} Undo the change, or use another sweep.dir")
         with experimental():
             self.study.set_metric_names(self.metrics)
 
@@ -133,7 +131,7 @@ class Store:
                 session.add(models.TrialModel(study_id=self.id, number=number, state=TrialState.WAITING))
 
     def claim(self) -> tuple[int, int] | None:
-        """Take the first trial that waits, and give a sign of life for it: its id and number; None when none waits."""
+        """Claim the first waiting trial with a heartbeat; returns its id and number, or None if none waits."""
         with self.transaction() as session:
             waiting = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.WAITING)
             # Rows that another machine is just taking are passed over; SQLite does one transaction at a time.
@@ -147,7 +145,7 @@ class Store:
             return first.trial_id, first.number
 
     def beat(self, trial_ids: list[int]) -> set[int]:
-        """A sign of life for the trials that run here; those that were given to another meanwhile are returned."""
+        """Write a heartbeat of the trials that run here; returns those that another sweep has taken over."""
         with self.transaction() as session:
             mine = {trial_id for trial_id in trial_ids if self._is_mine(session, trial_id)}
             self._sign(session, sorted(mine))

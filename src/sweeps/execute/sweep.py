@@ -4,7 +4,7 @@
                  ^                                                          |
                  +--------------- failed: wait and be tried again ----------+
 
-Everything is in the store, so the same command goes on wherever it was killed, and other machines may run it too.
+All state is in the store, so the same command continues a killed sweep, and other machines may run it too.
 """
 
 import math
@@ -60,7 +60,7 @@ class Sweep:
         now = time.monotonic()
         minutes = self.plan.options["minutes"]
         if minutes is not None and now - self.begun > minutes * 60 and not self.stopping:
-            self.table.say(f"{minutes:g} minutes are over: no more trials are begun")
+            self.table.say(f"{minutes:g} minutes are over: no further trial is started")
             self.stopping = True
         if now - self.beaten > self.plan.options["stale_after"] / 5:
             self.beaten = now
@@ -78,10 +78,10 @@ class Sweep:
         lost = self.store.beat([running.trial._trial_id for running in self.running.values()])
         for running in self.running.values():
             if running.trial._trial_id in lost:
-                self.table.say(f"trial {running.trial.number} was given to another sweep while this one was held up")
+                self.table.say(f"trial {running.trial.number} was taken over by another sweep: no heartbeat in time")
                 running.process.stop()
         for number in self.store.requeue(stale_after=self.plan.options["stale_after"]):
-            self.table.say(f"trial {number} waits again: the process that ran it is gone")
+            self.table.say(f"trial {number} is queued again: its process is gone")
 
     def _begin(self) -> bool:
         """Claim a trial and start it; False when none waits."""
@@ -139,7 +139,7 @@ class Sweep:
                     running.keep_outcome(message)
 
     def _judge(self, running: Running, message: Mapping[str, Any]) -> bool:
-        """Is the trial to be pruned? Its first seed decides. A run that goes on tells some evaluations again."""
+        """Return whether to prune the trial. Its first seed decides. A resumed run reports some evaluations again."""
         if message["index"] > 0 or not self.plan.prunes:
             return False
         if not self.store.is_mine(running.trial._trial_id):
@@ -161,7 +161,7 @@ class Sweep:
             self._keep(running, outcome["result"], seconds)
         elif outcome.get("in_use"):
             # By a sweep that was held up: it may go on, or end. Silence makes the trial wait again.
-            self.table.say(f"trial {running.trial.number}: {outcome['error']}; looked at again later")
+            self.table.say(f"trial {running.trial.number}: {outcome['error']}; retried later")
         elif "error" in outcome and outcome["diverged"]:
             # A point that diverges is a bad point, not a failed trial: the same bits would diverge again.
             self._finish(running, TrialState.PRUNED, None, outcome="diverged", error=outcome["error"], wall=seconds)
@@ -197,7 +197,7 @@ class Sweep:
             self.table.concluded(running, attributes)
 
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
-        """Try it again, as often as is set and anew when it got further than before; then it has failed."""
+        """Retry the trial up to sweep.retries times; progress since the last failure resets the count."""
         step = running.last_report.get("step", 0)
         before = self.store.storage.get_trial(running.trial._trial_id).user_attrs.get(
             "failures", {"step": -1, "count": 0}

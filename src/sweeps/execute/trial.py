@@ -99,7 +99,7 @@ def run(job: Job, line: Line) -> int:
 
 
 def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
-    """One training, begun or gone on with, in this process; each evaluation asks the sweep whether to go on."""
+    """Start or resume one training in this process; after each evaluation the sweep decides whether it continues."""
     config = config_of(job, folder, index)
     fit_and_report(config, job, index, line)
     summary = json.loads((folder / "summary.json").read_text())
@@ -127,12 +127,14 @@ def fit_and_report(config: Config[TrainConfig], job: Job, index: int, line: Line
 
 
 def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
-    """The config of a trial's training: its own folder's where it was begun before, in which case only what a resumed
-    run may change can have changed. CheckpointError where the folder holds another run."""
+    """Return the config of a trial's training: that of its folder if it was started before.
+
+    Then only options that are free on resume may have changed. Raises CheckpointError if the folder holds another run.
+    """
     composed = compose_trial(
         [*job["arguments"], f"seed={job['seed'] + index}", f"run_dir={written(str(folder))}"], job["config_dirs"]
     )
-    # What the sweep's own command names is trusted when a run is gone on with, as it was when the run began.
+    # Classes that the sweep's own command names are trusted on a resume too.
     targets = {str(value) for name, value in leaves(composed.values) if name.rpartition(".")[2] == "_target_"}
     trust = sorted({target.partition(".")[0] for target in targets} | set(composed.values["trust"]))
     if not (folder / "config.yaml").exists():
@@ -160,12 +162,12 @@ def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
 
     restored = load_run(folder, device=config.values["trainer"]["device"], trust=config.values["trust"])
     data = config.values["data"]
-    picture = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=restored.device)
+    image = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=restored.device)
     times = []
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):
             begun = time.perf_counter()
-            restored.model(picture)
+            restored.model(image)
             if restored.device.type == "cuda":
                 torch.cuda.synchronize(restored.device)
             times.append(1000 * (time.perf_counter() - begun))

@@ -82,7 +82,7 @@ def _trade_offs(
     title = "Pareto front" if len(plan.objectives) > 1 else "What is sought, against what must hold"
     return [
         f"<h2>{title}</h2><p>Red: the front (no trial is better in every respect); orange: infeasible.</p>",
-        *(_picture(figures.trade_off(plan, trials, (other, metric), chosen), title) for other in names[1:]),
+        *(_figure(figures.trade_off(plan, trials, (other, metric), chosen), title) for other in names[1:]),
     ]
 
 
@@ -95,7 +95,7 @@ def _learning_curves(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> li
     by_number = {trial.number: trial for trial in trials}
     return [
         "<h2>Learning curves</h2><p>Red: the best; grey: pruned, with a dot where.</p>",
-        _picture(figures.learning_curves(curves, by_number, metric, best), "learning curves"),
+        _figure(figures.learning_curves(curves, by_number, metric, best), "learning curves"),
     ]
 
 
@@ -108,7 +108,7 @@ def _importance(plan: Plan, trials: Sequence[FrozenTrial], shares: Mapping[str, 
         text += " Pruned trials are not among them: what made those poor counts for less here than it should."
     if any(each.when for each in plan.space):
         text += " Dimensions that are drawn only under a condition are left out."
-    return ["<h2>Importance</h2>", f"<p>{html.escape(text)}</p>", _picture(figures.importances(shares), "importance")]
+    return ["<h2>Importance</h2>", f"<p>{html.escape(text)}</p>", _figure(figures.importances(shares), "importance")]
 
 
 def _dimensions(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[str]:
@@ -119,9 +119,9 @@ def _dimensions(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[st
     lines = figures.parallel_coordinates(plan, trials, metric, sign=sign, best=best)
     return [
         "<h2>Slices</h2><p>Each dimension by itself; crosses are pruned trials, at the best they had.</p>",
-        _picture(figures.slices(plan, trials, metric, best), "slices"),
+        _figure(figures.slices(plan, trials, metric, best), "slices"),
         "<h2>Parallel coordinates</h2><p>A line a trial; the darker, the better.</p>",
-        _picture(lines, "parallel coordinates"),
+        _figure(lines, "parallel coordinates"),
     ]
 
 
@@ -143,7 +143,7 @@ def _leaderboard(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[Froz
     return f"<table>{''.join(lines)}</table>"
 
 
-def _picture(figure: Figure, title: str) -> str:
+def _figure(figure: Figure, title: str) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, facecolor="white")
     text = base64.b64encode(content.getvalue()).decode()

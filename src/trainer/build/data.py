@@ -44,7 +44,7 @@ def build_data(node: DataOptions, *, seed: int, normalisation: Normalisation | N
 def build_augmentation(nodes: Mapping[str, Any], data: DataOptions) -> dict[str, Any]:
     """Return the augmentation steps of a config, in order, after a dry run.
 
-    A class that is no step of ours is taken for a transform of one image. No data is needed: errors are found before
+    A class that is not built in is used as a transform of one image. No data is needed: errors are found before
     the first image is decoded.
     """
     check_sizes(data)

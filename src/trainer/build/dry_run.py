@@ -30,7 +30,7 @@ def check_model(model: nn.Module, values: TrainConfig) -> None:
     for output in (logits, *heads):
         given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if given != (2, data["num_classes"]):
-            explanation = f"gives {given} for two images, where the data's classes ask for (2, {data['num_classes']})"
+            explanation = f"gives {given} for two images; the classes of the data require (2, {data['num_classes']})"
             raise ConfigError("model", explanation, value=values["model"]["_target_"])
 
 
@@ -43,16 +43,16 @@ def check_augmentation(steps: Mapping[str, Any], data: DataOptions) -> None:
     stored = data["stored_size"] or size
     images, labels = torch.zeros(2, channels, stored, stored, dtype=torch.uint8), torch.full((4, 2), 0.5)
     for step in steps.values():
-        if hasattr(step, "fit"):  # to made-up colours: those of the data are not known yet
+        if hasattr(step, "fit"):  # to dummy colours: those of the data are not known yet
             step.fit(torch.full((channels,), 0.5).double(), torch.eye(channels).double() / 12)
         if getattr(step, "one_at_a_time", False):
-            step.try_out(images.shape[1:])
+            step.dry_run(images.shape[1:])
         numbers = torch.full((2, step.num_random_values), 0.5)
         mixes = getattr(step, "mixes", False)
         images = step(torch.cat([images, images]), labels, numbers)[0] if mixes else step(images, numbers)
     height, width = images.shape[2:]
     if (height, width) != (size, size):
-        explanation = f"augmentation leaves images of {height} x {width}, where data.image_size = {size}"
+        explanation = f"augmentation gives images of {height} x {width}, but data.image_size = {size}"
         raise ConfigError(
             "data.stored_size",
             f"{explanation}; a step such as augment=random_resized_crop brings them to it",
@@ -68,7 +68,7 @@ def check_single_image(model: nn.Module, values: TrainConfig, device: torch.devi
         with torch.no_grad():
             copy.deepcopy(model).train()(torch.rand(shape, device=device))
     except ValueError as exception:
-        explanation = f"leaves a batch of one image, which this network cannot train on ({exception})"
+        explanation = f"leaves a batch of one image, on which this model cannot be trained ({exception})"
         raise ConfigError(
             "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
         ) from None

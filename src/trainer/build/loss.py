@@ -20,9 +20,9 @@ def build_loss(node: LossOptions, splits: Splits, *, mixes: bool) -> nn.Module:
     if weights == "balanced":
         node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
     elif weights is not None and len(weights) != count:
-        raise ConfigError("loss.class_weights", f"must be a list of {count}, one a class", value=weights)
+        raise ConfigError("loss.class_weights", f"must be a list of {count}, one per class", value=weights)
     takes = parameters_of(resolve("loss", node["_target_"])) or {}
-    # A loss from elsewhere, put in the place of ours, need not take what is not set.
+    # Another loss class need not take the arguments of the built-in ones that are not set.
     given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
     loss = construct(given, "loss")
     if not isinstance(loss, nn.Module):
@@ -31,10 +31,10 @@ def build_loss(node: LossOptions, splits: Splits, *, mixes: bool) -> nn.Module:
     try:
         value = loss(torch.zeros(2, count), targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as exception:
-        kind = "probabilities, which mixing makes of labels" if mixes else "logits and labels"
+        kind = "probabilities, which mixing augmentations make of labels" if mixes else "logits and labels"
         raise ConfigError("loss", f"does not take {kind}: {exception}", value=node["_target_"]) from None
     if not isinstance(value, torch.Tensor) or value.ndim > 0:
-        raise ConfigError("loss", "must give one number for a batch, a tensor", value=node["_target_"])
+        raise ConfigError("loss", "must return one number per batch, as a tensor", value=node["_target_"])
     return loss
 
 

@@ -12,7 +12,7 @@ from core.config import Config
 from core.errors import SecurityError
 from core.options.declarations import TrainConfig
 
-# Of ours those modules alone whose classes and functions a config is meant to name: others read and write files.
+# Of the built-in modules only those that configs name: others read and write files.
 TRUSTED = (
     *("models", "data.sources.datasets", "data.sources.image_folder", "data.sources.synthetic"),
     *("trainer.optim.schedules", "trainer.optim.scheduling", "trainer.optim.losses", "trainer.optim.muon"),

@@ -27,12 +27,12 @@ def initialise(model: nn.Module, values: TrainConfig, splits: Splits, *, shown: 
     return init_from(Path(values["init_from"]), model, shown=str(shown))
 
 
-def fit_to(pictures: Tensor, model: nn.Module) -> None:
+def fit_to(images: Tensor, model: nn.Module) -> None:
     """Call `fit` of a model with normalised images (N, C, H, W) of the train split."""
     try:
-        model.fit(pictures)  # type: ignore[operator]
+        model.fit(images)  # type: ignore[operator]
     except (RuntimeError, ValueError, TypeError) as exception:
-        explanation = f"cannot be fitted to images {tuple(pictures.shape)}: {exception}"
+        explanation = f"cannot be fitted to images {tuple(images.shape)}: {exception}"
         raise ConfigError("model", explanation, value=type(model).__name__) from None
 
 
@@ -52,7 +52,7 @@ def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not any(own[name].ndim > 1 for name in fitting):
-        raise CheckpointError(str(source), "none of its weights fits this network, by name and shape (init_from)")
+        raise CheckpointError(str(source), "none of its weights fits this model, by name and shape (init_from)")
     model.load_state_dict(fitting, strict=False)
     resized = [
         f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}"
@@ -61,9 +61,9 @@ def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:
     ]
     report = [f"init_from {shown}: {len(fitting)} of {len(own)} tensors loaded"]
     for what, names in (
-        ("of another shape, so these start anew", resized),
-        ("not in the file, so these start anew", [name for name in own if name not in weights]),
-        ("in the file but not in the network", [name for name in weights if name not in own]),
+        ("of another shape, so these keep their initial values", resized),
+        ("not in the file, so these keep their initial values", [name for name in own if name not in weights]),
+        ("in the file but not in the model", [name for name in weights if name not in own]),
     ):
         if names:
             report.append(f"  {what}: {', '.join(names)}")

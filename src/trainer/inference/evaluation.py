@@ -69,7 +69,7 @@ def predict(
 
 
 def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, Any]:
-    """Accuracy, top-5 accuracy, macro-F1, plain cross-entropy, a row a class, and the confusion matrix (row: label).
+    """Return accuracy, top-5 accuracy, macro-F1, cross-entropy, one row per class, and the confusion matrix.
 
     Undefined figures (a class that was never predicted or never occurs) count as 0; macro-F1 is the plain mean over the
     classes that occur or were predicted.

@@ -42,12 +42,12 @@ class Transform:
     fit: str
     normalisation: Normalisation
 
-    def __call__(self, picture: str | Path | Tensor) -> Tensor:
+    def __call__(self, image: str | Path | Tensor) -> Tensor:
         """An image file, or uint8 pixels (1 or 3, H, W) -> float32 (channels, image_size, image_size)."""
-        if not isinstance(picture, Tensor):
+        if not isinstance(image, Tensor):
             size = self.image_size if self.fit == "resize" else None  # padded images keep their own size
-            picture = decode(picture, image_size=size, channels=self.channels)
-        pixels = recolour(picture.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
+            image = decode(image, image_size=size, channels=self.channels)
+        pixels = recolour(image.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
         return self.normalisation(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
 
 

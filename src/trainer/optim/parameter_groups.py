@@ -74,7 +74,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Momentum from zero. Fused SGD allocates it unfilled at its first step, and a step that it is told to skip leaves
+    """Momentum from zero. Fused SGD allocates it unfilled at its first step, and a skipped step leaves
     it so; zeros change nothing else, as momentum x 0 + gradient is what the first step takes (dampening 0)."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():

@@ -6,7 +6,7 @@
        warm-up   shape
 
 Shapes are stretched over the run: their parameters are shares of the steps behind the warm-up, from 0 to 1. So a run
-that is resumed with a larger `max_epochs` goes on where the longer run would be, at a higher rate perhaps than it had
+that is resumed with a larger `max_epochs` continues where the longer run would be, at a higher rate perhaps than it had
 come down to; only constant and plateau are the same for any length. (A curve that goes by epochs: schedule=torch.)
 
 `optim.scheduling` applies them to an optimizer, and has the schedules with state: plateau and torch's own.
@@ -39,7 +39,7 @@ def step_decay(step: int, total_steps: int, warmup_steps: int, *, every: float, 
     """gamma^k after k falls, one at each `every` (a share in (0, 1]) of the run behind the warm-up."""
     require("every", every, 0 < every <= 1, "must be a share of the run in (0, 1]")
     require("gamma", gamma, 0 < gamma <= 1, "must be in (0, 1]")
-    # A hair's breadth added: a third of the run, written 0.3333, falls at the step that is meant.
+    # A small tolerance: a third of the run, written 0.3333, falls at the intended step.
     falls = math.floor(progress(step, total_steps, warmup_steps) / every + 1e-6)
     return ramp(step, warmup_steps) * gamma**falls
 
@@ -54,7 +54,7 @@ def multistep(
     )
     require("milestones", milestones, in_order, "must be a list of growing shares of the run, each in (0, 1)")
     require("gamma", gamma, 0 < gamma <= 1, "must be in (0, 1]")
-    done = progress(step, total_steps, warmup_steps) + 1e-6  # a hair's breadth, as in step_decay
+    done = progress(step, total_steps, warmup_steps) + 1e-6  # a small tolerance, as in step_decay
     return ramp(step, warmup_steps) * gamma ** sum(share <= done for share in milestones)
 
 
@@ -108,7 +108,7 @@ def cosine_restarts(
     require("final", final, 0 <= final <= 1, "must be in [0, 1]")
     lengths = [multiplier**number for number in range(periods)]  # in units of the first one
     place = progress(step, total_steps, warmup_steps) * sum(lengths)
-    while len(lengths) > 1 and place > lengths[0] - 1e-6:  # a hair's breadth, as in step_decay
+    while len(lengths) > 1 and place > lengths[0] - 1e-6:  # a small tolerance, as in step_decay
         place -= lengths.pop(0)
     half_wave = (1 + math.cos(math.pi * place / lengths[0])) / 2
     return ramp(step, warmup_steps) * (final + (1 - final) * half_wave)

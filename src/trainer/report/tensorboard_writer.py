@@ -48,7 +48,7 @@ def watching(method: Method) -> Method:
             method(self, *arguments, **named)
         except Exception as exception:
             self.broken = True
-            LOGGER.warning("TensorBoard fails, the run goes on without it: %s: %s", type(exception).__name__, exception)
+            LOGGER.warning("TensorBoard fails and is disabled: %s: %s", type(exception).__name__, exception)
 
     return cast(Method, guarded)
 
@@ -103,7 +103,7 @@ class TensorBoard:
 
     @watching
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by tag. At the step that a run goes on from, a process that was killed may have told some already."""
+        """Write numbers by tag. A killed process may have written some at the step that the run is resumed from."""
         told = told_at(self.folder, step) if step == self.resumed_at else set()
         # One event with all of them: `add_scalar` would write one each, in three times the time.
         new = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if tag not in told]
@@ -145,7 +145,7 @@ class TensorBoard:
 
     @watching
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Every parameter, and its gradient where there is one."""
+        """Write every parameter, and its gradient if it has one."""
         for name, parameter in model.named_parameters():
             self._histogram(f"weights/{name}", parameter.detach(), step)
             if parameter.grad is not None:
@@ -188,11 +188,11 @@ def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:
     columns = min(columns, count)
     rows = -(-count // columns)
     cell_height, cell_width = height + border, width + border
-    picture = images.new_full((channels, rows * cell_height + border, columns * cell_width + border), 0.5)
+    original = images.new_full((channels, rows * cell_height + border, columns * cell_width + border), 0.5)
     for index, image in enumerate(images):
         top, left = index // columns * cell_height + border, index % columns * cell_width + border
-        picture[:, top : top + height, left : left + width] = image
-    return picture
+        original[:, top : top + height, left : left + width] = image
+    return original
 
 
 def _main_columns_first(experiment: Any) -> Any:

@@ -1,6 +1,7 @@
 """What the terminal shows: a progress bar where there is a terminal, plain lines where there is none."""
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from core.regular_files import append_regular
 
 
 class Terminal(Console):
-    """Watches only: where what it prints to is gone, a pager or a connection, it falls silent and the run goes on."""
+    """A console that becomes silent if its pager or connection is gone, so that the run continues."""
 
     def on_broken_pipe(self) -> None:
         self.fall_silent()
@@ -32,6 +33,13 @@ class Terminal(Console):
 def terminal() -> Terminal:
     """Return the console that a run prints to; as wide as a line may be if standard output is no terminal."""
     return Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Return the commands that are useful after a run, as they are typed in a shell."""
+    activate = [] if os.environ.get("VIRTUAL_ENV") else ["source .venv/bin/activate"]
+    run, parent = (shlex.quote(str(path)) for path in (folder, folder.parent))
+    return [*activate, f"python scripts/evaluate.py run={run}", f"tensorboard --logdir {parent}"]
 
 
 class Display:
@@ -112,6 +120,8 @@ class Display:
             ("time", f"{summary['seconds']:.1f} s; {summary['samples_per_second']:,.0f} samples/s in training steps"),
             ("run folder", str(folder)),
         ]
+        if summary["status"] in ("finished", "stopped_early"):
+            rows += zip(("next", "", ""), next_commands(folder), strict=False)
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows:
             table.add_row(name, Text(printable(value)))  # a name with brackets is no markup

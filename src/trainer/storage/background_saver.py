@@ -21,7 +21,7 @@ class BackgroundSaver:
         self._unsaved: Callable[[], None] | None = None  # what the last save does, until it has succeeded
 
     def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> None:
-        """Begin to save a snapshot that nobody changes any more, once the save before it has ended."""
+        """Start to save a snapshot, which is no longer changed, after the previous save has ended."""
 
         def save() -> None:
             self.folder.save(kinds, snapshot, keep=keep)

@@ -44,9 +44,9 @@ def unpack(content: bytes, *, source: Path) -> Snapshot:
         tensors = safetensors.torch.load(content)
         values = json.loads(header["__metadata__"][METADATA_KEY])
     except (SafetensorError, ValueError, KeyError, RecursionError) as exception:
-        raise CheckpointError(str(source), f"not a checkpoint of ours: {exception!r}") from None
+        raise CheckpointError(str(source), f"not a checkpoint of Preceptor: {exception!r}") from None
     if not isinstance(values, dict) or type(values.get("step")) is not int:
-        raise CheckpointError(str(source), "not a checkpoint of ours: it names no step")
+        raise CheckpointError(str(source), "not a checkpoint of Preceptor: it names no step")
     if values.get("format") != FORMAT:
         raise CheckpointError(str(source), f"format {values.get('format')}; this version reads format {FORMAT}")
     return Snapshot(tensors, values)
@@ -83,7 +83,7 @@ class CheckpointFolder:
         self.path = path
 
     def files(self, *kinds: str) -> list[CheckpointFile]:
-        """What is there of these kinds, newest first."""
+        """Return the checkpoints of these kinds, newest first."""
         names = self.path.iterdir() if self.path.is_dir() else iter(())
         found = [file for name in names if (file := CheckpointFile.parse(name))]
         return sorted((file for file in found if file.kind in kinds), reverse=True)
@@ -156,7 +156,7 @@ class CheckpointFolder:
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
-    """The weights in any safetensors file: one of ours, or a plain state_dict from elsewhere."""
+    """Return the weights in a safetensors file: a checkpoint, or a plain state_dict from elsewhere."""
     try:
         content = read_regular(path)
     except OSError as exception:

@@ -1,9 +1,9 @@
-"""A run's folder: born whole, written by one process at a time, never half a line in it.
+"""The folder of a run: created atomically, written by one process at a time, without incomplete lines.
 
     config.yaml  metrics.jsonl  events.jsonl  summary.json  train.log  checkpoints/  events.out.tfevents.*
 
-It is made as a hidden sibling, with its config and the checkpoint of step 0 in it, and then renamed: whoever sees the
-folder sees a run that can be resumed.
+It is created as a hidden sibling, with its config and the checkpoint of step 0, and then renamed. So a folder that
+exists is a run that can be resumed.
 """
 
 import datetime
@@ -31,7 +31,7 @@ from trainer.storage.lock import lock_or_refuse, take_lock
 from trainer.storage.provenance import now
 
 LOGS = ("metrics.jsonl", "events.jsonl")
-NEWBORN = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
+UNFINISHED = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 
 
 def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
@@ -42,7 +42,7 @@ def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str])
 
 
 def default_path(model: str, data: str) -> Path:
-    """outputs/<date>_<time>-<model>-<data>, with a number behind it when that is taken."""
+    """Return outputs/<date>_<time>-<model>-<data>, with a number appended if that exists."""
     clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
     base = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}-{clean}"
     taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))
@@ -61,17 +61,17 @@ class RunFolder:
     def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
         """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
         refuse_existing(path)
-        newborn = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
+        unfinished = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
         lock = -1
         try:
-            with _nursery(path.parent):
-                (newborn / "checkpoints").mkdir(parents=True)
+            with _creation_lock(path.parent):
+                (unfinished / "checkpoints").mkdir(parents=True)
                 for name in LOGS:  # empty: their names are on the disk before a checkpoint counts a line of them
-                    write_durably(newborn / name)
-                write_durably(newborn / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
-                CheckpointFolder(newborn / "checkpoints").save(["last"], first, keep={})
-                lock = take_lock(newborn)
-                newborn.rename(path)  # refused by the system when somebody was faster: that folder is not empty
+                    write_durably(unfinished / name)
+                write_durably(unfinished / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
+                CheckpointFolder(unfinished / "checkpoints").save(["last"], first, keep={})
+                lock = take_lock(unfinished)
+                unfinished.rename(path)  # refused by the system if another process was faster: that folder is not empty
                 sync_folder(path.parent)
         except OSError as exception:
             if lock >= 0:
@@ -79,12 +79,12 @@ class RunFolder:
             refuse_existing(path)
             raise StorageError(str(path), f"cannot be made: {exception.strerror}") from exception
         finally:
-            shutil.rmtree(newborn, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         return cls(path, lock)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """An existing run, to go on with."""
+        """Open the folder of a run to resume."""
         checkpoints = path / "checkpoints"
         if not checkpoints.is_dir():  # before a lock is left in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
@@ -115,15 +115,15 @@ class RunFolder:
         return [line for line in read_lines(self.path / "metrics.jsonl") if type(line.get("step")) is int]
 
     def rewind(self, step: int) -> None:
-        """Drop what was measured behind the last evaluation that the run goes on from knows of, and torn last lines."""
+        """Drop the metrics after the last evaluation that the resumed state contains, and incomplete last lines."""
         measured = [line for line in self.metrics() if line["step"] <= step]
         events = read_lines(self.path / "events.jsonl")
         for name, kept in zip(LOGS, (measured, events), strict=True):
             write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        (self.path / "summary.json").unlink(missing_ok=True)  # it tells of an end that is none any more
+        (self.path / "summary.json").unlink(missing_ok=True)  # it describes an end that no longer holds
 
     def write_config(self, record: Mapping[str, Any]) -> None:
-        """config.yaml anew, after a resume that changed something free to change."""
+        """Write config.yaml again, after a resume that changed an option."""
         write_durably(self.path / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ class RunFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """StorageError where something is at a new run's path: it tells who has it in use, or how to go on with it."""
+    """Raise StorageError if the path of a new run exists; it names the process that uses it, or how to resume it."""
     if not (path.exists() or path.is_symlink()):
         return
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -150,18 +150,18 @@ def refuse_existing(path: Path) -> None:
             lock_or_refuse(lock, path)
         finally:
             os.close(lock)
-    raise StorageError(str(path), f"exists already; go on with it by resume={path}, or name another run_dir")
+    raise StorageError(str(path), f"exists already; continue it with resume={path}, or choose another run_dir")
 
 
 @contextmanager
-def _nursery(folder: Path) -> Iterator[None]:
-    """Held while a run is born in a folder. Who holds it alone first removes what killed births have left there."""
+def _creation_lock(folder: Path) -> Iterator[None]:
+    """Hold a lock while a run is created in a folder; a sole holder first removes what killed processes left."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # somebody is being born there now, or the file system has no such locks
+        with suppress(OSError):  # another run is being created there, or the file system has no such locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in folder.iterdir():
-                if NEWBORN.match(path.name):
+                if UNFINISHED.match(path.name):
                     shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
