@@ -1,4 +1,4 @@
-# Everything goes through .venv, which the first target that needs it makes. ARGS="key=value ..." passes overrides.
+# All targets use .venv; the first one that needs it creates it. ARGS="key=value ..." passes overrides.
 # Another build of torch: UV_TORCH_BACKEND=cpu make train   (or cu128, rocm6.4, ...; see uv's --torch-backend)
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ ARGS ?=
 setup: .venv/.ready
 
 # The pins are constraints: a package that this platform or build of torch does not need is not installed.
-# Bytecode is compiled now rather than at the first start, which becomes seconds faster.
+# Bytecode is compiled here, so that the first start is seconds faster.
 .venv/.ready: pyproject.toml requirements.lock
 	@echo "Installing pinned packages into .venv: about 2 minutes, and 6 GB of disk with CUDA libraries."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,7 +21,7 @@ setup: .venv/.ready
 train: setup
 	@$(BIN)/python scripts/train.py $(ARGS)
 
-# Two processes, each with whole files, so that what the tests of a file share is made once.
+# Two processes; each runs whole test files, so that fixtures shared within a file are created once.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test: setup
@@ -36,13 +36,13 @@ test-slow: setup
 test-cuda: setup
 	@$(BIN)/python -m pytest -m cuda $(ARGS)
 
-# With Lightning and fastai, which nothing else needs.
+# Installs Lightning and fastai; only the benchmarks use them.
 bench: setup
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[dev,bench]"
 	@$(BIN)/python -m pytest -m timing
 	@$(BIN)/python bench/bench.py $(ARGS)
 
-# The promises of docs/reliability.md, each with its figure.
+# Tests of the guarantees in docs/reliability.md, at full size; prints a table of their measurements.
 torture: setup
 	@$(BIN)/python -m pytest --full -m "not slow and not cuda" tests/test_durability.py tests/test_kills.py tests/test_matrix.py tests/test_finite.py \
 		tests/test_fuzz.py tests/test_security.py tests/test_workers.py tests/test_bad_data.py tests/test_cost.py \
@@ -58,7 +58,7 @@ format: setup
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# Pins anew, for every platform; names no index.
+# Updates the pins for all platforms; the lock file names no package index.
 lock: setup
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate --no-emit-index-url \
 		--upgrade --output-file requirements.lock pyproject.toml

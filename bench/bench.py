@@ -1,28 +1,29 @@
-"""Measures, side by side: what a step could do, what training does, and what others do.
+"""Measure training, loading, memory and start; compare with a limit, a plain loop, Lightning and fastai.
 
-    python bench/bench.py                        everything, as a table, outputs/bench.json and outputs/bench.png
-    python bench/bench.py step loader            some of its parts, below
-    python bench/bench.py step --rounds 40       more rounds: on a busy machine the medians need them
-    python bench/bench.py step --only lenet      only the networks with this in their name
+    python bench/bench.py                        all benchmarks; writes outputs/bench.json and bench.png
+    python bench/bench.py step loader            some benchmarks of the list below
+    python bench/bench.py step --rounds 40       more rounds, for stable medians on a busy machine
+    python bench/bench.py step --only lenet      only models with this text in their name
 
-    step        samples a second in training steps. `limit` repeats one batch that lies ready, with the same network,
-                layout and optimizer; `ours` is the trainer itself, with its logs; `plain` is a loop over torchvision's
-                transforms and a DataLoader; Lightning and fastai (the extra `bench`) get the same DataLoader. These
-                three have torch's defaults: SGD not fused, images not channels_last
-    own         microseconds a step that are the trainer's own: less a bare loop over the same batches
-    loader      samples a second from uint8 to augmented, normalised batches, no network; against a DataLoader
-    folder      an epoch of a folder of photographs: decoded each time, and read from its cache
-    evaluation  samples a second in evaluation, against the forward pass of one batch that lies ready
-    logs        what logging at every step and saving at every fifth cost, against neither
-    growth      microseconds a sample in training, as data, batches and networks grow
-    memory      peak memory of a process that trains; the others hold as many images, as an array
-    start       seconds from the command to the end of a first step, and of `import torch, torchvision`
-    cuda        images a second of large networks in bf16 on a GPU, against a bare compiled loop: images on the
+    step        samples per second in training. `limit` trains on one prepared batch again and again, with the same
+                model, memory layout and optimizer. `ours` (Preceptor in tables and plots) is the trainer with its
+                logs. `plain` is a loop over torchvision's transforms and a DataLoader. Lightning and fastai (the
+                extra `bench`) use the same DataLoader. These three have torch's defaults: SGD is not fused, images
+                are not channels_last
+    own         the trainer's overhead in microseconds per step, compared with a bare loop over the same batches
+    loader      samples per second from uint8 to augmented, normalised batches, without a model; against a DataLoader
+    folder      samples per second of an epoch of an image folder: decoded each time, or read from its cache
+    evaluation  samples per second in evaluation, against the forward pass of one prepared batch
+    logs        cost of logging at every step, and of a checkpoint at every fifth step, against neither
+    growth      microseconds per sample in training with larger data, batches and models
+    memory      peak memory of a training process; the other frameworks hold the same number of images in an array
+    start       seconds from the command to the end of the first step, and of `import torch, torchvision`
+    cuda        images per second of large models in bf16 on a GPU, against a bare compiled loop: images on the
                 device, and photographs that workers read from their cache; then `experiment=cifar10_gpu`
 
-All contenders of a line take short turns in one process, and ratios are medians over rounds: machines are noisy. MNIST,
-CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA; if the first two are missing, synthetic
-images of that size stand in, and what needs the folder is left out.
+All contenders of a table section alternate in short turns in one process, and ratios are medians over rounds, because
+timings are noisy. MNIST, CIFAR-10 and the folder `imagenette-mini` are read from PRECEPTOR_DATA. If MNIST or CIFAR-10
+is missing, synthetic images of the same size are used; without the folder, the measurements that need it are skipped.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from reading import bench_evaluation, bench_folder, bench_loader
 from tables import plot, table_of
 from training import bench_growth, bench_logs, bench_own, bench_step
 
-PARTS = {
+BENCHMARKS = {
     "step": bench_step,
     "own": bench_own,
     "loader": bench_loader,
@@ -52,38 +53,40 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures training, loading and starting, side by side.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all, if none is named")
-    parser.add_argument("--only", default="", help="of step and evaluation: the lines with this in their name")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn, which ends with a step")
+    parser = argparse.ArgumentParser(description="Compare the speed of training, loading and starting.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--only", default="", help="for step and evaluation: only models with this text in their name")
+    parser.add_argument("--rounds", type=int, default=20, help="number of turns of each contender")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn; it ends after a step")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"), help="the figures; a plot beside it")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/bench.json"), help="JSON file; the plot is beside it"
+    )
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as core.command_line
+    if unknown := set(options.names) - set(BENCHMARKS):
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}; allowed: {', '.join(BENCHMARKS)}")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in core.command_line
 
     import torch
     from rich.console import Console
 
     from trainer.device import keep_freed_memory
 
-    keep_freed_memory()  # for all of them alike
+    keep_freed_memory()  # for all contenders
     if options.threads:
         torch.set_num_threads(options.threads)
     report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": options.rounds}
     console = Console(width=120)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for part in options.parts or PARTS:
-        report[part] = PARTS[part](options)
-        console.print(table_of(part, report[part]))
+    for name in options.names or BENCHMARKS:
+        report[name] = BENCHMARKS[name](options)
+        console.print(table_of(name, report[name]))
         options.output.write_text(json.dumps(report, indent=2) + "\n")
-    told = str(options.output)
+    files = [str(options.output)]
     if report.get("step") and options.rounds > 1:
         plot(report["step"], options.output.with_suffix(".png"))
-        told += f", {options.output.with_suffix('.png')}"
-    console.print(f"figures of each round: {told}")
+        files.append(str(options.output.with_suffix(".png")))
+    console.print(f"measurements of each round: {', '.join(files)}")
 
 
 if __name__ == "__main__":

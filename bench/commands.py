@@ -1,4 +1,4 @@
-"""The parts `memory` and `start`, and the time of a recipe: processes of their own."""
+"""Benchmarks that run in separate processes: `memory`, `start`, and the time of a recipe."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ MEMORY = """
 import re, sys
 sys.path[:0] = [{bench!r}]
 import contenders as c
-given = {given!r}
+overrides = {overrides!r}
 class Enough(BaseException): pass
 seen_so_far = 0
 def seen(samples):
@@ -27,19 +27,19 @@ def seen(samples):
 def peer(name):
     import numpy
     from trainer.build.model import build_model
-    values = c.composed(*given).values
+    values = c.composed(*overrides).values
     data = values["data"]
-    count = 60000 if given[0] == "data=mnist" else 50000
+    count = 60000 if overrides[0] == "data=mnist" else 50000
     images = numpy.random.randint(0, 256, (count, *[data["image_size"]] * 2, data["channels"]), numpy.uint8)
     batches = c.loader_of(images, [0] * count, batch_size=data["batch_size"], augment=False, workers=0)
     return getattr(c, name)(build_model(values, init_seed=0), batches)
 try:
     if {name!r} == "ours":
-        with c.whole_run(*given) as run: c.ours(run)(seen)
+        with c.whole_run(*overrides) as run: c.preceptor(run)(seen)
     else:
         peer({name!r})(seen)
 except Enough:
-    # Linux hands a parent's peak on to its child in ru_maxrss, and not in this.
+    # Not ru_maxrss: on Linux, a child process inherits its parent's peak there.
     print(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
 """
 
@@ -49,7 +49,7 @@ def bench_memory(options: argparse.Namespace) -> dict[str, Line]:
     for name in ("LeNet 20C5-50C5-FC256, MNIST", "ResNet-20, CIFAR-10"):
         line: Line = {"unit": "MiB", "of": "ours"}
         for contender in ("ours", "plain", "lightning", "fastai"):
-            code = MEMORY.format(bench=str(ROOT / "bench"), given=CASES[name], name=contender)
+            code = MEMORY.format(bench=str(ROOT / "bench"), overrides=CASES[name], name=contender)
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 line[contender] = [float(done.stdout)]
@@ -59,9 +59,9 @@ def bench_memory(options: argparse.Namespace) -> dict[str, Line]:
 
 def bench_start(options: argparse.Namespace) -> dict[str, Line]:
     def turn(command: tuple[str, ...], _: float) -> float:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=place)
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=folder)
             return time.perf_counter() - start
 
     train = str(ROOT / "scripts/train.py")
@@ -71,21 +71,21 @@ def bench_start(options: argparse.Namespace) -> dict[str, Line]:
         "train.py --help": (train, "--help"),
     }
     turns = {name: partial(turn, command) for name, command in commands.items()}
-    found = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
-    return {"LeNet-5 on digits": {"unit": "s", "of": "train.py, one step", **found}}
+    seconds = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
+    return {"LeNet-5 on digits": {"unit": "s", "of": "train.py, one step", **seconds}}
 
 
 def bench_recipe(experiment: str, *overrides: str) -> dict[str, Line]:
-    """A card from the command to its tested network: seconds of the run, of the whole command, and test accuracy."""
-    with tempfile.TemporaryDirectory() as place:
-        run = Path(place) / "run"
+    """Run a recipe and return the seconds of the run, the seconds of the whole command, and the test accuracy."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
         script = str(ROOT / "scripts/train.py")
         command = [sys.executable, script, f"experiment={experiment}", f"run_dir={run}", *overrides]
         start = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-        whole = time.perf_counter() - start
+        command_seconds = time.perf_counter() - start
         summary = json.loads((run / "summary.json").read_text())
     return {
-        f"{experiment}, time": {"unit": "s", "of": "run", "run": [summary["seconds"]], "command": [whole]},
+        f"{experiment}, time": {"unit": "s", "of": "run", "run": [summary["seconds"]], "command": [command_seconds]},
         f"{experiment}, test": {"unit": "%", "of": "accuracy", "accuracy": [100 * summary["test"]["accuracy"]]},
     }

@@ -1,6 +1,7 @@
-"""The contenders of `bench/bench.py`: the trainer, its limit, a plain loop, Lightning and fastai.
+"""Contenders of `bench/bench.py`: the trainer, its limit, a plain loop, Lightning and fastai.
 
-Each is a function that trains for ever and calls `seen(samples)` after each step; `turns.Contender` gives it its turns.
+Each contender is a function that trains without end and calls `seen(samples)` after each step. `turns.Contender` lets
+the contenders alternate.
 """
 
 import io
@@ -16,31 +17,40 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PRECEPTOR_DATA", "datasets"))
-Seen = Callable[[int], None]
+Seen = Callable[[int], None]  # called with the number of samples of each step
 
 
-# Ours
+# Preceptor
 
 
 def composed(*overrides: str) -> Any:
-    """Return a config as the command line composes it; synthetic data if the official data set is missing."""
+    """Return a config as the command line composes it, with synthetic data if the official data set is missing."""
     from core.composition import compose_config
     from core.options.declarations import TrainConfig
 
-    places = {"data=mnist": "MNIST", "data=cifar10": "cifar-10-batches-py"}
+    folders = {"data=mnist": "MNIST", "data=cifar10": "cifar-10-batches-py"}
     sizes = {"data=mnist": ("28", "1"), "data=cifar10": ("32", "3")}
-    name, *rest = overrides
-    given = [name]
-    if name in places and not (DATA / places[name]).exists():
+    name, *others = overrides
+    arguments = [name]
+    if name in folders and not (DATA / folders[name]).exists():
         size, channels = sizes[name]
-        given = ["data=synthetic", f"data.image_size={size}", f"data.channels={channels}", "data.train_samples=2000"]
-    given += ["trainer.log_graph=false", "trainer.log_images=false", "trainer.checkpoint.monitor=null"]
-    given += ["trainer.evaluate_every=1000 epochs", "trainer.early_stopping.patience=null", "trainer.max_epochs=1000"]
-    return compose_config("train", [*given, *rest], TrainConfig)
+        arguments = [
+            "data=synthetic",
+            f"data.image_size={size}",
+            f"data.channels={channels}",
+            "data.train_samples=2000",
+        ]
+    arguments += ["trainer.log_graph=false", "trainer.log_images=false", "trainer.checkpoint.monitor=null"]
+    arguments += [
+        "trainer.evaluate_every=1000 epochs",
+        "trainer.early_stopping.patience=null",
+        "trainer.max_epochs=1000",
+    ]
+    return compose_config("train", [*arguments, *others], TrainConfig)
 
 
 def assembled(*overrides: str) -> Any:
-    """Return a training without a run folder."""
+    """Build a training that has no run folder."""
     from trainer.build.training import build
     from trainer.device import configure_torch
 
@@ -51,11 +61,11 @@ def assembled(*overrides: str) -> Any:
 
 @contextmanager
 def whole_run(*overrides: str) -> Iterator[Any]:
-    """Yield a run with its folder, which is removed at the end."""
+    """Yield a run; its folder is removed at the end."""
     from trainer.run import Run
 
-    with tempfile.TemporaryDirectory() as place:
-        config, path = composed(*overrides), {"run_dir": f"{place}/run"}
+    with tempfile.TemporaryDirectory() as folder:
+        config, path = composed(*overrides), {"run_dir": f"{folder}/run"}
         with redirect_stdout(io.StringIO()):
             run = Run.create(replace(config, values=config.values | path, record=config.record | path))
         run.recorder.display.console.quiet = True
@@ -63,28 +73,31 @@ def whole_run(*overrides: str) -> Iterator[Any]:
             yield run
 
 
-def ours(run: Any) -> Callable[[Seen], object]:
-    """The trainer itself, with run folder and logs."""
+def preceptor(run: Any) -> Callable[[Seen], object]:
+    """Return the contender that is the trainer itself, with run folder and logs."""
     conclude, clock = run.loop.conclude, run.state.clock
 
     def train(seen: Seen) -> None:
-        before = 0
+        last_count = 0
 
-        def watched() -> str | None:
-            nonlocal before
+        def conclude_and_count() -> str | None:
+            nonlocal last_count
             reason: str | None = conclude()
-            samples, before = clock.samples - before, clock.samples
+            samples, last_count = clock.samples - last_count, clock.samples
             seen(samples)
             return reason
 
-        run.loop.conclude = watched
+        run.loop.conclude = conclude_and_count
         run.loop.fit()
 
     return train
 
 
 def bare(training: Any, *, one_batch: bool) -> Callable[[Seen], object]:
-    """A loop over our batches with our model, loss and optimizer; or over one of them, again and again: the limit."""
+    """Return a bare loop over Preceptor's batches, with its model, loss and optimizer.
+
+    With `one_batch`, the loop repeats the first batch: this is the limit.
+    """
     model, optimizer = training.state.model, training.state.optimizer
 
     def train(seen: Seen) -> None:
@@ -103,11 +116,11 @@ def bare(training: Any, *, one_batch: bool) -> Callable[[Seen], object]:
     return train
 
 
-# Others. What most people write: a Dataset of images, torchvision's transforms, a DataLoader.
+# Other frameworks, with the usual data pipeline: a Dataset of images, torchvision's transforms, a DataLoader
 
 
 def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
-    """Return a DataLoader of the train split of a training that holds it in memory."""
+    """Return a DataLoader of the train split of a training; the split must be in memory."""
     source = training.train_loader.source
     images = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     batch_size = training.train_loader.batch_size
@@ -115,7 +128,7 @@ def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
 
 
 def loader_of(images: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
-    """A DataLoader of uint8 images (N, H, W, C)."""
+    """Return a DataLoader of uint8 images (N, H, W, C)."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
@@ -148,7 +161,7 @@ def loader_of(images: Any, labels: list[int], *, batch_size: int, augment: bool,
 
 
 def plain(model: Any, batches: Any) -> Callable[[Seen], object]:
-    """A loop over these."""
+    """Return a plain training loop over a DataLoader."""
     import torch
 
     def train(seen: Seen) -> None:
@@ -165,7 +178,7 @@ def plain(model: Any, batches: Any) -> Callable[[Seen], object]:
 
 
 def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
-    """Lightning's Trainer, without its logs and checkpoints."""
+    """Return a training by Lightning's Trainer, without logs and checkpoints."""
     import logging
     import warnings
 
@@ -184,7 +197,7 @@ def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
-    class Watch(Callback):
+    class SampleCounter(Callback):
         def __init__(self, seen: Seen) -> None:
             self.seen = seen
 
@@ -201,7 +214,7 @@ def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[Watch(seen)],
+            callbacks=[SampleCounter(seen)],
         )
         trainer.fit(Module(), batches)
 
@@ -209,14 +222,14 @@ def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
 
 
 def fastai(model: Any, batches: Any) -> Callable[[Seen], object]:
-    """fastai's Learner, without a progress bar."""
+    """Return a training by fastai's Learner, without a progress bar."""
     import torch
     from fastai.callback.core import Callback, CancelValidException
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import SGD
 
-    class Watch(Callback):
+    class SampleCounter(Callback):
         def __init__(self, seen: Seen) -> None:
             self.seen = seen
 
@@ -230,9 +243,9 @@ def fastai(model: Any, batches: Any) -> Callable[[Seen], object]:
         loss = torch.nn.functional.cross_entropy
         update = partial(SGD, mom=0.9, wd=1e-4, decouple_wd=False)
         learner = Learner(DataLoaders(batches, batches, device="cpu"), model, loss_func=loss, opt_func=update)
-        learner.fit(10**6, lr=0.01, cbs=[Watch(seen)])
+        learner.fit(10**6, lr=0.01, cbs=[SampleCounter(seen)])
 
     return train
 
 
-PEERS = {"Lightning": lightning, "fastai": fastai}  # the extra `bench`; left out where they are not installed
+PEERS = {"Lightning": lightning, "fastai": fastai}  # the extra `bench`; left out if not installed

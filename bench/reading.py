@@ -1,4 +1,4 @@
-"""The parts `loader`, `folder` and `evaluation`: batches without training."""
+"""Benchmarks `loader`, `folder` and `evaluation`: batches without training."""
 
 import argparse
 import itertools
@@ -16,7 +16,7 @@ AUGMENTATIONS = ("none", "flip", "crop_flip", "affine", "color_shift", "erasing"
 
 
 def loading(loader: Any) -> Callable[[Seen], object]:
-    """The batches of one epoch after the other."""
+    """Return a contender that reads the batches of one epoch after another."""
 
     def read(seen: Seen) -> None:
         for epoch in itertools.count():
@@ -28,7 +28,7 @@ def loading(loader: Any) -> Callable[[Seen], object]:
 
 
 def repeating(batches: Any) -> Callable[[Seen], object]:
-    """The same of a DataLoader."""
+    """Return a contender that reads a DataLoader again and again."""
 
     def read(seen: Seen) -> None:
         while True:
@@ -60,12 +60,12 @@ def bench_folder(options: argparse.Namespace) -> dict[str, Line]:
         return {}
     train = image_folder(root=str(root), image_size=112, channels=3, test_fraction=0, empty_class="error").train
     rows = torch.randperm(len(train)).split(BATCH)
-    with tempfile.TemporaryDirectory() as place:
-        cached = Images(with_cache(train.pixels, Path(place)), train.labels)  # type: ignore[arg-type]
-        kinds = {"decoded by threads": train.load, "cached": lambda: [cached.fetch(part) for part in rows]}
+    with tempfile.TemporaryDirectory() as folder:
+        cached = Images(with_cache(train.pixels, Path(folder)), train.labels)  # type: ignore[arg-type]
+        kinds = {"decoded by threads": train.load, "cached": lambda: [cached.fetch(batch) for batch in rows]}
         turns = {kind: partial(epoch_of, len(train), read) for kind, read in kinds.items()}
-        found = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
-    return {f"{len(train):,} photographs at 112 pixels": {"unit": "samples/s", "of": "cached", **found}}
+        throughput = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
+    return {f"{len(train):,} photographs at 112 pixels": {"unit": "samples/s", "of": "cached", **throughput}}
 
 
 def bench_evaluation(options: argparse.Namespace) -> dict[str, Line]:
@@ -87,15 +87,15 @@ def bench_evaluation(options: argparse.Namespace) -> dict[str, Line]:
                 seen(len(images))
 
         def evaluating(seen: Seen, training: Any = training) -> None:
-            def watched() -> Any:
+            def counted_batches() -> Any:
                 for batch in training.val_loader:
                     yield batch
                     seen(len(batch.labels))
 
             while True:
-                evaluate(training.state.model, training.loss_function, watched(), autocast=training.autocast)
+                evaluate(training.state.model, training.loss_function, counted_batches(), autocast=training.autocast)
 
         contenders: dict[str, Callable[[Seen], object]] = {"limit": forward, "ours": evaluating}
-        with torch.inference_mode():  # around both: a mode that one sets and leaves in its turns is the other's too
+        with torch.inference_mode():  # around both: a mode that one contender sets would also apply to the other
             lines[name] = race(contenders, of="ours", rounds=options.rounds, seconds=options.seconds)
     return lines

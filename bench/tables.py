@@ -1,24 +1,31 @@
-"""How the measurements of `bench/bench.py` are shown: a table of each part, and a plot of the steps."""
+"""Tables and the plot of the measurements of `bench/bench.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-Line = dict[str, Any]  # unit, the contender that ratios are `of`, and what each reached in each round
+# {"unit": ..., "of": the contender that is compared with the others, contender: [one value per round], ...}
+Line = dict[str, Any]
+LABELS = {"ours": "Preceptor"}  # names of contenders in tables and plots, if they differ from those in bench.json
+ACCENT = "#d1495b"  # colour of Preceptor's bars; all other bars are grey
 
 
-def shown(value: float) -> str:
+def format_value(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def table_of(part: str, lines: Mapping[str, Line]) -> Any:
-    """Medians, and the median ratio of the line's own to each."""
+def label_of(contender: str) -> str:
+    return LABELS.get(contender, contender)
+
+
+def table_of(title: str, lines: Mapping[str, Line]) -> Any:
+    """Return a table of medians over rounds, and of the median ratio of the `of` contender to each other one."""
     from rich.table import Table
 
-    table = Table("contender", title=part, title_justify="left")
-    for title in ("median", "unit", "ratio"):
-        table.add_column(title, justify="right")
+    table = Table("contender", title=title, title_justify="left")
+    for header in ("median", "unit", "relative to this row"):
+        table.add_column(header, justify="right")
     for name, line in lines.items():
         table.add_section()
         table.add_row(f"[bold]{name}[/]")
@@ -26,34 +33,70 @@ def table_of(part: str, lines: Mapping[str, Line]) -> Any:
         for contender, values in line.items():
             if contender in ("unit", "of"):
                 continue
-            ratio = median(one / other for one, other in zip(line[of], values, strict=True))
-            told = "" if contender == of else f"{of} = {ratio:.2f} of it"
-            table.add_row(f"  {contender}", shown(median(values)), line["unit"], told)
+            ratio = median(value / other for value, other in zip(line[of], values, strict=True))
+            comparison = "" if contender == of else f"{label_of(of)} = {ratio:.2f}x"
+            table.add_row(f"  {label_of(contender)}", format_value(median(values)), line["unit"], comparison)
     return table
 
 
 def plot(lines: Mapping[str, Line], path: Path) -> None:
-    """The steps of each network: medians, their spread over rounds, as shares of the limit."""
-    import matplotlib
+    """Write the plot of the step benchmark: throughput as a share of the limit."""
+    draw(shares_of_limit(lines)).savefig(path, dpi=110)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 1.1 * len(lines)), layout="constrained")
-    contenders = [name for name in next(iter(lines.values())) if name not in ("unit", "of", "limit")]
+def shares_of_limit(lines: Mapping[str, Line]) -> dict[str, dict[str, list[float]]]:
+    """Return {line: {contender: the quartiles over rounds of its throughput divided by the limit's}}."""
+    return {
+        name: {
+            contender: quantiles([value / limit for value, limit in zip(values, line["limit"])], n=4)
+            for contender, values in line.items()
+            if contender not in ("unit", "of", "limit")
+        }
+        for name, line in lines.items()
+    }
+
+
+def draw(quartiles: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
+    """Return a figure of medians (bars) and quartiles (error bars), with one group of bars per line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 1.1 * len(quartiles)), layout="constrained")
+    axes = figure.subplots()
+    contenders = list(next(iter(quartiles.values())))
     height = 0.8 / len(contenders)
     for number, contender in enumerate(contenders):
-        shares = [[one / limit for one, limit in zip(line[contender], line["limit"])] for line in lines.values()]
-        places = [place + number * height for place in range(len(lines))]
-        middles = [median(found) for found in shares]
-        spread = [[m - quantiles(found, n=4)[0] for m, found in zip(middles, shares)]]
-        spread += [[quantiles(found, n=4)[2] - m for m, found in zip(middles, shares)]]
-        axes.barh(places, middles, height, label=contender, xerr=spread, error_kw={"elinewidth": 0.8})
+        positions = [position + number * height for position in range(len(quartiles))]
+        low, middle, high = zip(*(line[contender] for line in quartiles.values()), strict=True)
+        spread = [[m - q for q, m in zip(low, middle)], [q - m for q, m in zip(high, middle)]]
+        bars = axes.barh(
+            positions, middle, height, label=label_of(contender), xerr=spread, error_kw={"elinewidth": 0.8}
+        )
+        for bar in bars:
+            bar.set(**style_of(contender, contenders))
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(lines))], list(lines))
+    axes.set_yticks([position + 0.4 - height / 2 for position in range(len(quartiles))], list(quartiles))
     axes.invert_yaxis()
-    axes.set_xlabel("samples a second, as a share of the limit")
+    axes.set_xlabel("samples per second, as a share of the limit")
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110)
+    return figure
+
+
+def style_of(contender: str, contenders: Sequence[str]) -> dict[str, Any]:
+    """Return the style of a contender's bars: ACCENT for Preceptor, grey for the others.
+
+    Each other framework has its own shade; its bars after the first (2 workers) are hatched.
+    """
+    if contender == "ours":
+        return {"facecolor": ACCENT}
+    framework = contender.partition(",")[0]
+    variants = [name for name in contenders if name.partition(",")[0] == framework]
+    shades = list(dict.fromkeys(name.partition(",")[0] for name in contenders if name != "ours"))
+    grey = 0.55 + 0.3 * shades.index(framework) / max(1, len(shades) - 1)
+    return {
+        "facecolor": str(grey),
+        "edgecolor": "white",
+        "linewidth": 0.5,
+        "hatch": "////" if contender != variants[0] else None,
+    }

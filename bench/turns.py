@@ -1,8 +1,7 @@
-"""Contenders take turns: what each one reaches in each round, and the cases that several parts measure.
+"""Alternating turns of contenders, with the throughput of each in each round; cases that several benchmarks measure.
 
-A `Contender` is a greenlet: it moves only in its turns, so that short turns of all of them alternate in one thread, and
-what a busy machine does to one it does to all. (Threads of their own would each have OpenMP threads of their own, more
-than there are cores.)
+A `Contender` is a greenlet: it runs only in its turns. Short turns of all contenders alternate in one thread, so a busy
+machine slows all of them equally. (Separate threads would each start OpenMP threads, together more than the cores.)
 """
 
 import os
@@ -25,14 +24,14 @@ CASES = {
     "ResNet-20, CIFAR-10": ("data=cifar10", "model=resnet20", *CPU),
     "ResNet-20, CIFAR-10, crop_flip": ("data=cifar10", "model=resnet20", "augment=crop_flip", *CPU),
 }
-Turn = Callable[[float], float]  # seconds -> what it reached
+Turn = Callable[[float], float]  # seconds -> measured value, such as samples per second
 
 
 class Contender:
-    """One that moves in its turns only; within `with`, which ends it.
+    """Training loop that runs only in its turns; a context manager, whose exit ends the loop.
 
-    So do its workers: between its turns they are stopped, or they would go on at the cost of the others, and begin the
-    next turn with batches made for nothing.
+    Its worker processes are stopped between its turns. Otherwise they would slow down the other contenders, and the
+    next turn would start with batches that were prepared outside the measured time.
     """
 
     def __init__(self, train: Callable[[Seen], object]) -> None:
@@ -49,14 +48,14 @@ class Contender:
         self._running.throw()
 
     def turn(self, seconds: float) -> float:
-        """Go on for so long, to the end of a step; returns samples a second."""
+        """Continue for `seconds`, up to the end of a step; return samples per second."""
         others = worker_pids() - self._workers
         self._signal(signal.SIGCONT)
         self._seconds, self._samples, self._began = seconds, 0, time.perf_counter()
-        reached: float = self._running.switch()
+        throughput: float = self._running.switch()
         self._workers = worker_pids() - others
         self._signal(signal.SIGSTOP)
-        return reached
+        return throughput
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._workers:
@@ -67,28 +66,28 @@ class Contender:
         self._samples += samples
         if time.perf_counter() - self._began >= self._seconds:
             wait_for_device()
-            took = time.perf_counter() - self._began
+            duration = time.perf_counter() - self._began
             assert self._running.parent is not None
-            self._running.parent.switch(self._samples / took)
+            self._running.parent.switch(self._samples / duration)
 
 
 def worker_pids() -> set[int]:
-    """Return the processes below this one, without the fork server that all our loaders share."""
+    """Return the descendants of this process, except the fork server that all of Preceptor's loaders share."""
     from data.loading.server import worker_server
 
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parents[int(path.parent.name)] = int(path.read_text().rpartition(") ")[2].split()[1])
-    found, rest = set[int](), {os.getpid()}
-    while rest:
-        rest = {pid for pid, parent in parents.items() if parent in rest}
-        found |= rest
-    return found - {worker_server().pid}
+    descendants, generation = set[int](), {os.getpid()}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation}
+        descendants |= generation
+    return descendants - {worker_server().pid}
 
 
 def wait_for_device() -> None:
-    """Until it has done what it was asked to: the next contender is not to pay for it."""
+    """Wait for the kernels that the GPU has queued, so that they do not count in the next contender's turn."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -96,28 +95,29 @@ def wait_for_device() -> None:
 
 
 def in_turns(turns: Mapping[str, Turn], *, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """What each reached in each round, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in turns}
+    """Return the value of each turn in each round, after a warm-up round that is not counted."""
+    values: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(-1, rounds):
-        for name in random.Random(number).sample(names, len(names)):  # the previous contender leaves the caches
-            reached = turns[name](seconds)
+        # In random order: the previous contender determines what is in the caches.
+        for name in random.Random(number).sample(names, len(names)):
+            value = turns[name](seconds)
             if number >= 0:
-                found[name].append(reached)
-    return found
+                values[name].append(value)
+    return values
 
 
 def race(
     trainings: Mapping[str, Callable[[Seen], object]], *, of: str, rounds: int, seconds: float, unit: str = "samples/s"
 ) -> Line:
-    """A line of contenders that run until all have had their turns."""
+    """Run contenders in turns and return their line of measurements."""
     with ExitStack() as stack:
         turns = {name: stack.enter_context(Contender(train)).turn for name, train in trainings.items()}
         return {"unit": unit, "of": of, **in_turns(turns, rounds=rounds, seconds=seconds)}
 
 
 def epoch_of(samples: int, read: Callable[[], object], _: float) -> float:
-    """Samples a second of reading them all once."""
+    """Read all samples once and return samples per second."""
     start = time.perf_counter()
     read()
     return samples / (time.perf_counter() - start)

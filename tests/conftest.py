@@ -1,4 +1,4 @@
-"""What the tests share: one thread, and trainings made in this process from the configs that users compose."""
+"""Shared test helpers: run training in this process from the configs that users compose, in one thread."""
 
 import hashlib
 import json
@@ -15,26 +15,27 @@ from typing import Any
 
 import pytest
 
-# Tests fork this process, so it must have one thread: NumPy's BLAS would start others when it is imported.
+# Tests fork this process, so it must have one thread. NumPy's BLAS would start more threads when it is imported.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import torch
 from hydra import compose, initialize_config_dir
 
 import trainer.run
-from core.composition import settle
+from core.composition import resolve_and_check
 from core.config import CONFIGS, Config
 from core.errors import STOP_SIGNALS
 from core.json_lines import read_lines
 from core.options.declarations import TrainConfig
-from core.resume import resumed
+from core.resume import resumed_config
 from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder, pack
 from trainer.storage.provenance import provenance
 
-del os.environ["OPENBLAS_NUM_THREADS"]  # processes that are executed are as a user's
+del os.environ["OPENBLAS_NUM_THREADS"]  # subprocesses get the same environment as a user's
 
-# 44 training samples are 6 steps an epoch, the last one of half a batch; 12 steps, 11 for validation, 16 for the test.
+# 44 training samples: 6 steps per epoch, the last with half a batch; 12 steps in all.
+# 11 validation samples and 16 test samples.
 SYNTHETIC = (
     *("data=synthetic", "data.train_samples=55", "data.test_samples=16", "data.val_fraction=0.2"),
     *("data.image_size=8", "data.channels=1", "data.num_classes=4", "data.batch_size=8"),
@@ -48,51 +49,51 @@ SMALL = (
 
 @cache
 def composed(*overrides: str) -> Config:
-    """configs/train.yaml with SMALL and these overrides, as the command line would compose it (0.1 s, so kept)."""
-    given = dict(override.split("=", 1) for override in overrides if "=" in override)
-    start = [*(() if "data" in given else SYNTHETIC), *(() if "model" in given else MLP)]
-    choices = {"model": given.get("model", "mlp"), "data": given.get("data", "synthetic")}
+    """Return configs/train.yaml composed with SMALL and these overrides, as the command line does (cached: 0.1 s)."""
+    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
+    defaults = [*(() if "data" in chosen else SYNTHETIC), *(() if "model" in chosen else MLP)]
+    choices = {"model": chosen.get("model", "mlp"), "data": chosen.get("data", "synthetic")}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settle(compose("train", [*start, *SMALL, *overrides]), TrainConfig, choices=choices)
+        return resolve_and_check(compose("train", [*defaults, *SMALL, *overrides]), TrainConfig, choices=choices)
 
 
 def built(folder: Path, *overrides: str) -> Run:
-    """A new run in this folder, before its first step."""
+    """Return a new run in this folder, before its first step."""
     config = composed(*overrides)
-    place = {"run_dir": str(folder)}
-    return Run.create(replace(config, values=config.values | place, record=config.record | place))
+    run_dir = {"run_dir": str(folder)}
+    return Run.create(replace(config, values=config.values | run_dir, record=config.record | run_dir))
 
 
 def run_to_end(run: Run) -> float | None:
-    """What `trainer.run.execute` does with a run that is built."""
+    """Train a run to its end, as `trainer.run.execute` does, and return the best monitored value."""
     with run:
         run.finish(run.loop.fit())
     return run.best_value
 
 
 def stop_after(run: Run, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process a signal while the run makes this step."""
+    """Send this process a signal during this step of the run."""
     run.state.optimizer.register_step_post_hook(
         lambda *_: os.kill(os.getpid(), number) if run.state.step == step - 1 else None
     )
 
 
 def trained(folder: Path, *overrides: str) -> Run:
-    """A new run in this folder, trained to its end."""
+    """Return a new run in this folder, trained to its end."""
     run = built(folder, *overrides)
     run_to_end(run)
     return run
 
 
 def packed(snapshot: Snapshot) -> bytes:
-    """The content of a checkpoint."""
+    """Return the content of a checkpoint file."""
     return b"".join(pack(snapshot))
 
 
 def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
-    """Whatever a resumed run must have in common with an uninterrupted one.
+    """Return what a resumed run must have in common with an uninterrupted one: state hash, values, log lines.
 
-    The wall clock is left out, and so is the config: it has the run's folder and number of workers in it.
+    The wall clock and the config are left out: the config contains the run's folder and its number of workers.
     """
     checkpoints = CheckpointFolder(folder / "checkpoints")
     snapshot, _, damaged = checkpoints.load("last")
@@ -112,26 +113,26 @@ def last_state(folder: Path) -> tuple[str, Any, list[dict[str, Any]]]:
 
 
 def reopened(folder: Path, *overrides: str) -> Run | None:
-    """What `resume=FOLDER` and these overrides restore: None for a finished run."""
-    return Run.resume(resumed(folder, [f"resume={folder}", *overrides], TrainConfig))
+    """Return the run that `resume=FOLDER` and these overrides restore, or None for a finished run."""
+    return Run.resume(resumed_config(folder, [f"resume={folder}", *overrides], TrainConfig))
 
 
-# Command lines, in processes of their own that are forked from this one: torch is there already
+# Command lines, each in a process forked from this one: torch is already imported
 
 
-def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.MonkeyPatch], None]) -> int:
-    """A script in a process and session of its own, its pid; what it says goes behind what `output` holds."""
-    # A signal that comes before the script's own handling is there waits until then.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+def fork_script(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.MonkeyPatch], None]) -> int:
+    """Run a script in a new process and session, append its output to the file `output`, and return its pid."""
+    # Block signals until the script has installed its own handlers.
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     child = os.fork()
     if child:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         os.close(descriptor)
         return child
     os.setsid()
-    for each in (1, 2):
-        os.dup2(descriptor, each)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     code = 1
     try:
@@ -140,7 +141,7 @@ def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.
             patched.setattr(sys, "argv", [script.name, *arguments])
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
             runpy.run_path(str(script), run_name="__main__")
             code = 0
     except SystemExit as stop:
@@ -151,44 +152,53 @@ def forked(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.
         os._exit(code)
 
 
-def ended(child: int, *, within: float = 120) -> int:
-    """The exit code of a process, or minus the signal that ended it."""
+def wait_for_exit(child: int, *, within: float = 120) -> int:
+    """Wait for a process and return its exit code, or the negative number of the signal that ended it."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    raise AssertionError(f"not ended after {within} s")
+    raise AssertionError(f"process still running after {within} s")
 
 
 @pytest.fixture(autouse=True)
-def signals_left_alone() -> Iterator[None]:
-    """A run that is built takes SIGINT and SIGTERM, and gives them back when it has run."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born with it ignored
+def restore_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers after each test: a new run installs its own until it has finished."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def restore_environment() -> Iterator[None]:
+    """Restore the environment variables after each test: a script that runs in this process sets some."""
+    variables = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Two runs that share cores would slow each other down, and the last bits depend on the number."""
+    """Use one torch thread: runs that share cores slow each other down, and last bits depend on the thread count."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_look_at_git() -> Iterator[None]:
-    """Hundreds of runs are made here, and each would start git twice."""
+def cached_provenance() -> Iterator[None]:
+    """Read the git provenance once per session: the tests create hundreds of runs, and each would start git twice."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer.run, "provenance", cache(provenance))
         yield
 
 
-# The torture tests: the same code at a small and at its full size
+# The torture tests: the same code at a small or at full size
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -197,7 +207,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def full(pytestconfig: pytest.Config) -> bool:
-    """Whether the torture tests run at full size."""
+    """Return whether the torture tests run at full size."""
     return bool(pytestconfig.getoption("--full"))
 
 
@@ -206,17 +216,17 @@ KEPT = pytest.StashKey[list[tuple[int, str, str]]]()
 
 @pytest.fixture(scope="session")
 def promise(pytestconfig: pytest.Config) -> Callable[[int, str, str], None]:
-    """Notes that a promise was kept, with a figure: `promise(3, "Resume is exact", "9 of 9 stops")`."""
+    """Return a function that records a kept promise: `promise(3, "Resume is exact", "9 of 9 stops")`."""
     kept = pytestconfig.stash.setdefault(KEPT, [])
-    return lambda number, text, figure: kept.append((number, text, figure))
+    return lambda number, text, measurement: kept.append((number, text, measurement))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """With --full: the promises that were kept, as a table."""
+    """Print the kept promises as a table (with --full)."""
     kept = sorted(config.stash.get(KEPT, []))
     if not kept or not config.getoption("--full"):
         return
     width = max(len(text) for _, text, _ in kept)
     terminalreporter.section("promises")
-    for number, text, figure in kept:
-        terminalreporter.line(f"{number:2}  {text:{width}}  {figure}")
+    for number, text, measurement in kept:
+        terminalreporter.line(f"{number:2}  {text:{width}}  {measurement}")

@@ -1,4 +1,4 @@
-"""Each augmentation against torchvision's own, or another independent reference, for given numbers."""
+"""Each augmentation compared with torchvision, or another independent reference, for fixed random values."""
 
 import math
 
@@ -44,15 +44,15 @@ def uniform(batch: int, count: int) -> torch.Tensor:
 def test_crop_is_a_slice_of_the_padded_image(padding, as_float, mode):
     images = random_images(64, height=10, width=14)
     images = images.float() if as_float else images
-    numbers = uniform(64, 2)
-    numbers[0], numbers[1] = 0, 1 - 2**-24  # the ends of [0, 1)
-    result = RandomCrop(padding=padding, mode=mode)(images, numbers)
+    random_values = uniform(64, 2)
+    random_values[0], random_values[1] = 0, 1 - 2**-24  # the ends of [0, 1)
+    result = RandomCrop(padding=padding, mode=mode)(images, random_values)
     assert result.dtype == images.dtype
     edges = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
     padded = torch.from_numpy(np.pad(images.numpy(), edges, mode="constant" if mode == "black" else "reflect"))
-    for ours, image, (down, right) in zip(result, padded, numbers.tolist()):
+    for actual, image, (down, right) in zip(result, padded, random_values.tolist()):
         top, left = math.floor(down * (2 * padding + 1)), math.floor(right * (2 * padding + 1))
-        assert torch.equal(ours, image[:, top : top + 10, left : left + 14])
+        assert torch.equal(actual, image[:, top : top + 10, left : left + 14])
 
 
 def test_crop_reaches_every_shift_equally():
@@ -62,30 +62,33 @@ def test_crop_reaches_every_shift_equally():
     assert (hits[1:4, 1:4] - 1000).abs().max() < 5 * 1000**0.5 and hits.sum() == 9000
 
 
-def test_flip_mirrors_those_below_the_probability():
-    images, numbers = random_images(100), uniform(100, 1)
+def test_flip_mirrors_images_whose_draw_is_below_the_probability():
+    images, random_values = random_images(100), uniform(100, 1)
     for probability in (0.0, 0.3, 1.0):
-        result = RandomFlip(probability=probability)(images, numbers)
+        result = RandomFlip(probability=probability)(images, random_values)
         assert result.dtype == torch.uint8
-        for ours, image, number in zip(result, images, numbers[:, 0].tolist()):
-            assert torch.equal(ours, image.flip(-1) if number < probability else image)
+        for actual, image, random_value in zip(result, images, random_values[:, 0].tolist()):
+            assert torch.equal(actual, image.flip(-1) if random_value < probability else image)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_reflection_repeats_if_the_padding_is_wider_than_the_image(side):
-    images, numbers = random_images(8, height=side, width=side), torch.zeros(8, 2)  # its upper left corner
+    images, random_values = (
+        random_images(8, height=side, width=side),
+        torch.zeros(8, 2),
+    )  # draw 0 crops the upper left corner
     edges = [(0, 0), (0, 0), (5, 5), (5, 5)]
     padded = np.pad(images.numpy(), edges, mode="reflect" if side > 1 else "edge")
-    assert (RandomCrop(padding=5, mode="reflect")(images, numbers).numpy() == padded[..., :side, :side]).all()
+    assert (RandomCrop(padding=5, mode="reflect")(images, random_values).numpy() == padded[..., :side, :side]).all()
 
 
 def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
     images = random_images(400)
-    frame = Augmentations({"flip": AlternatingFlip()}, seed=5, num_classes=4)
+    augmentations = Augmentations({"flip": AlternatingFlip()}, seed=5, num_classes=4)
     rows, labels = torch.arange(400), torch.zeros(400, dtype=torch.long)
     mirrored = []
     for epoch in range(4):
-        drawn = frame.draw(epoch=epoch, samples=400, device=torch.device("cpu"))
+        drawn = augmentations.draw(epoch=epoch, samples=400, device=torch.device("cpu"))
         result, _, _ = drawn(images, labels, rows)
         is_mirrored = (result == images.flip(-1)).flatten(1).all(1)
         assert torch.equal(is_mirrored, ~(result == images).flatten(1).all(1))
@@ -95,15 +98,15 @@ def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14)])
-def test_affine_is_torchvisions(height, width):
+def test_affine_equals_torchvision(height, width):
     from torchvision.transforms.functional import InterpolationMode, affine
 
     step = RandomAffine(translate=0.2, scale=[0.7, 1.4], rotate=60, shear=25, mirror=0.5)
-    images, numbers = random_images(40, height=height, width=width), uniform(40, 6)
-    result = step(images, numbers)
+    images, random_values = random_images(40, height=height, width=width), uniform(40, 6)
+    result = step(images, random_values)
     assert result.dtype == torch.float32
     flips = 0
-    for ours, image, row in zip(result, images, numbers.tolist()):
+    for actual, image, row in zip(result, images, random_values.tolist()):
         right, down, size, turn, lean, mirror = row
         flips += mirror < 0.5
         expected = affine(
@@ -115,34 +118,34 @@ def test_affine_is_torchvisions(height, width):
             interpolation=InterpolationMode.BILINEAR,
             fill=None,  # zeros; a value would be blended in by a mask
         )[0]
-        assert (ours - expected).abs().max() < 0.02  # of 255
+        assert (actual - expected).abs().max() < 0.02  # of 255
     assert 0 < flips < 40
 
 
 def test_affine_with_zero_ranges_is_the_identity():
     images = random_images(8)
-    still = RandomAffine(translate=0, scale=[1, 1], rotate=0, shear=0, mirror=0)
-    assert (still(images, uniform(8, 6)) - images).abs().max() < 1e-3
+    identity = RandomAffine(translate=0, scale=[1, 1], rotate=0, shear=0, mirror=0)
+    assert (identity(images, uniform(8, 6)) - images).abs().max() < 1e-3
     shifted = RandomAffine(translate=0.25, scale=[1, 1], rotate=0, shear=0, mirror=0)
-    numbers = torch.tensor([[1.0, 0.5, 0, 0, 0, 0]]).expand(8, 6)  # a quarter to the right: 3 of 12 pixels
-    assert (shifted(images, numbers)[..., 3:] - images[..., :-3]).abs().max() < 1e-3
-    assert shifted(images, numbers)[..., :3].abs().max() < 1e-3
+    random_values = torch.tensor([[1.0, 0.5, 0, 0, 0, 0]]).expand(8, 6)  # a quarter to the right: 3 of 12 pixels
+    assert (shifted(images, random_values)[..., 3:] - images[..., :-3]).abs().max() < 1e-3
+    assert shifted(images, random_values)[..., :3].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 12, 12), (1, 9, 14)])
 @pytest.mark.parametrize("as_float", [False, True])
-def test_resized_crop_is_torchvisions(channels, height, width, as_float):
+def test_resized_crop_equals_torchvision(channels, height, width, as_float):
     step = RandomResizedCrop(area=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
-    images, numbers = random_images(60, channels, height, width), uniform(60, 4)
+    images, random_values = random_images(60, channels, height, width), uniform(60, 4)
     images = images.float() if as_float else images
-    numbers[0], numbers[1] = 0, 1 - 2**-24
-    result = step(images, numbers)
+    random_values[0], random_values[1] = 0, 1 - 2**-24
+    result = step(images, random_values)
     assert result.dtype == torch.float32
-    boxes = rectangles(numbers, area=step.area, ratio=step.ratio, height=height, width=width)
-    for ours, image, box in zip(result, images, torch.stack(boxes, dim=1).long().tolist()):
+    boxes = rectangles(random_values, area=step.area, ratio=step.ratio, height=height, width=width)
+    for actual, image, box in zip(result, images, torch.stack(boxes, dim=1).long().tolist()):
         for antialias in (False, True):
             expected = reference.resized_crop(image.float(), *box, size=[height, width], antialias=antialias)
-            assert (ours - expected).abs().max() < 0.02  # of 255
+            assert (actual - expected).abs().max() < 0.02  # of 255
 
 
 @pytest.mark.parametrize(("area", "ratio", "height", "width"), [
@@ -152,19 +155,20 @@ def test_resized_crop_is_torchvisions(channels, height, width, as_float):
 ])  # fmt: skip
 def test_random_rectangles_have_the_configured_area_and_aspect_ratio(area, ratio, height, width):
     top, left, tall, wide = (
-        part.double() for part in rectangles(uniform(20000, 4), area=area, ratio=ratio, height=height, width=width)
+        coordinates.double()
+        for coordinates in rectangles(uniform(20000, 4), area=area, ratio=ratio, height=height, width=width)
     )
     assert min(top.min(), left.min()) >= 0 and min(tall.min(), wide.min()) >= 1
     assert (top + tall).max() <= height and (left + wide).max() <= width
     shares = tall * wide / (height * width)
     assert stats.kstest(shares.numpy(), stats.uniform(area[0], area[1] - area[0]).cdf).statistic < 0.02
-    shapes = wide / tall
+    aspect_ratios = wide / tall
     if height == width:
-        fits = shares < 0.7  # then every ratio has room
-        assert shapes[fits].min() > ratio[0] * 0.96 and shapes[fits].max() < ratio[1] * 1.04
-        spread = stats.uniform(math.log(ratio[0]), math.log(ratio[1] / ratio[0]))
-        assert stats.kstest(shapes[fits].log().numpy(), spread.cdf).statistic < 0.03
-    # Where there is room, each place is as likely as any other, the last one too.
+        unclipped = shares < 0.7  # every aspect ratio fits into the image
+        assert aspect_ratios[unclipped].min() > ratio[0] * 0.96 and aspect_ratios[unclipped].max() < ratio[1] * 1.04
+        log_uniform = stats.uniform(math.log(ratio[0]), math.log(ratio[1] / ratio[0]))
+        assert stats.kstest(aspect_ratios[unclipped].log().numpy(), log_uniform.cdf).statistic < 0.03
+    # If there is room, every position is equally likely, including the last one.
     for start, side, room in ((top, tall, height), (left, wide, width)):
         if (free := side < 0.7 * room).any():
             assert abs((start / (room - side))[free].mean() - 0.5) < 0.02
@@ -172,20 +176,22 @@ def test_random_rectangles_have_the_configured_area_and_aspect_ratio(area, ratio
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 33)])
-def test_elastic_is_torchvisions_of_scipys_displacement(height, width):
+def test_elastic_equals_torchvision_with_scipys_displacement(height, width):
     step = Elastic(alpha=34, sigma=4)
-    images, numbers = random_images(6, 1, height, width), uniform(6, 1)
-    given = step.displacements(numbers, height=height, width=width)
-    noise = (2 * (per_pixel(numbers[:, 0], 2 * height * width) >> 16) + 1) / 2**16
+    images, random_values = random_images(6, 1, height, width), uniform(6, 1)
+    displacements = step.displacements(random_values, height=height, width=width)
+    noise = (2 * (per_pixel(random_values[:, 0], 2 * height * width) >> 16) + 1) / 2**16
     assert noise.min() >= -1 and noise.max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.01
-    for displacement, field, ours, image in zip(given, noise.view(given.shape), step(images, numbers), images):
+    for displacement, field, actual, image in zip(
+        displacements, noise.view(displacements.shape), step(images, random_values), images
+    ):
         for smooth, axis in zip(displacement.numpy(), field.double().numpy()):
             assert abs(34 * ndimage.gaussian_filter(axis, 4, mode="constant", truncate=8) - smooth).max() < 2e-3
-        across = displacement * torch.tensor([2 / width, 2 / height]).view(2, 1, 1)  # the sides are -1 to 1
-        expected = reference.elastic(image.float(), across.permute(1, 2, 0)[None], fill=None)
-        assert (ours - expected).abs().max() < 0.02
-    assert 1 < given.square().mean().sqrt() < 1.5  # 0.16 * 34 / 4, and less at the border
-    assert torch.equal(Elastic(alpha=0, sigma=4)(images, numbers).round(), images.float())
+        normalised = displacement * torch.tensor([2 / width, 2 / height]).view(2, 1, 1)  # the sides are -1 to 1
+        expected = reference.elastic(image.float(), normalised.permute(1, 2, 0)[None], fill=None)
+        assert (actual - expected).abs().max() < 0.02
+    assert 1 < displacements.square().mean().sqrt() < 1.5  # 0.16 * 34 / 4, and less at the border
+    assert torch.equal(Elastic(alpha=0, sigma=4)(images, random_values).round(), images.float())
 
 
 # Colour
@@ -193,50 +199,50 @@ def test_elastic_is_torchvisions_of_scipys_displacement(height, width):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("as_float", [False, True])
-def test_color_shift_is_torchvisions(channels, as_float):
-    images, numbers = random_images(40, channels), uniform(40, 4)
-    images[0], images[1, :, :, :6] = 0, 255  # black, and greys among colours
+def test_color_shift_equals_torchvision(channels, as_float):
+    images, random_values = random_images(40, channels), uniform(40, 4)
+    images[0], images[1, :, :, :6] = 0, 255  # a black image, and grey pixels beside coloured ones
     images = images.float() if as_float else images
     strengths = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.9, "hue": 0.5}
-    result = ColorShift(**strengths)(images, numbers)
-    for ours, image, row in zip(result, images, numbers.tolist()):
+    result = ColorShift(**strengths)(images, random_values)
+    for actual, image, row in zip(result, images, random_values.tolist()):
         brightness, contrast, saturation, hue = ((2 * u - 1) * s for u, s in zip(row, strengths.values()))
         expected = reference.adjust_brightness(image.float() / 255, 1 + brightness)
         expected = reference.adjust_contrast(expected, 1 + contrast)
         expected = reference.adjust_saturation(expected, 1 + saturation)
         expected = reference.adjust_hue(expected, hue)
-        assert (ours - 255 * expected).abs().max() < 0.02
+        assert (actual - 255 * expected).abs().max() < 0.02
     assert (result[1:] - images[1:]).abs().amax(dim=(1, 2, 3)).min() > 1
-    nothing = ColorShift(brightness=0, contrast=0, saturation=0, hue=0)
-    assert torch.equal(nothing(images, numbers), images.float())
+    identity = ColorShift(brightness=0, contrast=0, saturation=0, hue=0)
+    assert torch.equal(identity(images, random_values), images.float())
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_color_shift_one_at_a_time(name):
-    """Alone, so that no order and no cutting off of the others hides a mistake."""
-    images, numbers = random_images(20), uniform(20, 4)
+def test_each_color_shift_equals_torchvision_alone(name):
+    """One shift at a time: neither the order nor the clipping of the other shifts can hide a mistake."""
+    images, random_values = random_images(20), uniform(20, 4)
     strengths = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0} | {name: 0.3}
-    result = ColorShift(**strengths)(images, numbers)
+    result = ColorShift(**strengths)(images, random_values)
     adjust = getattr(reference, f"adjust_{name}")
-    for ours, image, number in zip(result, images, numbers[:, list(strengths).index(name)].tolist()):
-        change = 0.3 * (2 * number - 1) + (name != "hue")
-        assert (ours - 255 * adjust(image.float() / 255, change)).abs().max() < 0.02
+    for actual, image, random_value in zip(result, images, random_values[:, list(strengths).index(name)].tolist()):
+        change = 0.3 * (2 * random_value - 1) + (name != "hue")
+        assert (actual - 255 * adjust(image.float() / 255, change)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pca_color_is_the_papers_formula_with_numpys_eigenvectors(channels):
-    images, numbers = random_images(30, channels, 5, 5), uniform(30, 3)
+def test_pca_color_equals_the_papers_formula_with_numpys_eigenvectors(channels):
+    images, random_values = random_images(30, channels, 5, 5), uniform(30, 3)
     mixing = np.array([[0.2, 0.05, 0.1], [0.0, 0.1, 0.03], [0.02, 0.01, 0.04]])[:channels, :channels]
     covariance = mixing @ mixing.T
     step = PCAColor(sigma=0.7)
     step.fit(torch.zeros(channels), torch.from_numpy(covariance))
     values, vectors = np.linalg.eigh(covariance)
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(channels)])
-    for ours, image, row in zip(step(images, numbers), images, numbers.double().numpy()):
+    for actual, image, row in zip(step(images, random_values), images, random_values.double().numpy()):
         multiples = 0.7 * stats.norm.ppf(row[:channels] + 2**-25)
         shift = 255 * vectors @ (multiples * values)
-        assert np.abs(ours.numpy() - (image.numpy() + shift[:, None, None])).max() < 1e-3
-    assert torch.equal(PCAColor(sigma=0.7)(images, numbers), images.float())  # fitted to nothing
+        assert np.abs(actual.numpy() - (image.numpy() + shift[:, None, None])).max() < 1e-3
+    assert torch.equal(PCAColor(sigma=0.7)(images, random_values), images.float())  # not fitted: no shift
 
 
 def test_pca_color_shifts_have_the_covariance_of_the_data():
@@ -254,22 +260,22 @@ def test_pca_color_shifts_have_the_covariance_of_the_data():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("as_float", [False, True])
 @pytest.mark.parametrize("fill", ["random", "mean", "black"])
-def test_erasing_is_torchvisions(channels, as_float, fill):
+def test_erasing_equals_torchvision(channels, as_float, fill):
     step = RandomErasing(probability=0.6, area=[0.02, 0.4], ratio=[0.3, 1 / 0.3], fill=fill)
     step.fit(torch.tensor([0.2, 0.4, 0.6][:channels]), torch.eye(channels))
-    images, numbers = random_images(60, channels, 12, 20), uniform(60, 6)
+    images, random_values = random_images(60, channels, 12, 20), uniform(60, 6)
     images = images.float() if as_float else images
-    result = step(images, numbers)
+    result = step(images, random_values)
     assert result.dtype == images.dtype
-    noise = (per_pixel(numbers[:, 5], channels * 240) >> 24).view(images.shape) + 128
-    boxes = rectangles(numbers[:, 1:5], area=step.area, ratio=step.ratio, height=12, width=20)
+    noise = (per_pixel(random_values[:, 5], channels * 240) >> 24).view(images.shape) + 128
+    boxes = rectangles(random_values[:, 1:5], area=step.area, ratio=step.ratio, height=12, width=20)
     erased = 0
     for index, (top, left, tall, wide) in enumerate(torch.stack(boxes, dim=1).long().tolist()):
         value = torch.tensor([51, 102, 153][:channels] if fill == "mean" else [0] * channels)[:, None, None]
         if fill == "random":
             value = noise[index, :, top : top + tall, left : left + wide]
         expected = images[index]
-        if numbers[index, 0] < 0.6:
+        if random_values[index, 0] < 0.6:
             expected = reference.erase(expected, top, left, tall, wide, value.to(images.dtype))
             erased += 1
         assert torch.equal(result[index], expected)
@@ -278,27 +284,27 @@ def test_erasing_is_torchvisions(channels, as_float, fill):
 
 
 @pytest.mark.parametrize(("sigma", "height", "width"), [([0.1, 1.0], 12, 12), ([0.5, 2.0], 9, 14), ([1.0, 3.0], 5, 7)])
-def test_blur_is_torchvisions(sigma, height, width):
-    images, numbers = random_images(20, 3, height, width), uniform(20, 2)
-    result = RandomBlur(probability=0.7, sigma=sigma)(images, numbers)
+def test_blur_equals_torchvision(sigma, height, width):
+    images, random_values = random_images(20, 3, height, width), uniform(20, 2)
+    result = RandomBlur(probability=0.7, sigma=sigma)(images, random_values)
     radius = min(math.ceil(3 * sigma[1]), height - 1)
-    for ours, image, (chance, size) in zip(result, images, numbers.tolist()):
+    for actual, image, (chance, size) in zip(result, images, random_values.tolist()):
         if chance >= 0.7:
-            assert torch.equal(ours, image.float())
+            assert torch.equal(actual, image.float())
             continue
         width_of_gaussian = sigma[0] + size * (sigma[1] - sigma[0])
         expected = reference.gaussian_blur(image.float(), [2 * radius + 1] * 2, [width_of_gaussian] * 2)
-        assert (ours - expected).abs().max() < 0.01
+        assert (actual - expected).abs().max() < 0.01
 
 
 def test_noise_is_normal_with_the_configured_deviation():
     images = torch.full((400, 3, 24, 24), 128, dtype=torch.uint8)
-    numbers = uniform(400, 3)
-    noise = RandomNoise(probability=0.5, sd=20)(images, numbers).double() - 128
-    noisy = numbers[:, 0] < 0.5
+    random_values = uniform(400, 3)
+    noise = RandomNoise(probability=0.5, sd=20)(images, random_values).double() - 128
+    noisy = random_values[:, 0] < 0.5
     assert noise[~noisy].abs().max() == 0
-    unit = (noise[noisy] / (20 * numbers[noisy, 1, None, None, None].double())).clamp(-9, 9)
-    unit = unit[numbers[noisy, 1] > 0.1]
+    unit = (noise[noisy] / (20 * random_values[noisy, 1, None, None, None].double())).clamp(-9, 9)
+    unit = unit[random_values[noisy, 1] > 0.1]
     assert stats.kstest(unit.flatten().numpy(), "norm").statistic < 0.005
     assert abs(unit.var() - 1) < 0.01 and len(unit.unique()) > 40000
     for shift in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):  # samples, colours, neighbours
@@ -310,24 +316,24 @@ def test_noise_is_normal_with_the_configured_deviation():
 # Mixing
 
 
-def test_mixup_by_hand():
+def test_mixup_equals_values_computed_by_hand():
     images = torch.tensor([[[[100, 200]]], [[[0, 40]]]], dtype=torch.uint8)  # a sample and its partner
     labels = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     step = Mixup(alpha=1, probability=0.5)  # Beta(1, 1) is uniform
     mixed, targets = step(images, labels, torch.tensor([[0.4, 0.75]]))
     assert mixed.tolist() == [[[[75.0, 160.0]]]] and targets.tolist() == [[0.25, 0.75, 0.0]]
-    mixed, targets = step(images, labels, torch.tensor([[0.5, 0.75]]))  # not below the probability
+    mixed, targets = step(images, labels, torch.tensor([[0.5, 0.75]]))  # a draw at the probability does not mix
     assert mixed.tolist() == [[[[100.0, 200.0]]]] and targets.tolist() == [[0.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("as_float", [False, True])
-def test_cutmix_is_the_papers_algorithm(as_float):
-    images, numbers = random_images(60, 3, 10, 14), uniform(30, 4)
+def test_cutmix_equals_the_papers_algorithm(as_float):
+    images, random_values = random_images(60, 3, 10, 14), uniform(30, 4)
     images = images.float() if as_float else images
-    labels = functional.one_hot(torch.arange(60) % 7, 7).float()  # never the same as the partner's
-    mixed, targets = CutMix(alpha=1, probability=0.8)(images, labels, numbers)
+    labels = functional.one_hot(torch.arange(60) % 7, 7).float()  # never equal to the partner's label
+    mixed, targets = CutMix(alpha=1, probability=0.8)(images, labels, random_values)
     assert mixed.dtype == images.dtype
-    for index, (chance, share, across, down) in enumerate(numbers.tolist()):
+    for index, (chance, share, across, down) in enumerate(random_values.tolist()):
         expected, kept = images[index].clone(), 1.0
         if chance < 0.8:
             wide, tall = int(14 * math.sqrt(1 - share)), int(10 * math.sqrt(1 - share))
@@ -345,34 +351,34 @@ def test_cutmix_is_the_papers_algorithm(as_float):
 
 
 @pytest.mark.parametrize("a", [0.05, 0.2, 0.4, 1.0, 1.5, 8.0])
-def test_beta_is_scipys(a):
-    numbers = torch.cat([uniform(20000, 1)[:, 0], torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])])
-    ours = SymmetricBeta("alpha", a)(numbers).double().numpy()
-    expected = stats.beta.ppf(numbers.double().numpy(), a, a)
-    assert ours.min() >= 0 and ours.max() <= 1
-    assert np.abs(ours - expected).mean() < 2e-5
-    inside = (numbers > 1e-3) & (numbers < 1 - 1e-3)  # steep ends are straight lines of the table
-    assert np.abs(ours - expected)[inside.numpy()].max() < 1e-3
+def test_beta_quantiles_equal_scipy(a):
+    random_values = torch.cat([uniform(20000, 1)[:, 0], torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])])
+    actual = SymmetricBeta("alpha", a)(random_values).double().numpy()
+    expected = stats.beta.ppf(random_values.double().numpy(), a, a)
+    assert actual.min() >= 0 and actual.max() <= 1
+    assert np.abs(actual - expected).mean() < 2e-5
+    inside = (random_values > 1e-3) & (random_values < 1 - 1e-3)  # near 0 and 1 the table interpolates linearly
+    assert np.abs(actual - expected)[inside.numpy()].max() < 1e-3
 
 
-def test_normal_is_scipys():
-    numbers = torch.cat([uniform(2000, 1)[:, 0], torch.tensor([0.0, 1 - 2**-24])])
-    assert np.abs(normal(numbers).numpy() - stats.norm.ppf(numbers.double().numpy() + 2**-25)).max() < 1e-5
+def test_normal_quantiles_equal_scipy():
+    random_values = torch.cat([uniform(2000, 1)[:, 0], torch.tensor([0.0, 1 - 2**-24])])
+    assert np.abs(normal(random_values).numpy() - stats.norm.ppf(random_values.double().numpy() + 2**-25)).max() < 1e-5
 
 
 def test_random_values_per_pixel_are_uniform_and_differ():
-    seeds = torch.cat([uniform(100, 1)[:, 0], torch.arange(100) / 2**24])  # near ones too
-    numbers = per_pixel(seeds, 5000)
-    assert len(numbers.unique()) > 0.999 * numbers.numel()
-    spread = numbers.double() / 2**32 + 0.5
-    assert stats.kstest(spread[:, ::5].flatten().numpy(), "uniform").statistic < 0.003
+    seeds = torch.cat([uniform(100, 1)[:, 0], torch.arange(100) / 2**24])  # close seeds, too
+    random_values = per_pixel(seeds, 5000)
+    assert len(random_values.unique()) > 0.999 * random_values.numel()
+    uniform_values = random_values.double() / 2**32 + 0.5
+    assert stats.kstest(uniform_values[:, ::5].flatten().numpy(), "uniform").statistic < 0.003
     for bit in range(32):
-        ones = (numbers >> bit & 1).double()
+        ones = (random_values >> bit & 1).double()
         assert abs(ones.mean() - 0.5) < 0.002
-    unit = (spread - 0.5) * 12**0.5
+    standardised = (uniform_values - 0.5) * 12**0.5
     for shift in ((1, 0), (0, 1), (0, 28), (0, 32)):
-        assert abs((unit * unit.roll(shift, (0, 1))).mean()) < 0.004
-    assert (unit.mean(1).abs() < 6 / 5000**0.5).all() and (unit.mean(0).abs() < 6 / 200**0.5).all()
+        assert abs((standardised * standardised.roll(shift, (0, 1))).mean()) < 0.004
+    assert (standardised.mean(1).abs() < 6 / 5000**0.5).all() and (standardised.mean(0).abs() < 6 / 200**0.5).all()
 
 
 # Wrong arguments

@@ -1,4 +1,4 @@
-"""Data that is broken, too large, missing or changed."""
+"""Damaged, oversized, missing and changed data."""
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -59,7 +60,7 @@ def bad_contents() -> dict[str, bytes]:
 
 
 def write(base: Path, counts: dict[str, int], bad: dict[tuple[str, int], bytes]) -> None:
-    """Images whose red tells their class and number, but for the bad ones."""
+    """Write images whose red value encodes class and number; `bad` replaces the content of some."""
     for shift, (name, count) in enumerate(counts.items()):
         (base / name).mkdir(parents=True)
         for number in range(count):
@@ -83,10 +84,10 @@ def prepared(root: Path, *, streamed: bool = False, **changes: object) -> splits
     )
 
 
-def epoch(part: Images, *, num_workers: int, start: int = 0) -> list[torch.Tensor]:
+def epoch(images: Images, *, num_workers: int, start: int = 0) -> list[torch.Tensor]:
     loader = TrainLoader(
-        part,
-        batch_size=min(16, len(part)),
+        images,
+        batch_size=min(16, len(images)),
         accumulate=1,
         seed=1,
         num_workers=num_workers,
@@ -94,7 +95,7 @@ def epoch(part: Images, *, num_workers: int, start: int = 0) -> list[torch.Tenso
         augmentations=Augmentations({}, seed=1, num_classes=3),
         normalisation=Normalisation({"mean": torch.zeros(3), "std": torch.ones(3)}),
     )
-    return [part for [batch] in loader.steps(2, start) for part in batch]
+    return [tensor for [batch] in loader.steps(2, start) for tensor in batch]
 
 
 @pytest.mark.parametrize("kind", bad_contents())
@@ -111,54 +112,56 @@ def test_unreadable_image_is_an_error_or_skipped(tmp_path, caplog, kind):
     assert record.getMessage().startswith(f"{tmp_path / 'a/001.jpg'}: ")
 
 
-def test_gif_is_decoded(tmp_path):
+def test_first_frame_of_a_gif_is_decoded(tmp_path):
     frames = [Image.new("RGB", (9, 7), (red, 0, 0)) for red in (7, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert decode(tmp_path / "moving.gif", image_size=4, channels=3)[0, 0, 0] == 7
 
 
-def test_replacement_of_an_unreadable_image_is_the_same_for_any_loading_and_after_a_resume(tmp_path, caplog):
+def test_replacement_of_an_unreadable_image_does_not_depend_on_loading_or_resume(tmp_path, caplog):
     contents = list(bad_contents().values())
     bad = {("a", 0): contents[0], ("a", 1): contents[1], ("b", 69): contents[2], ("c", 5): contents[4]}
     write(tmp_path, {"a": 200, "b": 70, "c": 130}, bad)
-    whole = prepared(tmp_path)
-    red = whole.train.pixels[:, 0, 0, 0]
-    # The next good one of the class; around its end for the last of b.
+    in_memory = prepared(tmp_path)
+    red = in_memory.train.pixels[:, 0, 0, 0]
+    # The replacement is the next readable image of the class, wrapping around after the last image of b.
     assert [red[row].item() for row in (0, 1, 2, 269, 270, 275)] == [2, 2, 2, 100, 200, 206]
-    assert whole.train.labels.bincount().tolist() == [200, 70, 130]
-    told = sorted(record.getMessage().partition(":")[0] for record in caplog.records)
-    assert told == sorted(str(tmp_path / name / f"{number:03}.jpg") for name, number in bad)
-    expected = epoch(whole.train, num_workers=0)
+    assert in_memory.train.labels.bincount().tolist() == [200, 70, 130]
+    reported = sorted(record.getMessage().partition(":")[0] for record in caplog.records)
+    assert reported == sorted(str(tmp_path / name / f"{number:03}.jpg") for name, number in bad)
+    expected = epoch(in_memory.train, num_workers=0)
     for num_workers in (0, 1, 2):
         caplog.clear()
         streamed = prepared(tmp_path, streamed=True)
         assert all(
-            torch.equal(streamed.normalisation.tensors[key], whole.normalisation.tensors[key])
+            torch.equal(streamed.normalisation.tensors[key], in_memory.normalisation.tensors[key])
             for key in ("mean", "std")
         )
         for start in (0, 7):
-            found = epoch(streamed.train, num_workers=num_workers, start=start)
-            assert all(torch.equal(*pair) for pair in zip(found, expected[3 * start :], strict=True))
+            tensors = epoch(streamed.train, num_workers=num_workers, start=start)
+            assert all(torch.equal(*pair) for pair in zip(tensors, expected[3 * start :], strict=True))
         loader = EvalLoader(
             streamed.train,
             batch_size=7,
-            normalisation=whole.normalisation,
+            normalisation=in_memory.normalisation,
             device=torch.device("cpu"),
             num_workers=num_workers,
         )
-        assert torch.equal(torch.cat([batch.images for batch in loader]), whole.normalisation(whole.train.pixels))
-        assert len(caplog.records) == 4  # once each, though they were read four times
+        assert torch.equal(
+            torch.cat([batch.images for batch in loader]), in_memory.normalisation(in_memory.train.pixels)
+        )
+        assert len(caplog.records) == 4  # each image is reported once, although it was read four times
     fresh = prepared(tmp_path, streamed=True)
-    fresh.train.pixels.bad.clear()  # as statistics have not met them: then workers do, and send word
+    fresh.train.pixels.known.bad.clear()  # as if unknown to the statistics: the workers find and report them
     caplog.clear()
     epoch(fresh.train, num_workers=2)
-    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == told
+    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == reported
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_too_many_unreadable_images_end_the_run(tmp_path, streamed):
     write(tmp_path, {"a": 150, "b": 149}, {("a", 3): b"", ("b", 7): HTML})
-    prepared(tmp_path, streamed=streamed)  # 2 of 299
+    prepared(tmp_path, streamed=streamed)  # 2 of 299 unreadable: allowed
     (tmp_path / "a/004.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"3 of 299 images are unreadable; data.on_bad_image=skip allows 2") as caught:
         prepared(tmp_path, streamed=streamed)
@@ -168,7 +171,7 @@ def test_too_many_unreadable_images_end_the_run(tmp_path, streamed):
 def test_class_without_a_readable_image_is_an_error(tmp_path):
     write(tmp_path, {"a": 150, "b": 2}, {("b", 0): b"", ("b", 1): b""})
     (tmp_path / "a/000.jpg").rename(tmp_path / "b/extra.txt")
-    with pytest.raises(DataError, match="2 of 151 images are bad"):
+    with pytest.raises(DataError, match="2 of 151 images are unreadable"):
         prepared(tmp_path)
     (tmp_path / "b/001.jpg").unlink()
     with pytest.raises(DataError, match="is bad, as are all other images of its class") as caught:
@@ -190,7 +193,7 @@ def test_run_that_skips_unreadable_images_resumes_after_a_stop(tmp_path, caplog)
     overrides += ("data.on_bad_image=skip", "data.memory_budget=0", "data.test_fraction=0.5", "data.num_workers=1")
     overrides += ("data.timeout_s=77",)
     weights = []
-    for name, stop in (("whole", None), ("stopped", 2)):
+    for name, stop in (("uninterrupted", None), ("stopped", 2)):
         run = built(tmp_path / name, *overrides)
         if stop:
             stop_after(run, stop)
@@ -209,7 +212,7 @@ def test_run_that_skips_unreadable_images_resumes_after_a_stop(tmp_path, caplog)
 
 
 def png(width: int, height: int) -> bytes:
-    """A real one, all black: a row of zeros takes a thousandth of its length."""
+    """Return a valid black PNG: a row of zeros is compressed to about a thousandth of its size."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -220,7 +223,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_decompression_bomb_takes_no_memory(tmp_path):
+def test_decompression_bomb_is_refused_without_allocating_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(20_000, 15_000))
     assert (tmp_path / "bomb.png").stat().st_size < 3_000_000
     program = (
@@ -232,11 +235,11 @@ def test_decompression_bomb_takes_no_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "bomb.png")], capture_output=True, text=True, timeout=60
     )
-    told, grown = done.stdout.splitlines()
-    assert told.startswith(f"error[data] {tmp_path / 'bomb.png'}: has 20000 x 15000 = 300,000,000 pixels: ")
-    assert told.endswith("must be at most data.max_pixels = 100,000,000")
-    assert int(grown) < 20_000  # KiB
-    assert done.stderr == ""  # no warning of Pillow's
+    message, growth = done.stdout.splitlines()
+    assert message.startswith(f"error[data] {tmp_path / 'bomb.png'}: has 20000 x 15000 = 300,000,000 pixels: ")
+    assert message.endswith("must be at most data.max_pixels = 100,000,000")
+    assert int(growth) < 20_000  # KiB
+    assert done.stderr == ""  # no warning from Pillow
 
 
 def test_odd_image_sizes_work_and_max_pixels_is_exact(tmp_path):
@@ -249,7 +252,7 @@ def test_odd_image_sizes_work_and_max_pixels_is_exact(tmp_path):
 
 
 def test_images_over_pillows_own_limit_are_decoded_up_to_max_pixels(tmp_path, recwarn):
-    assert Image.MAX_IMAGE_PIXELS is not None and 14_000 * 13_000 > 2 * Image.MAX_IMAGE_PIXELS  # where Pillow raises
+    assert Image.MAX_IMAGE_PIXELS is not None and 14_000 * 13_000 > 2 * Image.MAX_IMAGE_PIXELS  # Pillow would raise
     (tmp_path / "large.png").write_bytes(png(14_000, 13_000))
     assert decode(tmp_path / "large.png", image_size=4, channels=1, max_pixels=182_000_000).shape == (1, 4, 4)
     assert not recwarn.list
@@ -288,21 +291,21 @@ def test_decoding_restores_pillows_limit(tmp_path, monkeypatch, limit):
 def test_fork_during_decoding_restores_pillows_limit_in_the_child(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     (tmp_path / "good.png").write_bytes(png(30, 30))
-    with decoding.UNLIMITED, decoding.UNLIMITED._lock:  # as if another thread were decoding, and just held the lock
+    with decoding.UNLIMITED, decoding.UNLIMITED._lock:  # as if another thread were decoding and held the lock
         child = os.fork()
         if child == 0:
             code = 1
             with contextlib.suppress(BaseException):
                 signal.alarm(20)
-                before = Image.MAX_IMAGE_PIXELS
+                limit_before = Image.MAX_IMAGE_PIXELS
                 decode(tmp_path / "good.png", image_size=4, channels=3)
-                code = 0 if before == Image.MAX_IMAGE_PIXELS == 100 else 2
+                code = 0 if limit_before == Image.MAX_IMAGE_PIXELS == 100 else 2
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_importing_the_decoder_changes_nothing_and_imports_little():
+def test_importing_the_decoder_has_no_side_effects():
     program = (
         "import atexit, signal, sys, warnings\n"
         "import torch\nfrom PIL import Image\n"
@@ -313,29 +316,29 @@ def test_importing_the_decoder_changes_nothing_and_imports_little():
         "import data.sources.decode, data.sources.images, data.sources.pixels, data.loading.normalisation\n"
         "assert state() == before, (before, state())\n"
         "plugins = sorted(name for name in sys.modules if name.startswith('PIL.') and name.endswith('Plugin'))\n"
-        "others = {name.partition('.')[0] for name in sys.modules}\n"
-        "print(plugins, sorted(others & {'rich', 'torchvision', 'hydra', 'omegaconf'}))\n"
+        "packages = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(plugins, sorted(packages & {'rich', 'torchvision', 'hydra', 'omegaconf'}))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[] []\n", "")
 
 
-# ------------------------------------------------------------------------------------------------------ files that go
+# --------------------------------------------------------------------------------------------------------- lost files
 
 
 def test_file_that_disappears_is_a_data_error_not_an_unreadable_image(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "PAUSES", (0.01, 0.02, 0.03))
     write(tmp_path, {"a": 3, "b": 3}, {})
-    found = prepared(tmp_path, streamed=True)
+    splits = prepared(tmp_path, streamed=True)
     (tmp_path / "b/002.jpg").unlink()
     for num_workers in (0, 2):
         with pytest.raises(DataError, match=r"cannot be read: No such file or directory \(tried 4 times\)") as caught:
-            epoch(found.train, num_workers=num_workers)
+            epoch(splits.train, num_workers=num_workers)
         assert caught.value.subject == str(tmp_path / "b/002.jpg")
     tmp_path.rename(tmp_path.with_name("unmounted"))
     with pytest.raises(DataError, match="tried 4 times"):
-        epoch(found.train, num_workers=2)
-    assert found.train.pixels.bad == {}
+        epoch(splits.train, num_workers=2)
+    assert splits.train.pixels.known.bad == {}
 
 
 @pytest.mark.parametrize("failures", [3, 4])
@@ -360,11 +363,11 @@ def test_reading_continues_when_a_drive_is_mounted_again(tmp_path, monkeypatch, 
     assert pauses == sorted(pauses) and len(pauses) == 3 and sum(pauses) < 2
 
 
-# ------------------------------------------------------------------------------------------------------ what pixels are
+# -------------------------------------------------------------------------------------------------------- pixel values
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda pixels: pixels.float(), "train pixels = torch.float32: must be torch.uint8, 0 to 255"),
         (lambda pixels: pixels.float().index_fill(0, torch.tensor([3, 5]), float("nan")), "NaN or infinity in image 3"),
@@ -373,7 +376,7 @@ def test_reading_continues_when_a_drive_is_mounted_again(tmp_path, monkeypatch, 
         (lambda pixels: pixels[:, 0], "must be (N, C, H, W) with 1 or 3 channels"),
     ],
 )
-def test_pixels_of_a_user_function_are_checked(change, told):
+def test_pixels_of_a_user_function_are_checked(change, message):
     pixels, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 2
     with pytest.raises(DataError) as caught:
         splits.prepare(
@@ -387,20 +390,20 @@ def test_pixels_of_a_user_function_are_checked(change, told):
             limit_train=None,
             memory_budget=1,
         )
-    assert told in str(caught.value) and caught.value.exit_code == 3
+    assert message in str(caught.value) and caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_images_keep_their_mean(tmp_path, suffix):
     values = np.random.default_rng(0).integers(0, 65536, (40, 40)).astype(np.uint16)
-    values[:20] //= 256  # dark ones, which clipping would make white
+    values[:20] //= 256  # dark values, which clipping at 255 would turn white
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     pixels = decode(tmp_path / f"deep.{suffix}", image_size=40, channels=1)
     assert abs(pixels.double().mean().item() / 255 - values.mean() / 65535) < 1 / 255
     assert np.abs(pixels[0].numpy() - values / 257).max() <= 0.5
 
 
-# --------------------------------------------------------------------------------------------- other data at a resume
+# ------------------------------------------------------------------------------------------- changed data at a resume
 
 
 def test_resume_reports_an_added_image(tmp_path):
@@ -432,7 +435,7 @@ def test_resume_reports_added_and_removed_splits():
 
 
 def hostile_archive(path: Path, outside: Path) -> None:
-    """What would write outside its folder, if it were unpacked by a careless program."""
+    """Write an archive that would write outside its folder if a program unpacked it without checks."""
     with tarfile.open(path, "w:gz") as archive:
         for name, kind, target in (
             ("../escaped", tarfile.REGTYPE, ""),
@@ -473,7 +476,7 @@ def test_download_is_verified_before_it_is_unpacked(tmp_path, monkeypatch, fault
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=archive.parent)) as server:
         Thread(target=server.serve_forever, args=(0.02,)).start()
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
-        with pytest.raises(DataError, match="the digest of what came does not match"):
+        with pytest.raises(DataError, match="the digest of the downloaded file does not match"):
             datasets.cifar10(root=str(tmp_path / "root"), download=True)
         server.shutdown()
     assert sorted(tmp_path.rglob("*")) == before
@@ -486,5 +489,17 @@ def test_every_download_has_a_digest():
         digest for name in ("MNIST", "FashionMNIST", "KMNIST") for _, digest in getattr(official, name).resources
     ]
     digests += [official.CIFAR10.tgz_md5, official.CIFAR100.tgz_md5]
-    digests += [official.SVHN.split_list[part][2] for part in ("train", "test")]
+    digests += [official.SVHN.split_list[split][2] for split in ("train", "test")]
     assert len(digests) == 16 and all(len(bytes.fromhex(digest)) == 16 for digest in digests)
+
+
+def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
+    path = tmp_path / "exif.jpg"
+    Image.new("RGB", (4, 4)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0\0")
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"), Image.open(path) as image:
+        image.getexif()
+    filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert decode(path, image_size=4, channels=3).shape == (3, 4, 4)
+    assert not caught and warnings.filters == filters

@@ -1,4 +1,4 @@
-"""Building a training from a config is pure: objects come out, and nothing else changes."""
+"""Building a training from a config has no side effects: it only returns objects."""
 
 import logging
 import random
@@ -22,7 +22,7 @@ from trainer.build.training import build
 
 
 def process_state(folder: Path) -> dict[str, Any]:
-    """What a build could change of the process: generators, settings, handlers, threads, files."""
+    """Return the process state that a build could change: generators, settings, handlers, threads, files."""
     return {
         "torch": torch.get_rng_state().tolist(),
         "random": random.getstate(),
@@ -45,10 +45,10 @@ def process_state(folder: Path) -> dict[str, Any]:
         ("model.batch_norm=true", "data.batch_size=7", "data.drop_last=false", "schedule=plateau"),
     ],
 )
-def test_building_changes_nothing_but_makes_objects(tmp_path, monkeypatch, capfd, overrides):
+def test_build_has_no_side_effects(tmp_path, monkeypatch, capfd, overrides):
     config = composed(*overrides, "trainer.deterministic=true", "trainer.threads=1")
     monkeypatch.chdir(tmp_path)
-    build(config)  # what torch imports late, and sets on import, is there now
+    build(config)  # do torch's late imports, and what they set, beforehand
     capfd.readouterr()
     before = process_state(tmp_path)
     training, splits = build(config)
@@ -57,19 +57,19 @@ def test_building_changes_nothing_but_makes_objects(tmp_path, monkeypatch, capfd
     assert training.state.step == 0 and len(splits.train) == 44
 
 
-def test_two_builds_of_a_config_share_nothing_and_are_equal():
-    one, two = (build(composed("trainer.ema_decay=0.9"))[0] for _ in range(2))
-    for name, model in one.state.models.items():
-        other = two.state.models[name]
-        for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
-            assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+def test_two_builds_of_a_config_are_equal_and_share_no_tensor():
+    first, second = (build(composed("trainer.ema_decay=0.9"))[0] for _ in range(2))
+    for name, model in first.state.models.items():
+        other_model = second.state.models[name]
+        for tensor, other_tensor in zip(model.state_dict().values(), other_model.state_dict().values(), strict=True):
+            assert torch.equal(tensor, other_tensor) and tensor.data_ptr() != other_tensor.data_ptr()
 
 
-# Nodes of a config, as Hydra's own documentation defines them
+# Config nodes, as Hydra's documentation defines them
 
 
 class Box:
-    """Keeps what it is given."""
+    """A class that stores its arguments."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         self.positional, self.named = positional, named
@@ -78,7 +78,7 @@ class Box:
 BOX = f"{__name__}.Box"
 
 
-def test_a_node_is_instantiated_as_hydra_does():
+def test_node_is_instantiated_as_by_hydra():
     from hydra.utils import instantiate
 
     node = {
@@ -89,14 +89,14 @@ def test_a_node_is_instantiated_as_hydra_does():
         "listed": [{"_target_": "fractions.Fraction", "numerator": 3}, {"c": {"_target_": "builtins.list"}}],
         "unbuilt": {"_target_": BOX, "_recursive_": False, "inner": {"_target_": "no.such.Thing"}},
     }
-    ours = construct(node, "section", extra=7)
-    theirs = instantiate(node, _convert_="all", extra=7)
-    assert ours.positional == theirs.positional and ours.named.keys() == theirs.named.keys()
+    actual = construct(node, "section", extra=7)
+    expected = instantiate(node, _convert_="all", extra=7)
+    assert actual.positional == expected.positional and actual.named.keys() == expected.named.keys()
     for name in ("plain", "nested", "listed", "extra"):
-        assert ours.named[name] == theirs.named[name]
-    assert ours.named["unbuilt"].named == theirs.named["unbuilt"].named == {"inner": {"_target_": "no.such.Thing"}}
-    half = construct({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}, "optimizer")
-    assert type(half) is partial and half.func is torch.optim.SGD and half.keywords == {"lr": 0.5}
+        assert actual.named[name] == expected.named[name]
+    assert actual.named["unbuilt"].named == expected.named["unbuilt"].named == {"inner": {"_target_": "no.such.Thing"}}
+    partial_sgd = construct({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}, "optimizer")
+    assert type(partial_sgd) is partial and partial_sgd.func is torch.optim.SGD and partial_sgd.keywords == {"lr": 0.5}
 
 
 class Refuses(nn.Module):
@@ -105,7 +105,7 @@ class Refuses(nn.Module):
         raise ConfigError("size", "must be 3", value=size)
 
 
-def test_what_a_constructor_refuses_is_reported_under_its_section():
+def test_constructor_error_is_reported_under_its_section():
     with pytest.raises(ConfigError, match=r"model.size = 4: must be 3"):
         construct({"_target_": f"{__name__}.Refuses", "size": 4}, "model")
     with pytest.raises(ConfigError, match=r"model.size = 4: must be 3"):  # nested, too
@@ -120,17 +120,17 @@ def test_what_a_constructor_refuses_is_reported_under_its_section():
     "target", ["os.system", "subprocess.run", "builtins.eval", "shutil.rmtree", "pickle.loads", "logging.os.remove"]
 )
 def test_config_cannot_build_functions_that_run_commands(tmp_path, monkeypatch, target):
-    """Not even the user's own; the module of the object counts, whatever name leads to it."""
+    """Also refused in a user's own config. The module of the object decides, not the name that leads to it."""
     monkeypatch.chdir(tmp_path)
     node = {"_target_": target, "_args_": ["touch here"]}
-    for place in (node, {"_target_": BOX, "inner": node}, {"_target_": BOX, "inner": [node]}):
+    for config in (node, {"_target_": BOX, "inner": node}, {"_target_": BOX, "inner": [node]}):
         with pytest.raises(ConfigError, match=rf"_target_ = {target}: is refused: it runs commands"):
-            construct(place, "augment.x")
+            construct(config, "augment.x")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("keys", "message"),
     [
         ({"_args_": None}, r"x._args_ = null: must be a list"),
         ({"_args_": {"a": 1}}, r"x._args_ = .*: must be a list"),
@@ -138,13 +138,13 @@ def test_config_cannot_build_functions_that_run_commands(tmp_path, monkeypatch, 
         ({"_recursive_": 0}, r"x._recursive_ = 0: must be true or false"),
     ],
 )
-def test_special_keys_of_hydra_are_type_checked(given, message):
+def test_special_keys_of_hydra_are_type_checked(keys, message):
     with pytest.raises(ConfigError, match=message):
-        construct({"_target_": BOX, **given}, "x")
+        construct({"_target_": BOX, **keys}, "x")
 
 
 class RandomLoss(nn.CrossEntropyLoss):
-    """Draws a class weight when it is constructed."""
+    """A loss that draws random class weights in its constructor."""
 
     def __init__(self) -> None:
         super().__init__(weight=torch.rand(4) + 0.5)
@@ -152,7 +152,7 @@ class RandomLoss(nn.CrossEntropyLoss):
 
 def test_random_values_drawn_by_a_users_class_depend_on_the_seed_only():
     def weights(seed: int) -> torch.Tensor:
-        torch.rand(7)  # the caller's own draws change nothing
+        torch.rand(7)  # random values that the caller draws have no effect
         return build(composed(f"loss._target_={__name__}.RandomLoss", f"seed={seed}"))[0].loss_function.weight
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: whole or not there, damage always noticed, foreign formats never opened."""
+"""Checkpoints and run folders: atomic creation, detection of damage, refusal of foreign formats."""
 
 import errno
 import json
@@ -44,15 +44,17 @@ def snapshot(step: int = 0) -> Snapshot:
     return Snapshot(tensors, {"step": step, "best": {}, "text": "ünï"})
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    is_alike = one.dtype == other.dtype and one.shape == other.shape
-    return is_alike and torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other)))
+def bit_identical(first: torch.Tensor, second: torch.Tensor) -> bool:
+    has_same_type = first.dtype == second.dtype and first.shape == second.shape
+    return has_same_type and torch.equal(
+        *(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (first, second))
+    )
 
 
-def assert_same(one: Snapshot, other: Snapshot) -> None:
-    assert one.tensors.keys() == other.tensors.keys()
-    assert all(same_bits(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
-    assert other.values == {"format": FORMAT, **one.values}
+def assert_same(expected: Snapshot, actual: Snapshot) -> None:
+    assert expected.tensors.keys() == actual.tensors.keys()
+    assert all(bit_identical(tensor, actual.tensors[name]) for name, tensor in expected.tensors.items())
+    assert actual.values == {"format": FORMAT, **expected.values}
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -64,34 +66,34 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_equal_snapshots_give_equal_bytes():
     first = snapshot(3)
-    turned = Snapshot(dict(reversed(first.tensors.items())), dict(reversed(first.values.items())))
-    assert packed(first) == packed(turned) == packed(snapshot(3)) != packed(snapshot(4))
+    reordered = Snapshot(dict(reversed(first.tensors.items())), dict(reversed(first.values.items())))
+    assert packed(first) == packed(reordered) == packed(snapshot(3)) != packed(snapshot(4))
 
 
 def test_every_dtype_is_restored_bit_identically():
-    numbers = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-3, 7.0, 100.0])
-    tensors = {str(dtype): numbers.to(dtype) for dtype in DTYPES}
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-3, 7.0, 100.0])
+    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES}
     tensors |= {"nan": torch.tensor([torch.nan, torch.inf, -torch.inf]), "scalar": torch.tensor(3)}
     tensors |= {"empty": torch.empty(0, 4)}
-    made = Snapshot(tensors, {"step": 1, "float": 0.1 + 0.2, "none": None})
-    assert_same(made, unpack(packed(made), source=Path("x")))
+    original = Snapshot(tensors, {"step": 1, "float": 0.1 + 0.2, "none": None})
+    assert_same(original, unpack(packed(original), source=Path("x")))
 
 
 def test_every_memory_layout_is_restored():
     weight = torch.randn(8, 3, 3, 3).to(memory_format=torch.channels_last)
-    whole = torch.randn(40)
-    tensors = {"channels_last": weight, "turned": torch.randn(4, 6).T, "part": whole[3:9], "strided": whole[::3]}
-    tensors |= {"tied.a": whole, "tied.b": whole, "expanded": torch.ones(1).expand(5), "overlap": whole[5:20]}
-    made = Snapshot(tensors, {"step": 1})
-    assert_same(made, unpack(packed(made), source=Path("x")))
+    base = torch.randn(40)
+    tensors = {"channels_last": weight, "transposed": torch.randn(4, 6).T, "slice": base[3:9], "strided": base[::3]}
+    tensors |= {"tied.a": base, "tied.b": base, "expanded": torch.ones(1).expand(5), "overlap": base[5:20]}
+    original = Snapshot(tensors, {"step": 1})
+    assert_same(original, unpack(packed(original), source=Path("x")))
 
 
-def test_snapshot_returns_parts_and_evaluation_weights():
-    one = torch.ones(1)
-    made = Snapshot({"model.a.b": one, "model.c": one, "ema.a.b": 2 * one, "emax": one}, {"step": 5})
-    assert made.step == 5 and set(made.part("model")) == {"a.b", "c"}
-    assert made.weights == {"a.b": 2 * one}
-    assert set(Snapshot({"model.c": one}, {}).weights) == {"c"}
+def test_snapshot_returns_tensors_by_prefix_and_evaluation_weights():
+    tensor = torch.ones(1)
+    combined = Snapshot({"model.a.b": tensor, "model.c": tensor, "ema.a.b": 2 * tensor, "emax": tensor}, {"step": 5})
+    assert combined.step == 5 and set(combined.part("model")) == {"a.b", "c"}
+    assert combined.weights == {"a.b": 2 * tensor}
+    assert set(Snapshot({"model.c": tensor}, {}).weights) == {"c"}
 
 
 def test_checkpoint_of_another_format_is_refused_by_unpack():
@@ -105,7 +107,7 @@ def test_checkpoint_of_another_format_is_refused_by_unpack():
 # Generations
 
 
-def test_checkpoint_names_and_number_of_generations(tmp_path):
+def test_checkpoint_names_contain_step_and_digest_and_old_generations_are_removed(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in range(1, 6):
         folder.save(["last", "step"] if step != 3 else ["best"], snapshot(step), keep={**KEEP, "step": 3})
@@ -115,8 +117,8 @@ def test_checkpoint_names_and_number_of_generations(tmp_path):
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) == 6
     assert f"last-00000005-{digest(packed(snapshot(5)))}.safetensors" in names
-    found, path, damaged = folder.load("last", "best")
-    assert_same(snapshot(5), found)
+    loaded, path, damaged = folder.load("last", "best")
+    assert_same(snapshot(5), loaded)
     assert path.name in names and damaged == {}
 
 
@@ -129,12 +131,12 @@ def test_all_checkpoints_are_kept_without_a_limit(tmp_path):
 
 def test_checkpoints_are_ordered_by_step_number(tmp_path):
     folder = CheckpointFolder(tmp_path)
-    for step in (99_999_999, 100_000_001):  # eight digits, and nine
+    for step in (99_999_999, 100_000_001):  # eight and nine digits
         folder.save(["last"], snapshot(step), keep=KEEP)
     assert folder.load("last")[0].step == 100_000_001
 
 
-def test_other_files_are_no_checkpoints(tmp_path):
+def test_files_with_other_names_are_not_listed_as_checkpoints(tmp_path):
     for name in ("last-1-abc.safetensors", "last-00000001-0123456789abcdef.safetensors.tmp", "old-00000001-x.pt", "a"):
         (tmp_path / name).write_bytes(b"x")
     assert CheckpointFolder(tmp_path).files("last", "best", "step") == []
@@ -145,31 +147,31 @@ def test_other_files_are_no_checkpoints(tmp_path):
 # Damage
 
 
-def test_every_flipped_bit_is_noticed_and_the_older_one_used(tmp_path):
+def test_every_flipped_bit_is_detected_and_the_older_checkpoint_is_used(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(["last"], snapshot(1), keep=KEEP)
     (newest,) = folder.save(["last"], snapshot(2), keep=KEEP)
-    good, draw = newest.path.read_bytes(), random.Random(0)
+    intact, generator = newest.path.read_bytes(), random.Random(0)
     for _ in range(400):
-        place = draw.randrange(8 * len(good))
-        bad = bytearray(good)
-        bad[place // 8] ^= 1 << place % 8
-        newest.path.write_bytes(bad)
-        found, _, damaged = folder.load("last")
-        assert found.step == 1 and len(damaged) == 1 and list(damaged) == [newest.path], place
-    newest.path.write_bytes(good)
+        bit = generator.randrange(8 * len(intact))
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        newest.path.write_bytes(flipped)
+        loaded, _, damaged = folder.load("last")
+        assert loaded.step == 1 and len(damaged) == 1 and list(damaged) == [newest.path], bit
+    newest.path.write_bytes(intact)
     assert folder.load("last")[0].step == 2
 
 
-def test_every_truncation_is_noticed(tmp_path):
+def test_every_truncation_is_detected(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(["last"], snapshot(1), keep=KEEP)
     (newest,) = folder.save(["last"], snapshot(2), keep=KEEP)
-    good = newest.path.read_bytes()
-    for length in (*range(0, len(good), 7), len(good) - 1):
-        newest.path.write_bytes(good[:length])
+    intact = newest.path.read_bytes()
+    for length in (*range(0, len(intact), 7), len(intact) - 1):
+        newest.path.write_bytes(intact[:length])
         assert folder.load("last")[0].step == 1
-    newest.path.write_bytes(good + b"\0")
+    newest.path.write_bytes(intact + b"\0")
     assert folder.load("last")[0].step == 1
 
 
@@ -188,7 +190,7 @@ def test_error_lists_each_damaged_checkpoint_if_none_is_usable(tmp_path):
 
 
 class Payload:
-    """A pickle that writes a file when it is opened."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -198,23 +200,27 @@ class Payload:
 
 
 def payloads(target: Path, folder: Path) -> dict[str, bytes]:
-    found = {f"pickle {protocol}": pickle.dumps(Payload(target), protocol) for protocol in range(6)}
+    contents = {f"pickle {protocol}": pickle.dumps(Payload(target), protocol) for protocol in range(6)}
     for name, is_zip in (("torch zip", True), ("torch legacy", False)):
         torch.save(Payload(target), folder / "file", _use_new_zipfile_serialization=is_zip)
-        found[name] = (folder / "file").read_bytes()
+        contents[name] = (folder / "file").read_bytes()
     np.save(folder / "file.npy", np.array([Payload(target)], dtype=object), allow_pickle=True)
-    found["numpy"] = (folder / "file.npy").read_bytes()
+    contents["numpy"] = (folder / "file.npy").read_bytes()
     with zipfile.ZipFile(folder / "file.zip", "w") as archive:
-        archive.writestr("data.pkl", found["pickle 4"])
-    found["zip"] = (folder / "file.zip").read_bytes()
-    found |= {"gzip": b"\x1f\x8b\x08\x00" + b"\0" * 60, "zlib": b"\x78\x9c" + b"\0" * 60, "tar": b"name" + b"\0" * 600}
-    return found
+        archive.writestr("data.pkl", contents["pickle 4"])
+    contents["zip"] = (folder / "file.zip").read_bytes()
+    contents |= {
+        "gzip": b"\x1f\x8b\x08\x00" + b"\0" * 60,
+        "zlib": b"\x78\x9c" + b"\0" * 60,
+        "tar": b"name" + b"\0" * 600,
+    }
+    return contents
 
 
 def test_pickles_and_archives_are_never_opened(tmp_path, monkeypatch):
     target = tmp_path / "written"
-    made = payloads(target, tmp_path)
-    pickle.loads(made["pickle 4"])  # noqa: S301  the payload works
+    contents = payloads(target, tmp_path)
+    pickle.loads(contents["pickle 4"])  # noqa: S301  the payload runs if it is unpickled
     assert target.exists()
     target.unlink()
 
@@ -222,7 +228,7 @@ def test_pickles_and_archives_are_never_opened(tmp_path, monkeypatch):
         raise AssertionError("parsed")
 
     monkeypatch.setattr(safetensors.torch, "load", parse)
-    for name, content in made.items():
+    for name, content in contents.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(SecurityError) as caught:
@@ -231,7 +237,7 @@ def test_pickles_and_archives_are_never_opened(tmp_path, monkeypatch):
 
         folder = CheckpointFolder(tmp_path / name)
         folder.path.mkdir()
-        (folder.path / f"last-00000001-{digest(content)}.safetensors").write_bytes(content)  # its hash is right
+        (folder.path / f"last-00000001-{digest(content)}.safetensors").write_bytes(content)  # with the correct hash
         with pytest.raises(SecurityError):
             folder.load("last")
     assert not target.exists()
@@ -242,10 +248,12 @@ def test_valid_safetensors_of_every_kind_are_read():
         read_header(safetensors.torch.save(tensors), source=Path("x"))
 
 
-def test_weights_of_any_safetensors_file(tmp_path):
+def test_weights_are_loaded_from_any_safetensors_file(tmp_path):
     (tmp_path / "plain").write_bytes(safetensors.torch.save({"a": torch.ones(2)}))
-    (tmp_path / "ours").write_bytes(packed(Snapshot({"model.a": torch.ones(3), "sums.x": torch.ones(1)}, {"step": 1})))
-    assert set(load_weights_file(tmp_path / "plain")) == {"a"} == set(load_weights_file(tmp_path / "ours"))
+    (tmp_path / "checkpoint").write_bytes(
+        packed(Snapshot({"model.a": torch.ones(3), "sums.x": torch.ones(1)}, {"step": 1}))
+    )
+    assert set(load_weights_file(tmp_path / "plain")) == {"a"} == set(load_weights_file(tmp_path / "checkpoint"))
     for name, content in (("cut", (tmp_path / "plain").read_bytes()[:-1]), ("huge", b"\xff" * 7 + b"\x7f{" + b" " * 9)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError):
@@ -259,24 +267,24 @@ def test_weights_of_any_safetensors_file(tmp_path):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def failing_write(monkeypatch: pytest.MonkeyPatch, where: str, call: int) -> None:
-    """The call-th write, fsync or rename of a process raises ENOSPC."""
-    real, calls = getattr(os, where), iter(range(10_000))
+def failing_write(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    """Make one call of `os.<function>` raise ENOSPC: the one with index `call`, counted from 0."""
+    real, calls = getattr(os, function), iter(range(10_000))
 
-    def fail(*arguments: Any, **named: Any) -> Any:
+    def fail(*arguments: Any, **options: Any) -> Any:
         if next(calls) == call:
             raise FULL
-        return real(*arguments, **named)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(os, where, fail)
+    monkeypatch.setattr(os, function, fail)
 
 
-@pytest.mark.parametrize(("where", "call"), [("write", 0), ("fsync", 0), ("replace", 0), ("fsync", 1)])
-def test_a_failed_write_leaves_the_older_generation(tmp_path, monkeypatch, where, call):
+@pytest.mark.parametrize(("function", "call"), [("write", 0), ("fsync", 0), ("replace", 0), ("fsync", 1)])
+def test_failed_write_keeps_the_older_generation(tmp_path, monkeypatch, function, call):
     folder = CheckpointFolder(tmp_path)
     folder.save(["last", "best"], snapshot(1), keep={"last": 1, "best": 1})
     before = {path.name for path in tmp_path.iterdir()}
-    failing_write(monkeypatch, where, call)
+    failing_write(monkeypatch, function, call)
     with pytest.raises(StorageError) as caught:
         folder.save(["last", "best"], snapshot(2), keep={"last": 1, "best": 1})
     monkeypatch.undo()
@@ -300,12 +308,12 @@ def test_two_kinds_of_one_step_share_a_file_if_links_are_possible(tmp_path, monk
     assert leftovers(tmp_path) == []
 
 
-def test_files_cannot_be_written_by_others(tmp_path):
-    before = os.umask(0)
+def test_checkpoint_files_are_not_writable_by_other_users(tmp_path):
+    umask_before = os.umask(0)
     try:
         CheckpointFolder(tmp_path).save(["last"], snapshot(1), keep=KEEP)
     finally:
-        os.umask(before)
+        os.umask(umask_before)
     assert all(path.stat().st_mode & 0o022 == 0 for path in tmp_path.iterdir())
 
 
@@ -313,27 +321,27 @@ def test_files_cannot_be_written_by_others(tmp_path):
 
 
 def test_run_folder_is_created_atomically(tmp_path, monkeypatch):
-    seen: list[list[str]] = []
+    listings: list[list[str]] = []
     rename = Path.rename
 
-    def look(newborn: Path, path: Path) -> Path:
-        seen.append(sorted(str(file.relative_to(newborn)) for file in newborn.rglob("*") if file.is_file()))
-        assert newborn.name.startswith(".") and newborn.parent == path.parent and not path.exists()
-        return rename(newborn, path)
+    def record_files(unfinished: Path, path: Path) -> Path:
+        listings.append(sorted(str(file.relative_to(unfinished)) for file in unfinished.rglob("*") if file.is_file()))
+        assert unfinished.name.startswith(".") and unfinished.parent == path.parent and not path.exists()
+        return rename(unfinished, path)
 
-    monkeypatch.setattr(Path, "rename", look)
+    monkeypatch.setattr(Path, "rename", record_files)
     folder = RunFolder.create(tmp_path / "run", record={"seed": 1}, first=snapshot(0))
     monkeypatch.undo()
     name = f"checkpoints/last-00000000-{digest(packed(snapshot(0)))}.safetensors"
-    assert seen == [[".lock", name, "config.yaml", "events.jsonl", "metrics.jsonl"]]
+    assert listings == [[".lock", name, "config.yaml", "events.jsonl", "metrics.jsonl"]]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (folder.path / "config.yaml").read_text() == "seed: 1\n"
     folder.close()
 
 
-@pytest.mark.parametrize(("where", "call"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
-def test_failed_creation_of_a_run_folder_leaves_nothing(tmp_path, monkeypatch, where, call):
-    failing_write(monkeypatch, where, call)
+@pytest.mark.parametrize(("function", "call"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
+def test_failed_creation_of_a_run_folder_leaves_no_files(tmp_path, monkeypatch, function, call):
+    failing_write(monkeypatch, function, call)
     with pytest.raises(StorageError):
         RunFolder.create(tmp_path / "run", record={}, first=snapshot(0))
     monkeypatch.undo()
@@ -349,7 +357,7 @@ def test_config_error_leaves_no_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "dangling link"])
-def test_existing_path_is_not_touched(tmp_path, kind):
+def test_existing_path_is_refused_and_unchanged(tmp_path, kind):
     path = tmp_path / "run"
     if kind == "file":
         path.write_text("mine")
@@ -366,15 +374,15 @@ def test_existing_path_is_not_touched(tmp_path, kind):
 
 
 def test_second_of_two_concurrent_creations_is_refused(tmp_path, monkeypatch):
-    """Another process takes the name after the first check."""
+    """Another process creates the folder after the first check."""
     rename = Path.rename
 
-    def be_faster(newborn: Path, path: Path) -> Path:
+    def create_first(unfinished: Path, path: Path) -> Path:
         monkeypatch.undo()
         RunFolder.create(path, record={"seed": 1}, first=snapshot(0)).close()
-        return rename(newborn, path)
+        return rename(unfinished, path)
 
-    monkeypatch.setattr(Path, "rename", be_faster)
+    monkeypatch.setattr(Path, "rename", create_first)
     with pytest.raises(StorageError, match="exists already"):
         RunFolder.create(tmp_path / "run", record={"seed": 2}, first=snapshot(0))
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
@@ -401,7 +409,7 @@ def test_folder_in_use_is_refused_and_names_the_process(tmp_path):
         with pytest.raises(StorageError) as caught:
             RunFolder.open(tmp_path / "run")
         assert f"in use by process {child.pid} on " in str(caught.value) and caught.value.exit_code == 5
-        child.kill()  # the lock goes with its process, however that ends
+        child.kill()  # the system releases the lock of a killed process
         child.wait()
     RunFolder.open(tmp_path / "run").close()
 
@@ -419,30 +427,30 @@ def test_rewind_drops_an_incomplete_line_and_later_steps(tmp_path):
     for step in (2, 4, 6):
         folder.append_metrics({"step": step, "value": 0.1 + 0.2})
         folder.append_event("warning", step=step)
-    whole = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    complete_lines = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     for name in ("metrics.jsonl", "events.jsonl"):
         with (folder.path / name).open("a") as file:
             file.write('{"step": 8, "val')
     assert [line["step"] for line in folder.metrics()] == [2, 4, 6]
     folder.rewind(4)
-    assert (folder.path / "metrics.jsonl").read_text() == "".join(whole[:2])
+    assert (folder.path / "metrics.jsonl").read_text() == "".join(complete_lines[:2])
     folder.append_metrics({"step": 6})
     folder.append_event("resume", step=4)
     folder.close()
     assert [line["step"] for line in read_lines(folder.path / "metrics.jsonl")] == [2, 4, 6]
-    events = read_lines(folder.path / "events.jsonl")  # what happened is never taken back
+    events = read_lines(folder.path / "events.jsonl")  # events are never removed
     assert [(line["event"], line["step"]) for line in events] == [
         *[("warning", step) for step in (2, 4, 6)],
         ("resume", 4),
     ]
 
 
-def test_default_names_are_unique_and_plain(tmp_path, monkeypatch):
+def test_default_run_names_are_unique_and_have_no_special_characters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = set()
+    names = set()
     for _ in range(3):
         path = default_path("re,s=[net]", "da ta")
         path.mkdir(parents=True)
-        made.add(path.name)
+        names.add(path.name)
         assert path.parent == Path("outputs") and not set(path.name) & set("=,[] ")
-    assert len(made) == 3
+    assert len(names) == 3

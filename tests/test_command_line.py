@@ -1,4 +1,4 @@
-"""The scripts as a user calls them, in processes of their own, from training to predictions."""
+"""The scripts as a user calls them, each in a subprocess, from training to predictions."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(name: str, *arguments: str, cwd: Path) -> str:
-    """Run a script to its end; its stdout."""
+    """Run a script to its end and return its stdout."""
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the default run and a grid of two seeds of a small one."""
+    """Return a folder with the default run and a grid of two seeds of a small model."""
     path = tmp_path_factory.mktemp("work")
     out = script("train", "run_dir=outputs/digits", "trainer.threads=1", "trainer.histograms_every=10 epochs", cwd=path)
     (path / "printed").write_text(out)
@@ -76,13 +76,13 @@ def test_default_run_learns_digits(folder, run_folder):
     assert sorted(path.name for path in folder.iterdir()) == ["outputs", "printed"]
 
 
-def test_evaluate_from_the_run_alone(folder, run_folder):
+def test_evaluate_needs_only_the_run_folder(folder, run_folder):
     out = script("evaluate", "run=outputs/digits", cwd=folder)
     report = json.loads((run_folder / "evaluation-test.json").read_text())
     summary = json.loads((run_folder / "summary.json").read_text())
     assert report["accuracy"] == pytest.approx(summary["test"]["accuracy"], abs=1e-12)
     assert report["cross_entropy"] == pytest.approx(summary["test"]["loss"], abs=1e-6)
-    # A second implementation: predictions of the loaded run, counted by hand.
+    # A second implementation: count the predictions of the loaded run.
     run = load_run(run_folder)
     test = digits().test
     pixels = resize(test.pixels, image_size=32, fit="resize")
@@ -90,8 +90,8 @@ def test_evaluate_from_the_run_alone(folder, run_folder):
         logits = run.model(torch.stack([run.transform(image) for image in pixels]))
     predicted, labels = logits.argmax(1), test.labels
     matrix = torch.zeros(10, 10, dtype=torch.int64)
-    for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
-        matrix[label, guess] += 1
+    for label, prediction in zip(labels.tolist(), predicted.tolist(), strict=True):
+        matrix[label, prediction] += 1
     assert report["confusion_matrix"] == matrix.tolist()
     precision, recall = matrix.diag() / matrix.sum(0), matrix.diag() / matrix.sum(1)
     f1 = 2 * precision * recall / (precision + recall)
@@ -105,13 +105,13 @@ def test_evaluate_from_the_run_alone(folder, run_folder):
     assert f"accuracy {report['accuracy']:.4f}" in out
 
 
-def test_predictions_agree_with_the_confusion_matrix(folder, run_folder):
+def test_predictions_equal_the_models_probabilities(folder, run_folder):
     test = digits().test
     images = resize(test.pixels[:60], image_size=32, fit="resize")
     for index, image in enumerate(images):
-        place = folder / "images" / str(int(test.labels[index]))
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[0].numpy()).save(place / f"{index:03d}.png")
+        class_folder = folder / "images" / str(int(test.labels[index]))
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(class_folder / f"{index:03d}.png")
     (folder / "images" / "notes.txt").write_text("no image")
     script("predict", "run=outputs/digits", "input=images", "output=out.csv", "batch_size=7", cwd=folder)
     rows = read_table(folder / "out.csv")
@@ -123,10 +123,10 @@ def test_predictions_agree_with_the_confusion_matrix(folder, run_folder):
         index = int(Path(row["file"]).stem)
         with torch.no_grad():
             expected = run.model(run.transform(images[index])[None]).softmax(1)[0]
-        given = torch.tensor([float(row[name]) for name in run.class_names])
-        torch.testing.assert_close(given, expected, atol=2e-6, rtol=0)
+        probabilities = torch.tensor([float(row[name]) for name in run.class_names])
+        torch.testing.assert_close(probabilities, expected, atol=2e-6, rtol=0)
         assert row["class"] == run.class_names[int(expected.argmax())]
-        assert float(row["probability"]) == pytest.approx(given.max().item(), abs=1e-6)
+        assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-6)
 
 
 def test_grid_creates_independent_runs(folder):
@@ -136,21 +136,21 @@ def test_grid_creates_independent_runs(folder):
     assert seeds == [0, 1]
     first, second = (next(iter(load_run(grid / job).snapshot.part("model").values())) for job in ("0", "1"))
     assert not torch.equal(first, second)
-    # The same seed alone, in a process of its own, gives the same weights as within the grid.
+    # The same seed in a single run, in another process, gives the same weights as within the grid.
     script(
         "train",
         *("model=mlp", "model.hidden=[16]", "trainer.max_epochs=3", "trainer.threads=1"),
         "seed=1",
-        "run_dir=outputs/alone",
+        "run_dir=outputs/single",
         cwd=folder,
     )
-    alone, within = (load_run(folder / "outputs" / name, checkpoint="last") for name in ("alone", "grid/1"))
-    for name, tensor in alone.snapshot.part("model").items():
+    single, within = (load_run(folder / "outputs" / name, checkpoint="last") for name in ("single", "grid/1"))
+    for name, tensor in single.snapshot.part("model").items():
         assert torch.equal(tensor, within.snapshot.part("model")[name])
 
 
 def test_signal_to_the_process_group_saves_the_run(folder):
-    """As a cluster's scheduler sends it: to the run and to the workers that decode for it."""
+    """A cluster's scheduler signals the process group: the run and its decoding workers."""
     for index, name in enumerate(("cat", "dog")):
         (folder / "photos" / name).mkdir(parents=True)
         for number in range(40):
@@ -173,32 +173,32 @@ def test_signal_to_the_process_group_saves_the_run(folder):
     shutil.rmtree(folder / "outputs/signalled")
 
 
-def test_runs_table(folder):
+def test_runs_table_is_sorted_and_averages_over_seeds(folder):
     out = script("runs", "output=runs.csv", cwd=folder)
     rows = read_table(folder / "runs.csv")
     assert {"digits", "grid/0", "grid/1"} <= {row["run"] for row in rows}
     values = [float(row["test/accuracy"]) for row in rows]
     assert values == sorted(values, reverse=True)
-    # The grid's runs and the one alone differ in nothing but the seed, so they are one experiment.
-    values = [float(row["test/accuracy"]) for row in rows if row["run"] in ("grid/0", "grid/1", "alone")]
+    # The grid's runs and the single run differ only in the seed, so they are one experiment.
+    values = [float(row["test/accuracy"]) for row in rows if row["run"] in ("grid/0", "grid/1", "single")]
     mean = sum(values) / 3
     sd = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
     assert f"{mean:.4f} ± {sd:.4f}" in out
 
 
-def test_init_from_a_run_with_other_classes(folder):
+def test_init_from_a_run_with_other_classes_keeps_matching_tensors(folder):
     out = script(
         *("train", "init_from=outputs/digits", "data=synthetic", "data.num_classes=4", "data.channels=1"),
         *("data.train_samples=200", "trainer.max_steps=1", "run_dir=outputs/tuned", "trainer.threads=1"),
         cwd=folder,
     )
     assert "8 of 10 tensors loaded" in out and "(10, 84) -> (4, 84)" in out
-    donor = load_run(folder / "outputs/digits").snapshot.weights
+    source = load_run(folder / "outputs/digits").snapshot.weights
     tuned = load_run(folder / "outputs/tuned", checkpoint="last").model.state_dict()
-    same = [name for name in donor if donor[name].shape == tuned[name].shape]
+    same = [name for name in source if source[name].shape == tuned[name].shape]
     assert len(same) == 8
-    for name in same:  # one small step away from the donor
-        assert (tuned[name] - donor[name]).abs().max() < 0.2
+    for name in same:  # one small step from the weights of the source run
+        assert (tuned[name] - source[name]).abs().max() < 0.2
 
 
 def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
@@ -226,14 +226,14 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
     assert start["optimizer.lr"].number_value == pytest.approx(0.1)
     assert start["model"].string_value == "lenet5"
     content = run.summary_metadata["_hparams_/experiment"].plugin_data.content
-    named = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
-    assert named <= scalars.keys()  # each metric column has a value
+    metric_names = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert metric_names <= scalars.keys()  # each metric column has a value
     assert "_hparams_/session_end_info" in run.summary_metadata
 
 
-def test_own_model_as_contributing_shows_it(tmp_path):
-    """The section's own files and commands, in a folder that is not the repository."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## A new model")[2].partition("\n## ")[0]
+def test_custom_model_of_contributing_trains_and_evaluates(tmp_path):
+    """Uses the files and commands of the section "Add a model", in a folder outside the repository."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a model")[2].partition("\n## ")[0]
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
         path = tmp_path / re.match(r"# (mine/[\w/]+\.\w+)", block)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,8 @@ def test_own_model_as_contributing_shows_it(tmp_path):
     done = call(train[0], *shlex.split(train[1]), "trainer.max_epochs=12", "trainer.threads=1")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "outputs/pooled/summary.json").read_text())
-    assert summary["parameters"] == 32 * 25 + 32 + 32 * 10 + 10  # model.filters=32 has arrived
-    assert summary["test"]["accuracy"] > 0.3  # a tenth by chance
+    assert summary["parameters"] == 32 * 25 + 32 + 32 * 10 + 10  # model.filters=32 was passed to the model
+    assert summary["test"]["accuracy"] > 0.3  # chance level: 0.1
     done = call(evaluate[0], *shlex.split(evaluate[1]))
     assert done.returncode == 0, done.stderr
     refused = call(evaluate[0], evaluate[1].split()[0])
@@ -276,12 +276,12 @@ def test_look_draws_images_classes_and_learning_rate(tmp_path):
     steps = -(-1294 // 64) * 3
     curve = {event.step: event.value for event in events.Scalars("look", "lr/all")}
     assert curve[0] == pytest.approx(0.1 / 25) and max(curve.values()) == pytest.approx(0.1, rel=1e-3)
-    assert len(curve) == steps and not (tmp_path / "look/config.yaml").exists()  # nothing was trained
+    assert len(curve) == steps and not (tmp_path / "look/config.yaml").exists()  # no training
 
-    again = subprocess.run(
+    second = subprocess.run(
         [sys.executable, str(ROOT / "scripts/look.py"), "run_dir=look"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert again.returncode == 5 and "look: exists already" in again.stderr
+    assert second.returncode == 5 and "look: exists already" in second.stderr
 
 
 def test_curves_of_runs_are_drawn(folder):

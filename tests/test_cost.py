@@ -1,4 +1,4 @@
-"""What reliability costs (docs/reliability.md: 13): ratios, each pair measured side by side and several times."""
+"""Cost of reliability (docs/reliability.md: 13) as ratios; each pair is measured alternately, several times."""
 
 import hashlib
 import os
@@ -32,35 +32,35 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def plain_write(folder: Path, content: bytes, number: int) -> None:
-    """The least that could be called a save: the bytes in a new file, on the disk, and their hash; an old one goes."""
+    """Do the minimum of a save: write a new file, fsync it, hash the bytes, and delete the previous file."""
     path = folder / f"plain-{number}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    rest = memoryview(content)
-    while len(rest) > 0:
-        rest = rest[os.write(descriptor, rest) :]
+    remaining = memoryview(content)
+    while len(remaining) > 0:
+        remaining = remaining[os.write(descriptor, remaining) :]
     os.fsync(descriptor)
     os.close(descriptor)
     hashlib.sha256(content).hexdigest()
     (folder / f"plain-{number - 1}").unlink(missing_ok=True)
 
 
-def test_a_save_costs_little_more_than_a_write(tmp_path, full, promise):
+def test_save_takes_at_most_1_5_times_a_plain_write(tmp_path, full, promise):
     mebibytes = 400 if full else 60
     tensors = {f"model.{index}": torch.rand(mebibytes, 2**16) for index in range(4)}  # float32
     content = packed(Snapshot(tensors, {"step": 0}))
     folder = CheckpointFolder(tmp_path)
-    ours, plain = [], []
+    saves, writes = [], []
     for step in range(7):
         snapshot = Snapshot(tensors, {"step": step})
-        plain.append(seconds(lambda: plain_write(tmp_path, content, step)))  # noqa: B023
-        ours.append(seconds(lambda: folder.save(["best", "last"], snapshot, keep={"last": 1, "best": 1})))  # noqa: B023
-    ratio = median(one / other for one, other in zip(ours, plain, strict=True))
+        writes.append(seconds(lambda: plain_write(tmp_path, content, step)))  # noqa: B023
+        saves.append(seconds(lambda: folder.save(["best", "last"], snapshot, keep={"last": 1, "best": 1})))  # noqa: B023
+    ratio = median(save / write for save, write in zip(saves, writes, strict=True))
     promise(13, f"a save of {len(content) / 2**20:.0f} MiB / write, fsync and hash", f"{ratio:.2f} (promised 1.5)")
     assert ratio < 1.5
 
 
-def test_training_continues_during_a_save(tmp_path, promise):
-    """What the loop waits for is the copy of its state; writing it takes longer, and is done behind."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, promise):
+    """The loop waits only for the copy of its state. Writing it takes longer and happens in the background."""
     tensors = {f"model.{index}": torch.rand(25, 2**16) for index in range(4)}
     saver = BackgroundSaver(CheckpointFolder(tmp_path), saved=0)
     waited, written = [], []
@@ -73,21 +73,21 @@ def test_training_continues_during_a_save(tmp_path, promise):
         written.append(seconds(saver.wait))
     saver.close()
     share = median(waited) / (median(waited) + median(written))
-    promise(13, "training stands still for, of a save's time", f"{share:.0%}")
+    promise(13, "share of a save that blocks training", f"{share:.0%}")
     assert share < 0.5
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "overrides"),
     [
         ("LeNet on 28 x 28, batch 128", ("model=lenet", "data.image_size=28")),
         ("ResNet-20 on 32 x 32, batch 128", ("model=resnet20", "data.image_size=32", "data.channels=3")),
     ],
 )
-def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
-    """Seeding, the check for NaN, the commit point, signals: their time beside that of the bare step."""
+def test_reliability_takes_less_than_1_percent_of_a_step(tmp_path, promise, name, overrides):
+    """Compares the time of seeding, NaN check, commit point and signals with that of a plain step."""
     sizes = ("data=synthetic", "data.train_samples=300", "data.test_samples=16", "data.num_classes=10")
-    run = built(tmp_path / "run", *sizes, *given, "data.batch_size=128", "trainer.log_every=1000 steps")
+    run = built(tmp_path / "run", *sizes, *overrides, "data.batch_size=128", "trainer.log_every=1000 steps")
     (images, targets, indices), *_ = next(iter(run.training.train_loader.steps(0)))
     loss_function, loss = nn.CrossEntropyLoss(), torch.ones(())
 
@@ -106,29 +106,29 @@ def test_a_step_costs_no_more_than_before(tmp_path, promise, name, given):
     run.state.advance(0)
     run.state.model.train()
     bare = median(seconds(step) for _ in range(12))
-    more = median(seconds(lambda: [reliability() for _ in range(50)]) / 50 for _ in range(12))
+    extra = median(seconds(lambda: [reliability() for _ in range(50)]) / 50 for _ in range(12))
     run._closing.close()
-    promise(13, f"reliability in a step of {name}", f"{more / bare:.2%} (promised 1%)")
-    assert more / bare < 0.01
+    promise(13, f"reliability in a step of {name}", f"{extra / bare:.2%} (promised 1%)")
+    assert extra / bare < 0.01
 
 
 def test_freed_memory_is_reused(tmp_path):
     """Filling 16 MiB of new memory from the system would take 4,096 page faults each time."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("there is no glibc here")
+        pytest.skip("needs glibc")
     keep_freed_memory()
 
     def fault_count(rounds: int) -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(rounds):
             torch.ones(2**22)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before
 
     fault_count(1)
     assert fault_count(20) < 4096
 
 
-def test_nothing_of_hydra_runs_within_a_step(tmp_path):
-    """Its partial looks at its target again at each call, which takes longer than a small network's forward pass."""
+def test_schedule_uses_functools_partial_instead_of_hydras(tmp_path):
+    """Hydra's partial resolves its target at each call, which takes longer than a small model's forward pass."""
     run = built(tmp_path / "run", "schedule=cosine")
     assert type(run.state.schedule.factor) is partial

@@ -1,4 +1,4 @@
-"""Data sets, decoding, splits and statistics, against independent readers and numbers worked out by hand."""
+"""Data sets, decoding, splits and statistics, compared with independent readers and values computed by hand."""
 
 import gzip
 import hashlib
@@ -44,8 +44,8 @@ def prepare(collection: Collection, **changes: object) -> splits.Splits:
     return splits.prepare(collection, **(settings | changes))
 
 
-def numbered(sizes: list[int], channels: int = 1, size: int = 8) -> Collection:
-    """A collection whose images all differ, so that a part can be recognised by its pixels."""
+def distinct_images(sizes: list[int], channels: int = 1, size: int = 8) -> Collection:
+    """Return a collection whose images all differ, so that the pixels identify an image."""
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (len(labels), channels, size, size), generator=generator, dtype=torch.uint8)
@@ -59,22 +59,22 @@ def encoded_images(pixels: torch.Tensor) -> list[bytes]:
 # ---------------------------------------------------------------------------------------------------------- digits
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_those_of_scikit_learn():
     sklearn_datasets = pytest.importorskip("sklearn.datasets")
     reference = sklearn_datasets.load_digits()
     collection = datasets.digits()
-    ours = torch.cat([collection.train.pixels, collection.test.pixels])
+    pixels = torch.cat([collection.train.pixels, collection.test.pixels])
     expected = np.rint(reference.images * 255 / 16).astype(np.uint8)
-    pairs = sorted(zip(encoded_images(ours), torch.cat([collection.train.labels, collection.test.labels]).tolist()))
+    pairs = sorted(zip(encoded_images(pixels), torch.cat([collection.train.labels, collection.test.labels]).tolist()))
     assert pairs == sorted((image.tobytes(), int(label)) for image, label in zip(expected, reference.target))
-    assert ours.max() == 255
+    assert pixels.max() == 255
 
 
 def test_digits_test_split_is_a_stratified_fifth_for_every_seed():
     collection = datasets.digits()
     assert (len(collection.train), len(collection.test)) == (1438, 359)
-    # Classes of 178 182 177 183 181 182 181 179 174 180, times 359 / 1797: 35.560 36.360 35.361 36.559 36.160 36.360
-    # 36.160 35.761 34.761 35.960. Cut down these are 354; one more goes to classes 9, 7, 8, 0 and 3.
+    # Class sizes 178 182 177 183 181 182 181 179 174 180, times 359 / 1797: 35.560 36.360 35.361 36.559 36.160 36.360
+    # 36.160 35.761 34.761 35.960. Rounded down, these sum to 354; classes 9, 7, 8, 0 and 3 get one more each.
     assert collection.test.labels.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
     first, second = prepare(collection, seed=1), prepare(collection, seed=2)
     assert torch.equal(first.test.pixels, second.test.pixels)
@@ -93,9 +93,9 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def write_mnist(folder: Path) -> dict[str, np.ndarray]:
     random = np.random.default_rng(1)
     written = {}
-    for part, count in (("train", 30), ("t10k", 20)):
-        written[f"{part}-images-idx3-ubyte"] = random.integers(0, 256, (count, 28, 28))
-        written[f"{part}-labels-idx1-ubyte"] = np.arange(count) % 10
+    for prefix, count in (("train", 30), ("t10k", 20)):
+        written[f"{prefix}-images-idx3-ubyte"] = random.integers(0, 256, (count, 28, 28))
+        written[f"{prefix}-labels-idx1-ubyte"] = np.arange(count) % 10
     for name, array in written.items():
         write_idx(folder / name, array)
     return written
@@ -104,17 +104,17 @@ def write_mnist(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
 )
-def test_idx_files_in_the_official_layout(tmp_path, name, folder):
+def test_idx_files_in_the_official_layout_are_read(tmp_path, name, folder):
     written = write_mnist(tmp_path / folder / "raw")
     collection = getattr(datasets, name)(root=str(tmp_path), download=True)
-    for part, prefix in ((collection.train, "train"), (collection.test, "t10k")):
-        assert part.pixels.dtype == torch.uint8 and part.labels.dtype == torch.int64
-        assert np.array_equal(part.pixels.numpy()[:, 0], written[f"{prefix}-images-idx3-ubyte"])
-        assert np.array_equal(part.labels.numpy(), written[f"{prefix}-labels-idx1-ubyte"])
+    for images, prefix in ((collection.train, "train"), (collection.test, "t10k")):
+        assert images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
+        assert np.array_equal(images.pixels.numpy()[:, 0], written[f"{prefix}-images-idx3-ubyte"])
+        assert np.array_equal(images.labels.numpy(), written[f"{prefix}-labels-idx1-ubyte"])
     assert len(collection.class_names) == 10 and collection.val is None
 
 
-# Of each: folder, training files, test files, the key of their labels; the file of names, its key, how many there are.
+# Folder, training files, test files, key of the labels; file with the class names, its key, number of classes.
 CIFAR = {
     "cifar10": (
         *("cifar-10-batches-py", [f"data_batch_{number}" for number in range(1, 6)], ["test_batch"]),
@@ -125,7 +125,7 @@ CIFAR = {
 
 
 def write_cifar(root: Path, name: str, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Small files in the official format, whose digests pass for the official ones; their planes, by file."""
+    """Write small files in the official format, patch the expected digests, and return the planes by file."""
     from torchvision import datasets as official
 
     folder, train, test, key, meta, names_key, classes = CIFAR[name]
@@ -139,30 +139,30 @@ def write_cifar(root: Path, name: str, patch: pytest.MonkeyPatch) -> dict[str, n
     names = {names_key: [f"name {label}" for label in range(classes)], "coarse_label_names": ["none"]}
     (root / folder / meta).write_bytes(pickle.dumps(names))
 
-    def listed(files: list[str]) -> list[list[str]]:
+    def with_digests(files: list[str]) -> list[list[str]]:
         return [[file, hashlib.md5((root / folder / file).read_bytes()).hexdigest()] for file in files]
 
     source = getattr(official, name.upper())
-    patch.setattr(source, "train_list", listed(train))
-    patch.setattr(source, "test_list", listed(test))
-    patch.setitem(source.meta, "md5", listed([meta])[0][1])
+    patch.setattr(source, "train_list", with_digests(train))
+    patch.setattr(source, "test_list", with_digests(test))
+    patch.setitem(source.meta, "md5", with_digests([meta])[0][1])
     return planes
 
 
 @pytest.mark.parametrize("name", CIFAR)
-def test_cifar_batches_in_the_official_layout(tmp_path, name):
+def test_cifar_batches_in_the_official_layout_are_read(tmp_path, name):
     folder, train, test, *_, classes = CIFAR[name]
     read = getattr(datasets, name)
     with pytest.MonkeyPatch.context() as patch:
         planes = write_cifar(tmp_path, name, patch)
         collection = read(root=str(tmp_path), download=False)
-        for part, files in ((collection.train, train), (collection.test, test)):
+        for images, files in ((collection.train, train), (collection.test, test)):
             assert np.array_equal(
-                part.pixels.numpy(), np.concatenate([planes[file] for file in files]).reshape(-1, 3, 32, 32)
+                images.pixels.numpy(), np.concatenate([planes[file] for file in files]).reshape(-1, 3, 32, 32)
             )
-            assert part.labels.tolist() == list(range(classes)) * 2 * len(files)
+            assert images.labels.tolist() == list(range(classes)) * 2 * len(files)
         assert collection.class_names == [f"name {label}" for label in range(classes)] and collection.val is None
-    with pytest.raises(DataError, match="damaged") as caught:  # these files are not the official ones
+    with pytest.raises(DataError, match="damaged") as caught:  # with the official digests
         read(root=str(tmp_path), download=False)
     assert caught.value.subject == str(tmp_path / folder)
     (tmp_path / folder / test[0]).unlink()
@@ -171,33 +171,36 @@ def test_cifar_batches_in_the_official_layout(tmp_path, name):
 
 
 def write_svhn(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Small files in MATLAB's format, whose digests pass for the official ones; their pixels (N, H, W, C), by part."""
+    """Write small MATLAB files, patch the expected digests, and return the pixels (N, H, W, C) by split."""
     from scipy.io import savemat
     from torchvision.datasets import SVHN
 
     folder.mkdir()
     random = np.random.default_rng(3)
-    written = {part: random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for part, count in SVHN_SIZES.items()}
-    listed = {}
-    for part, pixels in written.items():
-        file = folder / f"{part}_32x32.mat"
-        labels = np.arange(len(pixels))[:, None] % 10 + 1  # 1 to 10, and 10 stands for the digit 0
+    written = {
+        split_name: random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        for split_name, count in SVHN_SIZES.items()
+    }
+    split_list = {}
+    for split_name, pixels in written.items():
+        file = folder / f"{split_name}_32x32.mat"
+        labels = np.arange(len(pixels))[:, None] % 10 + 1  # 1 to 10; 10 means the digit 0
         savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": labels.astype(np.uint8)})
-        listed[part] = [file.as_uri(), file.name, hashlib.md5(file.read_bytes()).hexdigest()]
-    patch.setattr(SVHN, "split_list", listed)
+        split_list[split_name] = [file.as_uri(), file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    patch.setattr(SVHN, "split_list", split_list)
     return written
 
 
 SVHN_SIZES = {"train": 30, "test": 20}
 
 
-def test_svhn_files_in_the_official_format(tmp_path, monkeypatch):
+def test_svhn_files_in_the_official_format_are_read(tmp_path, monkeypatch):
     written = write_svhn(tmp_path / "svhn", monkeypatch)
     collection = datasets.svhn(root=str(tmp_path), download=False)
-    for part in SVHN_SIZES:
-        images = getattr(collection, part)
+    for split_name in SVHN_SIZES:
+        images = getattr(collection, split_name)
         assert images.pixels.dtype == torch.uint8 and images.pixels.is_contiguous()
-        assert np.array_equal(images.pixels.numpy(), written[part].transpose(0, 3, 1, 2))
+        assert np.array_equal(images.pixels.numpy(), written[split_name].transpose(0, 3, 1, 2))
         assert images.labels.tolist() == [(label + 1) % 10 for label in range(len(images))]
     assert collection.class_names == list("0123456789") and collection.val is None
     file = tmp_path / "svhn/test_32x32.mat"
@@ -208,32 +211,32 @@ def test_svhn_files_in_the_official_format(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def served(tmp_path) -> Iterator[str]:
-    """The address of a web server on this machine, for the files in tmp_path."""
+def server_url(tmp_path) -> Iterator[str]:
+    """Yield the address of a local web server for the files in tmp_path."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
         Thread(target=server.serve_forever, args=(0.02,)).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_svhn_download_appears_atomically(tmp_path, monkeypatch, capsys, served):
+def test_svhn_download_is_atomic(tmp_path, monkeypatch, capsys, server_url):
     from torchvision.datasets import SVHN
 
-    written = write_svhn(tmp_path / "there", monkeypatch)
-    for part, address in (("train", f"{served}/there/train_32x32.mat"), ("test", f"{served}/nowhere")):
-        monkeypatch.setitem(SVHN.split_list, part, [address, *SVHN.split_list[part][1:]])
+    written = write_svhn(tmp_path / "served", monkeypatch)
+    for split_name, address in (("train", f"{server_url}/served/train_32x32.mat"), ("test", f"{server_url}/nowhere")):
+        monkeypatch.setitem(SVHN.split_list, split_name, [address, *SVHN.split_list[split_name][1:]])
     with pytest.raises(DataError, match="cannot be downloaded.*404.*data.root") as caught:
         datasets.svhn(root=str(tmp_path / "root"), download=True)
     assert caught.value.subject == str(tmp_path / "root/svhn")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
     # The file that exists is verified and used; the address of the other one works.
     (tmp_path / "root/svhn").mkdir(parents=True)
-    whole = (tmp_path / "there/test_32x32.mat").read_bytes()
-    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(whole[:-1])
+    content = (tmp_path / "served/test_32x32.mat").read_bytes()
+    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(content[:-1])
     with pytest.raises(DataError, match="digest does not match") as caught:
         datasets.svhn(root=str(tmp_path / "root"), download=True)
     assert caught.value.subject == str(tmp_path / "root/svhn/test_32x32.mat")
-    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(whole)
+    (tmp_path / "root/svhn/test_32x32.mat").write_bytes(content)
     collection = datasets.svhn(root=str(tmp_path / "root"), download=True)
     assert np.array_equal(collection.train.pixels.numpy(), written["train"].transpose(0, 3, 1, 2))
     assert sorted(path.name for path in (tmp_path / "root/svhn").iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
@@ -254,7 +257,7 @@ def test_missing_files_without_download_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("trouble", [OSError("no network"), RuntimeError("File not found or corrupted.")])
-def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, capsys, trouble):
+def test_failed_download_leaves_no_files(tmp_path, monkeypatch, capsys, trouble):
     from torchvision.datasets import MNIST
 
     def fail(self):
@@ -271,7 +274,7 @@ def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch, capsys, 
     assert capsys.readouterr().out == ""
 
 
-def test_download_puts_the_files_in_place(tmp_path, monkeypatch):
+def test_download_moves_the_files_into_the_root_folder(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     written = {}
@@ -282,31 +285,31 @@ def test_download_puts_the_files_in_place(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "new/MNIST/raw").iterdir()) == sorted(written)
 
 
-def test_archives_that_exist_are_verified_and_used(tmp_path, monkeypatch):
+def test_existing_archives_are_verified_and_used(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
-    write_mnist(tmp_path / "made")
+    write_mnist(tmp_path / "original")
     raw = tmp_path / "root/MNIST/raw"
     raw.mkdir(parents=True)
     resources = []
-    for file in sorted((tmp_path / "made").iterdir()):
+    for file in sorted((tmp_path / "original").iterdir()):
         packed = gzip.compress(file.read_bytes())
         (raw / f"{file.name}.gz").write_bytes(packed)
         resources.append((f"{file.name}.gz", hashlib.md5(packed).hexdigest()))
     monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setattr(MNIST, "mirrors", ["file:///nowhere/"])
     broken = raw / "train-images-idx3-ubyte.gz"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-5])
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-5])
     with pytest.raises(DataError, match="digest does not match") as caught:
         datasets.mnist(root=str(tmp_path / "root"), download=True)
     assert caught.value.subject == str(broken)
     assert not (raw / "train-images-idx3-ubyte").exists()
-    broken.write_bytes(whole)
+    broken.write_bytes(content)
     assert len(datasets.mnist(root=str(tmp_path / "root"), download=True).train) == 30
 
 
-def test_truncated_idx_file(tmp_path):
+def test_truncated_idx_file_is_a_data_error(tmp_path):
     write_mnist(tmp_path / "MNIST/raw")
     file = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
@@ -334,21 +337,21 @@ def test_plain_class_folders_get_a_test_split(tmp_path):
     (tmp_path / "cat/deeper").mkdir()
     (tmp_path / "cat/00.png").rename(tmp_path / "cat/deeper/a.PNG")
     (tmp_path / "cat/notes.txt").write_text("not an image")
-    (tmp_path / "cat/._01.png").write_text("what macOS leaves")
+    (tmp_path / "cat/._01.png").write_text("a file that macOS creates")
     collection = folder(tmp_path)
     assert collection.class_names == ["cat", "dog"] and collection.val is None
     assert collection.train.labels.bincount().tolist() == [16, 8]
     assert collection.test.labels.bincount().tolist() == [4, 2]
     both = [*collection.train.pixels.paths, *collection.test.pixels.paths]
     assert sorted(both) == sorted([*tmp_path.rglob("[0-9]*.png"), tmp_path / "cat/deeper/a.PNG"])
-    assert collection.train.pixels.paths == sorted(collection.train.pixels.paths)
+    assert list(collection.train.pixels.paths) == sorted(collection.train.pixels.paths)
     for path, label in zip(collection.train.pixels.paths, collection.train.labels.tolist()):
         assert path.relative_to(tmp_path).parts[0] == collection.class_names[label]
-    assert folder(tmp_path).test.pixels.paths == collection.test.pixels.paths
+    assert list(folder(tmp_path).test.pixels.paths) == list(collection.test.pixels.paths)
     assert folder(tmp_path, test_fraction=0).test is None
 
 
-def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path):
+def test_train_val_and_test_folders_are_used_as_splits(tmp_path):
     write_folder(tmp_path / "train", {"a": 5, "b": 5})
     collection = folder(tmp_path)
     assert (len(collection.train), collection.val, collection.test) == (10, None, None)
@@ -356,8 +359,8 @@ def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path):
     write_folder(tmp_path / "test", {"a": 1, "b": 1})
     collection = folder(tmp_path)
     assert [len(collection.train), len(collection.val), len(collection.test)] == [10, 5, 2]
-    ready = prepare(collection, image_size=6, channels=3, val_fraction=0.5)
-    assert [len(ready.train), len(ready.val), len(ready.test)] == [10, 5, 2]
+    prepared = prepare(collection, image_size=6, channels=3, val_fraction=0.5)
+    assert [len(prepared.train), len(prepared.val), len(prepared.test)] == [10, 5, 2]
 
 
 def test_invalid_folder_layouts_are_refused(tmp_path):
@@ -376,7 +379,7 @@ def test_invalid_folder_layouts_are_refused(tmp_path):
         folder(tmp_path / "two")
     write_folder(tmp_path / "three/train", {"a": 1, "b": 1})
     write_folder(tmp_path / "three/val", {"a": 1, "c": 1})
-    with pytest.raises(DataError, match="lacks b and has c besides") as caught:
+    with pytest.raises(DataError, match="lacks b and also has c") as caught:
         folder(tmp_path / "three")
     assert caught.value.subject == str(tmp_path / "three/val")
     with pytest.raises(ConfigError, match="empty_class = maybe: must be error or keep"):
@@ -385,7 +388,7 @@ def test_invalid_folder_layouts_are_refused(tmp_path):
         folder(tmp_path, test_fraction=1.0)
 
 
-def test_empty_class_folder(tmp_path):
+def test_empty_class_folder_is_refused_or_kept(tmp_path):
     write_folder(tmp_path, {"a": 4, "b": 0, "c": 4})
     with pytest.raises(DataError, match="no images for b .*data.empty_class=keep"):
         folder(tmp_path)
@@ -397,11 +400,11 @@ def test_empty_class_folder(tmp_path):
         folder(tmp_path / "all", empty_class="keep")
 
 
-# --------------------------------------------------------------------------------------------- runs on what was read
+# ------------------------------------------------------------------------------------------------- runs on these data
 
 
 @pytest.mark.parametrize("name", ["kmnist", "cifar100", "svhn", "imagenet"])
-def test_run_folder_alone_is_enough_for_evaluation(tmp_path, monkeypatch, capsys, name):
+def test_evaluation_and_prediction_need_only_the_run_folder(tmp_path, monkeypatch, capsys, name):
     root = tmp_path / "data"
     root.mkdir()
     overrides = [f"data={name}", f"data.root={root}", "data.batch_size=8", "data.val_fraction=0.5"]
@@ -412,8 +415,8 @@ def test_run_folder_alone_is_enough_for_evaluation(tmp_path, monkeypatch, capsys
     elif name == "svhn":
         write_svhn(root / "svhn", monkeypatch)
     else:
-        for part in ("train", "val"):
-            write_folder(root / part, {"n01440764": 9, "n01443537": 9})
+        for split_name in ("train", "val"):
+            write_folder(root / split_name, {"n01440764": 9, "n01443537": 9})
         with pytest.raises(ConfigError, match="data.num_classes = 1000: the data has 2 classes"):
             built(tmp_path / "run", *overrides)
         overrides += ["data.num_classes=2", "data.image_size=6", "data.num_workers=1", "data.memory_budget=0"]
@@ -421,25 +424,25 @@ def test_run_folder_alone_is_enough_for_evaluation(tmp_path, monkeypatch, capsys
     loaded = load_run(tmp_path / "run")
     assert loaded.class_names == run.state.data["class_names"]
 
-    # The images as they were found, through the run's transform: what the trainer gave to the network.
+    # The source images, through the run's transform, equal the images that the trainer passed to the model.
     if name == "imagenet":
-        split, found, [batch] = "val", folder(root).val, run.training.val_loader
-        encoded_images = found.pixels.paths
+        split, images, [batch] = "val", folder(root).val, run.training.val_loader
+        encoded_images = images.pixels.paths
     else:
-        split, found, [batch] = (
+        split, images, [batch] = (
             "test",
             getattr(datasets, name)(root=str(root), download=False).test,
             run.training.test_loader,
         )
-        encoded_images = found.pixels
+        encoded_images = images.pixels
     assert torch.equal(torch.stack([loaded.transform(image) for image in encoded_images]), batch.images)
     with torch.inference_mode():
         probabilities = loaded.model(batch.images).softmax(1)
 
     shared = {"run": str(tmp_path / "run"), "checkpoint": "best", "device": "cpu", "trust": []}
     call(evaluate_run, shared | {"split": split, "root": None})
-    accuracy = (probabilities.argmax(1) == found.labels).float().mean().item()
-    assert f"{len(found)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
+    accuracy = (probabilities.argmax(1) == images.labels).float().mean().item()
+    assert f"{len(images)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 
     (tmp_path / "images").mkdir()
     for number, image in enumerate(encoded_images[:3]):
@@ -453,13 +456,13 @@ def test_run_folder_alone_is_enough_for_evaluation(tmp_path, monkeypatch, capsys
 
 
 def call(command: Callable[[Config], None], values: dict[str, object]) -> None:
-    """Call a script's function with a config of these values."""
+    """Call a script's function with a config that has these values."""
     command(Config(values, record={}, job=None))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
 
-LUMA = (299 * 200 + 587 * 100 + 114 * 50 + 500) // 1000  # of (200, 100, 50), ITU-R 601: 124
+LUMA = (299 * 200 + 587 * 100 + 114 * 50 + 500) // 1000  # grey value of (200, 100, 50) by ITU-R 601: 124
 
 
 def palette() -> Image.Image:
@@ -468,7 +471,7 @@ def palette() -> Image.Image:
     return image
 
 
-def see_through_palette() -> Image.Image:
+def transparent_palette() -> Image.Image:
     image = palette()
     image.info["transparency"] = 1
     return image
@@ -486,7 +489,7 @@ def see_through_palette() -> Image.Image:
         (lambda: Image.new("RGBA", (4, 4), (200, 100, 50, 51)), "png", (244, 224, 214), None),
         (palette, "png", (200, 100, 50), LUMA),
         (palette, "gif", (200, 100, 50), LUMA),
-        (see_through_palette, "png", (255, 255, 255), 255),
+        (transparent_palette, "png", (255, 255, 255), 255),
         (lambda: Image.new("CMYK", (4, 4), (55, 155, 205, 0)), "tif", (200, 100, 50), LUMA),
         (lambda: Image.fromarray(np.full((4, 4), 65535, np.uint16)), "png", (255, 255, 255), 255),
         (lambda: Image.fromarray(np.full((4, 4), 257 * 93, np.uint16)), "png", (93, 93, 93), 93),
@@ -494,7 +497,7 @@ def see_through_palette() -> Image.Image:
         (lambda: Image.fromarray(np.full((4, 4), 257 * 93, np.int32)), "tif", (93, 93, 93), 93),
     ],
 )
-def test_golden_pixels_of_each_mode(tmp_path, image, suffix, colour, grey):
+def test_each_image_mode_decodes_to_golden_pixels(tmp_path, image, suffix, colour, grey):
     path = tmp_path / f"image.{suffix}"
     image().save(path)
     pixels = decode(path, image_size=4, channels=3)
@@ -505,25 +508,22 @@ def test_golden_pixels_of_each_mode(tmp_path, image, suffix, colour, grey):
     assert grey is None or (pixels == grey).all(), pixels[0, 0, 0]
 
 
-def test_orientation_crop_and_size(tmp_path):
+def test_decode_applies_orientation_crop_and_size(tmp_path):
     ramp = np.zeros((4, 8, 3), np.uint8)
     ramp[:, :, 0] = np.arange(8) * 10  # red grows to the right
     Image.fromarray(ramp).save(tmp_path / "wide.png")
-    assert decode(tmp_path / "wide.png", image_size=4, channels=3)[0, 0].tolist() == [20, 30, 40, 50]  # the middle
-    assert decode(tmp_path / "wide.png", image_size=2, channels=3)[0, 0].tolist() == [
-        25,
-        45,
-    ]  # (10 + 3 20 + 3 30 + 40) / 8
+    assert decode(tmp_path / "wide.png", image_size=4, channels=3)[0, 0].tolist() == [20, 30, 40, 50]  # the centre
+    assert decode(tmp_path / "wide.png", image_size=2, channels=3)[0, 0].tolist() == [25, 45]  # (10+3*20+3*30+40)/8
     exif = Image.Exif()
-    exif[0x0112] = 6  # a camera held upright: turn by 90 degrees clockwise
-    Image.fromarray(ramp).save(tmp_path / "turned.png", exif=exif)
-    turned = decode(tmp_path / "turned.png", image_size=4, channels=3)
-    assert turned[0, :, 0].tolist() == [20, 30, 40, 50] and turned[0, 0].tolist() == [20] * 4
+    exif[0x0112] = 6  # portrait photo: rotate by 90 degrees clockwise
+    Image.fromarray(ramp).save(tmp_path / "rotated.png", exif=exif)
+    rotated = decode(tmp_path / "rotated.png", image_size=4, channels=3)
+    assert rotated[0, :, 0].tolist() == [20, 30, 40, 50] and rotated[0, 0].tolist() == [20] * 4
     Image.new("L", (1, 1), 9).save(tmp_path / "dot.png")
     assert (decode(tmp_path / "dot.png", image_size=5, channels=1) == 9).all()
 
 
-def test_files_that_are_no_images_are_ignored_or_refused(tmp_path):
+def test_damaged_and_foreign_files_are_data_errors(tmp_path):
     random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(random).save(tmp_path / "whole.jpg")
     contents = {
@@ -552,72 +552,88 @@ def test_files_that_are_no_images_are_ignored_or_refused(tmp_path):
     ("sizes", "count", "spare", "expected"),
     [
         ([50, 30, 20], 10, 1, [5, 3, 2]),
-        ([5, 3, 2], 5, 1, [3, 1, 1]),  # 2.5 1.5 1.0: one of two equal remainders, the first
         ([7, 7, 6], 9, 1, [3, 3, 3]),  # 3.15 3.15 2.7
         ([1, 1, 98], 3, 1, [0, 0, 3]),  # 0.03 0.03 2.94
-        ([1, 3], 3, 1, [0, 2]),  # 0.75 2.25: the only sample of a class is never taken
+        ([1, 3], 3, 1, [0, 2]),  # 0.75 2.25: spare=1 keeps the only sample of a class
         ([1, 3], 3, 0, [1, 2]),
         ([4, 0, 4], 2, 1, [1, 0, 1]),
     ],
 )
-def test_stratified_counts(sizes, count, spare, expected):
+def test_stratified_counts_follow_largest_remainders(sizes, count, spare, expected):
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).flip(0)
-    chosen = stratified(labels, count=count, seed=3, spare=spare)
-    assert labels[chosen].bincount(minlength=len(sizes)).tolist() == expected
-    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    rows = stratified(labels, count=count, seed=3, spare=spare)
+    assert labels[rows].bincount(minlength=len(sizes)).tolist() == expected
+    assert rows.tolist() == sorted(set(rows.tolist()))
+
+
+def test_equal_remainders_are_distributed_by_the_seed():
+    """1,200 classes of 3 images and a fifth for a split: 720 classes get one image, from the whole alphabet."""
+    labels = torch.arange(1200).repeat_interleave(3)
+    chosen = [labels[stratified(labels, count=720, seed=seed, spare=1)] for seed in (0, 0, 1)]
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+    for classes in (chosen[0], chosen[2]):
+        assert len(classes.unique()) == 720
+        first_half = int((classes < 600).sum())  # hypergeometric: mean 360, standard deviation 8.5
+        assert abs(first_half - 360) < 5 * 8.5
+
+
+def test_classes_that_a_split_lacks_are_reported(caplog):
+    prepare(distinct_images([40, 30, 30, 1, 1]), val_fraction=0.2)
+    (record,) = caplog.records
+    assert record.getMessage() == "the val split has no images of 2 of 5 classes: class 3, class 4"
 
 
 def test_stratified_choice_is_uniform_within_a_class():
     labels = torch.arange(20) % 2
-    taken = torch.zeros(20)
+    counts = torch.zeros(20)
     for seed in range(500):
-        taken[stratified(labels, count=4, seed=seed, spare=1)] += 1
-    assert taken.sum() == 2000
-    assert (taken - 100).abs().max() < 5 * (500 * 0.2 * 0.8) ** 0.5  # binomial: 5 standard deviations
+        counts[stratified(labels, count=4, seed=seed, spare=1)] += 1
+    assert counts.sum() == 2000
+    assert (counts - 100).abs().max() < 5 * (500 * 0.2 * 0.8) ** 0.5  # binomial: 5 standard deviations
 
 
 def test_splits_are_disjoint_and_complete():
-    collection = numbered([40, 30, 30])
-    ready = prepare(collection, val_fraction=0.2)
-    assert ready.val.labels.bincount().tolist() == [8, 6, 6]
-    assert len(set(encoded_images(ready.train.pixels)) & set(encoded_images(ready.val.pixels))) == 0
-    assert sorted(encoded_images(ready.train.pixels) + encoded_images(ready.val.pixels)) == sorted(
+    collection = distinct_images([40, 30, 30])
+    prepared = prepare(collection, val_fraction=0.2)
+    assert prepared.val.labels.bincount().tolist() == [8, 6, 6]
+    assert len(set(encoded_images(prepared.train.pixels)) & set(encoded_images(prepared.val.pixels))) == 0
+    assert sorted(encoded_images(prepared.train.pixels) + encoded_images(prepared.val.pixels)) == sorted(
         encoded_images(collection.train.pixels)
     )
     label_of = dict(zip(encoded_images(collection.train.pixels), collection.train.labels.tolist()))
-    assert [label_of[image] for image in encoded_images(ready.val.pixels)] == ready.val.labels.tolist()
-    assert torch.equal(prepare(collection, val_fraction=0.2).val.pixels, ready.val.pixels)
-    assert not torch.equal(prepare(collection, val_fraction=0.2, seed=1).val.pixels, ready.val.pixels)
+    assert [label_of[image] for image in encoded_images(prepared.val.pixels)] == prepared.val.labels.tolist()
+    assert torch.equal(prepare(collection, val_fraction=0.2).val.pixels, prepared.val.pixels)
+    assert not torch.equal(prepare(collection, val_fraction=0.2, seed=1).val.pixels, prepared.val.pixels)
 
 
-def test_limit_train_does_not_change_other_splits():
-    collection = numbered([40, 30, 30])
-    whole, few = prepare(collection), prepare(collection, limit_train=9)
-    shorter = prepare(collection, limit_eval=3)
-    assert (len(shorter.train), len(shorter.val)) == (len(whole.train), 3)
-    assert few.train.labels.bincount().tolist() == [3, 3, 3]  # of 36 27 27: 3.6 2.7 2.7, the last two rounded up
-    assert torch.equal(whole.val.pixels, few.val.pixels)
-    assert set(encoded_images(few.train.pixels)) <= set(encoded_images(whole.train.pixels))
+def test_limit_train_and_limit_eval_do_not_change_other_splits():
+    collection = distinct_images([40, 30, 30])
+    full, limited = prepare(collection), prepare(collection, limit_train=9)
+    limited_eval = prepare(collection, limit_eval=3)
+    assert (len(limited_eval.train), len(limited_eval.val)) == (len(full.train), 3)
+    assert limited.train.labels.bincount().tolist() == [3, 3, 3]  # of 36 27 27: 3.6 2.7 2.7, the last two rounded up
+    assert torch.equal(full.val.pixels, limited.val.pixels)
+    assert set(encoded_images(limited.train.pixels)) <= set(encoded_images(full.train.pixels))
     assert len(prepare(collection, limit_train=1000).train) == 90
 
 
-def test_channels_follow_pillow():
-    collection = numbered([30, 30], channels=3)
-    ready = prepare(collection, val_fraction=0)
-    for ours, image in zip(ready.train.pixels, collection.train.pixels):
+def test_channel_conversion_equals_pillow():
+    collection = distinct_images([30, 30], channels=3)
+    prepared = prepare(collection, val_fraction=0)
+    for actual, image in zip(prepared.train.pixels, collection.train.pixels):
         reference = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
-        assert np.array_equal(ours[0].numpy(), np.asarray(reference))
-    grey = numbered([5, 5])
+        assert np.array_equal(actual[0].numpy(), np.asarray(reference))
+    grey = distinct_images([5, 5])
     assert torch.equal(prepare(grey, channels=3, val_fraction=0).train.pixels, grey.train.pixels.repeat(1, 3, 1, 1))
 
 
-def test_sizes_follow_pillow():
-    collection = numbered([6, 6], size=8)
+def test_resizing_equals_pillow_within_one_level():
+    collection = distinct_images([6, 6], size=8)
     for size in (5, 8, 20):
-        ready = prepare(collection, image_size=size, val_fraction=0)
-        for ours, image in zip(ready.train.pixels, collection.train.pixels):
+        prepared = prepare(collection, image_size=size, val_fraction=0)
+        for actual, image in zip(prepared.train.pixels, collection.train.pixels):
             reference = Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
-            assert np.abs(ours[0].numpy().astype(int) - np.asarray(reference)).max() <= 1  # Pillow rounds twice
+            assert np.abs(actual[0].numpy().astype(int) - np.asarray(reference)).max() <= 1  # Pillow rounds twice
     padded = prepare(collection, image_size=11, fit="pad", val_fraction=0).train.pixels
     assert torch.equal(padded[:, :, 1:9, 1:9], collection.train.pixels)
     assert padded.sum(dtype=torch.int64) == collection.train.pixels.sum(dtype=torch.int64)
@@ -628,20 +644,20 @@ def test_sizes_follow_pillow():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1, -1, 1]), "go from -1 to 1: must be within 0 to 1"),
-        (torch.tensor([0, 1, 2, 1]), "go from 0 to 2: must be within 0 to 1"),
-        (torch.tensor([0.0, 1.0, 0.0, 1.0]), "torch.float32: must be whole numbers"),
-        (torch.tensor([0, 1, 1]), "one for each of the 4 images"),
+        (torch.tensor([0, 1, -1, 1]), "are -1 to 1: must be within 0 to 1"),
+        (torch.tensor([0, 1, 2, 1]), "are 0 to 2: must be within 0 to 1"),
+        (torch.tensor([0.0, 1.0, 0.0, 1.0]), "torch.float32: must be integers"),
+        (torch.tensor([0, 1, 1]), "one per image, 4 in all"),
     ],
 )
 def test_invalid_labels_are_refused(labels, message):
     images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), labels)
-    good = Images(images.pixels, torch.tensor([0, 1, 0, 1]))
-    for part in ("train", "val", "test"):
-        parts = {"train": good, "val": None, "test": None} | {part: images}
+    valid = Images(images.pixels, torch.tensor([0, 1, 0, 1]))
+    for split_name in ("train", "val", "test"):
+        collection = {"train": valid, "val": None, "test": None} | {split_name: images}
         with pytest.raises(DataError, match=message) as caught:
-            prepare(Collection(**parts, class_names=["a", "b"]))
-        assert caught.value.subject == f"{part} labels"
+            prepare(Collection(**collection, class_names=["a", "b"]))
+        assert caught.value.subject == f"{split_name} labels"
 
 
 @pytest.mark.parametrize(
@@ -660,49 +676,49 @@ def test_invalid_labels_are_refused(labels, message):
 )
 def test_config_error_names_the_key_of_splitting(key, value):
     with pytest.raises(ConfigError) as caught:
-        prepare(numbered([5, 5]), **{key: value})
+        prepare(distinct_images([5, 5]), **{key: value})
     assert (caught.value.subject, caught.value.value) == (key, value)
 
 
 def test_split_that_would_be_empty_is_refused():
-    with pytest.raises(DataError, match="data.val_fraction = 0.1: leaves the val part empty: there are 2 images"):
-        prepare(numbered([1, 1]))
+    with pytest.raises(DataError, match="data.val_fraction = 0.1: leaves the val split empty: there are 2 images"):
+        prepare(distinct_images([1, 1]))
     with pytest.raises(DataError, match="train data: is empty"):
         prepare(Collection(Images(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()), None, None, ["a", "b"]))
-    assert prepare(numbered([1, 1]), val_fraction=0).val is None
-    rest, chosen = split(numbered([2, 2]).train, fraction=0.9, seed=0, part="val")
-    assert (len(rest), len(chosen)) == (2, 2)
+    assert prepare(distinct_images([1, 1]), val_fraction=0).val is None
+    train, val = split(distinct_images([2, 2]).train, fraction=0.9, seed=0, name="val")
+    assert (len(train), len(val)) == (2, 2)
 
 
-def test_memory_budget_decides_whether_files_are_decoded_at_once(tmp_path):
+def test_memory_budget_decides_between_memory_and_streaming(tmp_path):
     write_folder(tmp_path, {"a": 10, "b": 10})
     collection = folder(tmp_path)
-    kept = prepare(collection, image_size=6, channels=3, memory_budget=20 * 108 / 2**30)
+    in_memory = prepare(collection, image_size=6, channels=3, memory_budget=20 * 108 / 2**30)
     streamed = prepare(collection, image_size=6, channels=3, memory_budget=(20 * 108 - 1) / 2**30)
     assert isinstance(streamed.train.pixels, Files)
     assert torch.equal(
-        kept.train.pixels, torch.stack([streamed.train.pixels[index] for index in range(len(kept.train))])
+        in_memory.train.pixels, torch.stack([streamed.train.pixels[index] for index in range(len(in_memory.train))])
     )
-    for name, tensor in kept.normalisation.tensors.items():
+    for name, tensor in in_memory.normalisation.tensors.items():
         assert torch.equal(tensor, streamed.normalisation.tensors[name])
-    assert kept.fingerprint == streamed.fingerprint
+    assert in_memory.fingerprint == streamed.fingerprint
     with pytest.raises(ConfigError, match="fit = pad"):
         prepare(collection, fit="pad")
     with pytest.raises(ConfigError, match="memory_budget = 0.0: the data at 64 pixels"):
-        prepare(numbered([5, 5]), image_size=64, memory_budget=0.0)
+        prepare(distinct_images([5, 5]), image_size=64, memory_budget=0.0)
 
 
-def test_fingerprint_changes_with_the_data_alone(tmp_path):
+def test_fingerprint_depends_only_on_the_data(tmp_path):
     write_folder(tmp_path, {"a": 10, "b": 10})
-    before = prepare(folder(tmp_path)).fingerprint
-    assert prepare(folder(tmp_path), seed=7, val_fraction=0.3, image_size=4).fingerprint == before
+    original = prepare(folder(tmp_path)).fingerprint
+    assert prepare(folder(tmp_path), seed=7, val_fraction=0.3, image_size=4).fingerprint == original
     tmp_path = tmp_path.rename(tmp_path.with_name("moved"))
-    assert prepare(folder(tmp_path)).fingerprint == before
+    assert prepare(folder(tmp_path)).fingerprint == original
     (tmp_path / "a/00.png").rename(tmp_path / "a/99.png")
     renamed = prepare(folder(tmp_path)).fingerprint
     (tmp_path / "a/99.png").unlink()
     fewer = prepare(folder(tmp_path)).fingerprint
-    assert len({before, renamed, fewer}) == 3
+    assert len({original, renamed, fewer}) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- synthetic
@@ -715,8 +731,8 @@ def test_synthetic_images_are_reproducible_and_separable():
     assert first.train.pixels.shape == (600, 3, 16, 16) and first.train.pixels.dtype == torch.uint8
     assert first.train.labels.bincount().tolist() == [120] * 5
     assert not set(encoded_images(first.train.pixels)) & set(encoded_images(first.test.pixels))
-    # The patch's place alone tells the class: the nearest mean of |pixel - 128| is right far above chance (20 %).
-    train, test = ((part.pixels.float() - 128).abs().mean(1).flatten(1) for part in (first.train, first.test))
+    # The position of the patch determines the class: nearest mean of |pixel - 128| is far above chance (20%).
+    train, test = ((images.pixels.float() - 128).abs().mean(1).flatten(1) for images in (first.train, first.test))
     means = torch.stack([train[first.train.labels == label].mean(0) for label in range(5)])
     accuracy = (torch.cdist(test, means).argmin(1) == first.test.labels).float().mean()
     assert accuracy > 0.8

@@ -1,6 +1,6 @@
-"""The documents: their commands run as printed, their links lead somewhere, the reading tour is short.
+"""The documentation: commands run as printed, links lead to files, the reading tour is short.
 
-Commands that need no data beyond `digits` run here, with two optimizer steps; the config of each other one is composed
+Commands that need only the data set `digits` run here, with two optimizer steps. For all others, the config is composed
 and checked.
 """
 
@@ -25,8 +25,8 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELO
 COMMAND = re.compile(r"python scripts/(\w+)\.py")
 SMALL = ("trainer.max_steps=2", "trainer.threads=1", "trainer.log_graph=false", "trainer.log_images=false")
 TOUR_LINES = 1300
-# Commands that need what is not there: the result of a sweep or of a long training, a plugin of Hydra's.
-ELSEWHERE = ("experiment=best", "folder=outputs/", "KEY=VALUE", "hydra/launcher=")
+# Commands that need something the tests do not have: the result of a sweep or of a long training, a Hydra plugin.
+NOT_RUNNABLE = ("experiment=best", "folder=outputs/", "KEY=VALUE", "hydra/launcher=")
 
 
 def commands(page: Path) -> list[str]:
@@ -38,7 +38,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with what the commands name: a run, outputs/RUN, and a folder of images, FOLDER."""
+    """Return a folder with what the commands name: a run, outputs/RUN, and a folder of images, FOLDER."""
     folder = tmp_path_factory.mktemp("workplace")
     trained(folder / "outputs" / "RUN", "trainer.max_epochs=1")
     for index, name in enumerate(("cat", "dog")):
@@ -51,7 +51,7 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(workplace, monkeypatch, capfd) -> Callable[..., int]:
-    """Run a script in the workplace, in this process; returns its exit code."""
+    """Return a function that runs a script in the workplace, in this process, and returns its exit code."""
     monkeypatch.chdir(workplace)
 
     def run(name: str, *arguments: str) -> int:
@@ -69,8 +69,10 @@ def first_of_grid(arguments: list[str]) -> list[str]:
     """Return the arguments of the first job of a grid."""
     overrides = parse_overrides([item for item in arguments if "=" in item and not item.startswith("-")])
     return [
-        f"{each.key_or_group}={next(iter(each.sweep_iterator()))}" if each.is_sweep_override() else str(each.input_line)
-        for each in overrides
+        f"{override.key_or_group}={next(iter(override.sweep_iterator()))}"
+        if override.is_sweep_override()
+        else str(override.input_line)
+        for override in overrides
     ]
 
 
@@ -91,11 +93,11 @@ def test_commands_of_a_page_run_as_printed(page, script, workplace, tmp_path):
         if not arguments or arguments == ["..."] or name == "zoo" or "pooled" in command:
             continue  # test_command_line runs the commands of the model `pooled`
         if name == "sweep":
-            given = [item for item in arguments if not item.startswith("-")]
-            read_plan(compose_config("sweep", given, SweepConfig, missing=None))
-        elif any(text in command for text in ELSEWHERE):
-            given = [item for item in arguments if "=" in item and not item.startswith("-") and "=best" not in item]
-            check_overrides(parse_overrides(given), TrainConfig if name == "train" else None)
+            overrides = [item for item in arguments if not item.startswith("-")]
+            read_plan(compose_config("sweep", overrides, SweepConfig, missing=None))
+        elif any(text in command for text in NOT_RUNNABLE):
+            overrides = [item for item in arguments if "=" in item and not item.startswith("-") and "=best" not in item]
+            check_overrides(parse_overrides(overrides), TrainConfig if name == "train" else None)
         elif name in ("train", "look") and needs_other_data(arguments):
             compose_config("train", first_of_grid(arguments), TrainConfig, missing=None)
         else:
@@ -115,7 +117,7 @@ def test_pages_have_commands():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_printed_with_python_in_front(page):
-    """`scripts/train.py model=mlp` alone is refused by the shell: the scripts are not executable."""
+    """The shell refuses `scripts/train.py model=mlp` alone: the scripts are not executable."""
     assert re.findall(r"(?<!python )(?<![\w/(\[.])scripts/\w+\.py [a-z~+'-]\S*=?.*", page.read_text()) == []
 
 
@@ -140,7 +142,7 @@ def test_index_of_docs_names_every_page():
 
 
 def test_reading_tour_is_short():
-    tour = (ROOT / "README.md").read_text().partition("## Read this in an evening")[2].partition("\n## ")[0]
+    tour = (ROOT / "README.md").read_text().partition("## Reading tour of the code")[2].partition("\n## ")[0]
     files = re.findall(r"^\d\. .*", tour, re.MULTILINE)
     paths = [path for line in files for path in re.findall(r"\(([\w./]+)\)", line)]
     assert len(paths) >= 7 and sum(len((ROOT / path).read_text().splitlines()) for path in paths) <= TOUR_LINES

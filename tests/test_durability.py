@@ -1,7 +1,7 @@
-"""What is saved is never lost: kills, power cuts, flipped bits, cut files, full disks (docs/reliability.md: 1, 5, 6).
+"""Saved states survive kills, power cuts, flipped bits, truncation and full disks (docs/reliability.md: 1, 5, 6).
 
-Each check is a function that counts what was lost, so that it can be turned on ways of saving that are known to be bad:
-then it must count something.
+Each check is a function that counts lost states. It is also run on ways of saving that are known to be unsafe: then it
+must count at least one loss.
 """
 
 import errno
@@ -47,20 +47,20 @@ def save(folder: CheckpointFolder, step: int) -> None:
 
 
 def newest(folder: Path, kind: str) -> int:
-    """The step of the newest good checkpoint, compared bit by bit; -1 if none is left."""
+    """Return the step of the newest valid checkpoint after a bitwise comparison, or -1 if none exists."""
     try:
-        found = CheckpointFolder(folder).load(kind)[0]
+        loaded = CheckpointFolder(folder).load(kind)[0]
     except CheckpointError:
         return -1
-    assert packed(found) == packed(snapshot(found.step)), "a checkpoint was taken for good that is not"
-    return found.step
+    assert packed(loaded) == packed(snapshot(loaded.step)), "a damaged checkpoint was accepted"
+    return loaded.step
 
 
-# Ways of saving that are known to be bad
+# Unsafe ways of saving
 
 
 def in_place(path: Path, *content: bytes | memoryview) -> None:
-    """Open and write, over the existing file."""
+    """Write a file by overwriting the existing one."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.write(descriptor, b"".join(content))
     os.fsync(descriptor)
@@ -76,14 +76,14 @@ def without_fsync(path: Path, *content: bytes | memoryview) -> None:
 
 
 def unlink_first(folder: CheckpointFolder, step: int) -> None:
-    """The older generations go before the new one is there."""
+    """Delete the older generations before writing the new one."""
     for file in folder.files(*KINDS):
         os.unlink(file.path)  # noqa: PTH108
     save(folder, step)
 
 
 def one_name(folder: CheckpointFolder, step: int) -> None:
-    """One file, no hash, no generations, as most trainers do."""
+    """Save to one file name, without hash and generations, as most trainers do."""
     checkpoint.write_durably(folder.path / "last.safetensors", packed(snapshot(step)))
 
 
@@ -94,56 +94,52 @@ def newest_of_one_name(folder: Path, kind: str) -> int:
         return -1
 
 
-# At every system call
+# Kills at every system call
 
 CALLS = ("open", "write", "fsync", "replace", "link", "unlink")
 
 
-class Dead(BaseException):
-    """A process that ends here."""
-
-
-def die_at(number: int, patched: pytest.MonkeyPatch, *, half: bool = False) -> None:
-    """The process ends at its number-th system call that changes the disk; `half`: a write gets half through."""
+def exit_at_call(number: int, patched: pytest.MonkeyPatch, *, half: bool = False) -> None:
+    """Exit at the disk-changing system call with this number; `half` writes half of the content first."""
     calls = itertools.count()
     for name in CALLS:
         real = getattr(os, name)
 
-        def call(*arguments: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+        def call(*arguments: Any, real: Any = real, name: str = name, **options: Any) -> Any:
             if next(calls) == number:
                 if half and name == "write":
                     real(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 os._exit(9)
-            return real(*arguments, **named)
+            return real(*arguments, **options)
 
         patched.setattr(os, name, call)
 
 
 def lost_at_calls(folder: Path, *, save: Save, newest: Callable[[Path, str], int], half: bool) -> tuple[int, int]:
-    """(states lost, calls tried): two saves, and a third one that ends at each of its calls in turn."""
+    """Return (states lost, calls tried): after two saves, a third one is killed at each of its calls in turn."""
     lost = 0
     for number in itertools.count():
-        place = folder / f"{number}-{half}"
-        place.mkdir(parents=True)
+        run_folder = folder / f"{number}-{half}"
+        run_folder.mkdir(parents=True)
         for step in (1, 2):
-            save(CheckpointFolder(place), step)
+            save(CheckpointFolder(run_folder), step)
         child = os.fork()
         if child == 0:
             with pytest.MonkeyPatch.context() as patched:
-                die_at(number, patched, half=half)
-                save(CheckpointFolder(place), 3)
+                exit_at_call(number, patched, half=half)
+                save(CheckpointFolder(run_folder), 3)
             os._exit(0)
-        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        lost += min(newest(place, kind) for kind in KINDS) < (2 if died else 3)
-        durable.remove_leftovers(place)
-        lost += any(path.name.endswith(".tmp") for path in place.iterdir())
-        shutil.rmtree(place)
-        if not died:
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        lost += min(newest(run_folder, kind) for kind in KINDS) < (2 if killed else 3)
+        durable.remove_leftovers(run_folder)
+        lost += any(path.name.endswith(".tmp") for path in run_folder.iterdir())
+        shutil.rmtree(run_folder)
+        if not killed:
             return lost, number
     raise AssertionError
 
 
-def test_a_kill_at_every_system_call_of_a_save(tmp_path, promise):
+def test_kill_at_every_system_call_of_a_save_loses_no_state(tmp_path, promise):
     lost, tried = zip(
         *(lost_at_calls(tmp_path, save=save, newest=newest, half=half) for half in (False, True)), strict=True
     )
@@ -154,16 +150,16 @@ def test_a_kill_at_every_system_call_of_a_save(tmp_path, promise):
 def test_kill_at_every_system_call_detects_unsafe_saves(tmp_path, monkeypatch):
     assert lost_at_calls(tmp_path / "unlink", save=unlink_first, newest=newest, half=False)[0] > 0
     monkeypatch.setattr(checkpoint, "write_durably", in_place)
-    assert lost_at_calls(tmp_path / "place", save=one_name, newest=newest_of_one_name, half=True)[0] > 0
+    assert lost_at_calls(tmp_path / "in_place", save=one_name, newest=newest_of_one_name, half=True)[0] > 0
 
 
-# At random moments
+# Kills at random moments
 
 
 def lost_at_random(folder: Path, *, save: Save, newest: Callable[[Path, str], int], kills: int) -> tuple[int, int]:
-    """(states lost, kills inside a save): a process that does nothing but save, killed after 0 to 30 ms, again."""
-    shared = mmap.mmap(-1, 16)  # the last step that was saved, and whether a save is under way
-    draw, lost, inside = random.Random(0), 0, 0
+    """Return (states lost, kills inside a save) of a process that only saves and is killed every 1 to 31 ms."""
+    shared = mmap.mmap(-1, 16)  # the last saved step, and whether a save is running
+    generator, lost, inside = random.Random(0), 0, 0
     folder.mkdir()
     save(CheckpointFolder(folder), 1)
     struct.pack_into("qq", shared, 0, 1, 0)
@@ -174,22 +170,22 @@ def lost_at_random(folder: Path, *, save: Save, newest: Callable[[Path, str], in
                 struct.pack_into("q", shared, 8, 1)
                 save(CheckpointFolder(folder), step)
                 struct.pack_into("qq", shared, 0, step, 0)
-        time.sleep(0.001 + 0.03 * draw.random())
+        time.sleep(0.001 + 0.03 * generator.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         saved, saving = struct.unpack_from("qq", shared)
         inside += saving
-        found = min(newest(folder, kind) for kind in KINDS)
-        lost += found < saved
-        struct.pack_into("qq", shared, 0, max(found, 1), 0)
-        if found < 1:  # so that a bad way of saving can go on losing
+        newest_step = min(newest(folder, kind) for kind in KINDS)
+        lost += newest_step < saved
+        struct.pack_into("qq", shared, 0, max(newest_step, 1), 0)
+        if newest_step < 1:  # so that an unsafe way of saving can lose again
             save(CheckpointFolder(folder), 1)
         durable.remove_leftovers(folder)
-    assert len(list(folder.iterdir())) <= 6  # two generations of each kind, and one that a kill kept from going
+    assert len(list(folder.iterdir())) <= 6  # two generations per kind, and one that a kill kept from being deleted
     return lost, inside
 
 
-def test_kills_at_random_moments_of_a_save(tmp_path, full, promise):
+def test_kills_at_random_moments_of_a_save_lose_no_state(tmp_path, full, promise):
     kills = 1000 if full else 80
     lost, inside = lost_at_random(tmp_path / "run", save=save, newest=newest, kills=kills)
     assert lost == 0 and inside > 0.5 * kills
@@ -202,92 +198,94 @@ def test_random_kills_detect_a_file_written_in_place(tmp_path, monkeypatch):
     assert lost > 4
 
 
-# Power cuts, argued from the order of system calls
+# Power cuts, simulated from the order of system calls
 
 
 @dataclass
 class Journal:
-    """What a process asked of the disk, in order: data and names are there for sure only behind an fsync."""
+    """The system calls of a process that change the disk, in order. Only an fsync makes data and names durable."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
     @contextmanager
-    def written(self) -> Any:
+    def recording(self) -> Any:
         real = {name: getattr(os, name) for name in CALLS}
         opened: dict[int, Path] = {}
 
-        def note(name: str, *facts: Any) -> None:
-            self.calls.append((name, *facts))
+        def record(name: str, *arguments: Any) -> None:
+            self.calls.append((name, *arguments))
 
-        def open_(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-            descriptor = real["open"](path, flags, *rest, **named)
+        def open_(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+            descriptor = real["open"](path, flags, *mode, **options)
             opened[descriptor] = Path(path)
             if flags & os.O_CREAT:
-                note("create", Path(path))
+                record("create", Path(path))
             return descriptor
 
         def write(descriptor: int, content: Any) -> int:
-            note("write", opened[descriptor], bytes(content))
+            record("write", opened[descriptor], bytes(content))
             return real["write"](descriptor, content)
 
         def fsync(descriptor: int) -> None:
-            note("fsync", opened[descriptor])
+            record("fsync", opened[descriptor])
             real["fsync"](descriptor)
 
-        def two(name: str) -> Any:
-            def call(one: Any, other: Any) -> None:
-                real[name](one, other)
-                note(name, Path(one), Path(other))
+        def with_two_paths(name: str) -> Any:
+            def call(source: Any, destination: Any) -> None:
+                real[name](source, destination)
+                record(name, Path(source), Path(destination))
 
             return call
 
         def unlink(path: Any) -> None:
             real["unlink"](path)
-            note("unlink", Path(path))
+            record("unlink", Path(path))
 
         with pytest.MonkeyPatch.context() as patched:
             for name, call in {"open": open_, "write": write, "fsync": fsync, "unlink": unlink}.items():
                 patched.setattr(os, name, call)
             for name in ("replace", "link"):
-                patched.setattr(os, name, two(name))
+                patched.setattr(os, name, with_two_paths(name))
             yield
 
     def disks(self, before: dict[str, bytes], root: Path) -> Any:
-        """The files that a power cut may leave after each call: names that were not made sure are new or old, each for
-        itself; data that was not made sure is gone."""
+        """Yield (number of calls, files) for each state that a power cut may leave after each call.
+
+        Each name that was not synced is independently old or new. File content that was not synced is cut in half.
+        """
         for number in range(len(self.calls) + 1):
-            data = {Path(name): content for name, content in before.items()}  # by file, not by name
-            sure: dict[Path, Path] = {root / name: Path(name) for name in before}  # name -> file
-            names = dict(sure)
-            loose: list[tuple[Path, Path | None]] = []  # names that changed since their folder was made sure
+            data = {Path(name): content for name, content in before.items()}  # key: file, not name
+            durable_names: dict[Path, Path] = {root / name: Path(name) for name in before}  # name -> file
+            names = dict(durable_names)
+            unsynced: list[tuple[Path, Path | None]] = []  # names changed since the fsync of their folder
             synced = set(data)
-            for name, first, *rest in self.calls[:number]:
+            for name, first, *more in self.calls[:number]:
                 if name == "create":
                     names[first] = first
                     data[first] = b""
-                    loose.append((first, first))
+                    unsynced.append((first, first))
                 elif name == "write":
-                    data[names[first]] += rest[0]
+                    data[names[first]] += more[0]
                     synced.discard(names[first])
                 elif name == "fsync" and first == root:
-                    sure, loose = dict(names), []
+                    durable_names, unsynced = dict(names), []
                 elif name == "fsync":
                     synced.add(names[first])
                 elif name == "unlink":
                     names.pop(first)
-                    loose.append((first, None))
+                    unsynced.append((first, None))
                 else:  # replace, link
                     file = names[first] if name == "link" else names.pop(first)
-                    names[rest[0]] = file
-                    loose.append((rest[0], file))
+                    names[more[0]] = file
+                    unsynced.append((more[0], file))
                     if name == "replace":
-                        loose.append((first, None))
-            for chosen in itertools.product((False, True), repeat=len(loose)):
-                after = dict(sure)
-                for (name, file), happened in zip(loose, chosen, strict=True):
-                    if happened and file is None:
+                        unsynced.append((first, None))
+            for choices in itertools.product((False, True), repeat=len(unsynced)):
+                after = dict(durable_names)
+                for (name, file), is_new in zip(unsynced, choices, strict=True):
+                    if is_new and file is None:
                         after.pop(name, None)
-                    elif happened:
+                    elif is_new:
                         after[name] = file
                 yield (
                     number,
@@ -299,13 +297,13 @@ class Journal:
 
 
 def lost_by_power_cuts(folder: Path, *, save: Save) -> tuple[int, int]:
-    """(states lost, states of the disk tried): two saves, and a power cut at each call of a third one, or behind it."""
+    """Return (states lost, disk states tried): after two saves, a power cut at each call of a third, or after it."""
     folder.mkdir()
     for step in (1, 2):
         save(CheckpointFolder(folder), step)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     journal = Journal()
-    with journal.written():
+    with journal.recording():
         save(CheckpointFolder(folder), 3)
     lost = tried = 0
     disk = folder.with_name("disk")
@@ -319,74 +317,74 @@ def lost_by_power_cuts(folder: Path, *, save: Save) -> tuple[int, int]:
     return lost, tried
 
 
-def test_a_power_cut_at_every_system_call(tmp_path, promise):
+def test_power_cut_at_every_system_call_loses_no_state(tmp_path, promise):
     lost, tried = lost_by_power_cuts(tmp_path / "run", save=save)
     assert lost == 0 and tried > 30
     promise(1, "a power cut inside a save: every state the disk may be in", f"{lost} lost of {tried}")
 
 
 @pytest.mark.parametrize("mutant", ["no fsync of the file", "no fsync of the folder", "unlink first"])
-def test_power_cut_detects_a_missing_fsync(tmp_path, monkeypatch, mutant):
+def test_power_cuts_detect_unsafe_saves(tmp_path, monkeypatch, mutant):
     if mutant == "no fsync of the file":
         monkeypatch.setattr(checkpoint, "write_durably", without_fsync)
     if mutant == "no fsync of the folder":
         monkeypatch.setattr(durable, "sync_folder", lambda _: None)
-    chosen = unlink_first if mutant == "unlink first" else save
-    assert lost_by_power_cuts(tmp_path / "run", save=chosen)[0] > 0
+    unsafe_save = unlink_first if mutant == "unlink first" else save
+    assert lost_by_power_cuts(tmp_path / "run", save=unsafe_save)[0] > 0
 
 
 # Damage
 
 
-def unnoticed_damage(folder: Path, *, flips: int, cuts: int) -> tuple[int, int]:
-    """How many flipped bits and how many cuts of the newest file are not noticed, or not made good by the older."""
+def undetected_damage(folder: Path, *, flips: int, cuts: int) -> tuple[int, int]:
+    """Return how many bit flips and cuts of the newest file are undetected or not repaired from the older file."""
     folder.mkdir()
     for step in (1, 2):
         CheckpointFolder(folder).save(["last"], snapshot(step, size=300), keep=KEEP)
     path = CheckpointFolder(folder).files("last")[0].path
-    good, draw = path.read_bytes(), random.Random(1)
+    intact, generator = path.read_bytes(), random.Random(1)
 
-    def is_noticed() -> bool:
+    def is_detected() -> bool:
         try:
-            found, _, damaged = CheckpointFolder(folder).load("last")
+            loaded, _, damaged = CheckpointFolder(folder).load("last")
         except Exception:
             return False
-        return found.step == 1 and list(damaged) == [path]
+        return loaded.step == 1 and list(damaged) == [path]
 
-    unnoticed = [0, 0]
+    undetected = [0, 0]
     for _ in range(flips):
-        place = draw.randrange(8 * len(good))
-        bad = bytearray(good)
-        bad[place // 8] ^= 1 << place % 8
-        path.write_bytes(bad)
-        unnoticed[0] += not is_noticed()
-    for length in [0, 1, len(good) - 1, *draw.sample(range(len(good)), cuts - 3)]:
-        path.write_bytes(good[:length])
-        unnoticed[1] += not is_noticed()
-    path.write_bytes(good)
+        bit = generator.randrange(8 * len(intact))
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        undetected[0] += not is_detected()
+    for length in [0, 1, len(intact) - 1, *generator.sample(range(len(intact)), cuts - 3)]:
+        path.write_bytes(intact[:length])
+        undetected[1] += not is_detected()
+    path.write_bytes(intact)
     assert CheckpointFolder(folder).load("last")[0].step == 2
-    return unnoticed[0], unnoticed[1]
+    return undetected[0], undetected[1]
 
 
-def test_damage_is_noticed_and_the_generation_before_takes_over(tmp_path, full, promise):
+def test_damage_is_detected_and_the_older_generation_is_used(tmp_path, full, promise):
     flips, cuts = (1000, 200) if full else (300, 60)
-    unnoticed = unnoticed_damage(tmp_path / "run", flips=flips, cuts=cuts)
-    assert unnoticed == (0, 0)
-    promise(5, "damage is noticed: flipped bits", f"{flips - unnoticed[0]} of {flips}")
-    promise(5, "damage is noticed: cut files", f"{cuts - unnoticed[1]} of {cuts}")
+    undetected = undetected_damage(tmp_path / "run", flips=flips, cuts=cuts)
+    assert undetected == (0, 0)
+    promise(5, "damage is detected: flipped bits", f"{flips - undetected[0]} of {flips}")
+    promise(5, "damage is detected: cut files", f"{cuts - undetected[1]} of {cuts}")
 
 
-def test_damage_detects_a_reader_that_trusts_names(tmp_path, monkeypatch):
+def test_damage_check_detects_a_reader_that_ignores_the_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "digest", lambda *content: "0123456789abcdef")
-    flips, _ = unnoticed_damage(tmp_path / "run", flips=50, cuts=10)
+    flips, _ = undetected_damage(tmp_path / "run", flips=50, cuts=10)
     assert flips > 25
 
 
 # Full disks
 
 
-def limited(size: int) -> None:
-    """Files of this process can grow to so many bytes: a write beyond fails half-way, as on a full disk."""
+def limit_file_size(size: int) -> None:
+    """Limit the files of this process to `size` bytes: a longer write fails half-way, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -394,23 +392,25 @@ def limited(size: int) -> None:
 def lost_on_full_disks(folder: Path, *, save: Save, offsets: list[int]) -> int:
     lost = 0
     for offset in offsets:
-        place = folder / str(offset)
-        place.mkdir(parents=True)
+        run_folder = folder / str(offset)
+        run_folder.mkdir(parents=True)
         for step in (1, 2):
-            save(CheckpointFolder(place), step)
-        before = {path.name: path.read_bytes() for path in place.iterdir()}
+            save(CheckpointFolder(run_folder), step)
+        before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
         child = os.fork()
         if child == 0:
-            limited(offset)
+            limit_file_size(offset)
             try:
-                save(CheckpointFolder(place), 3)
+                save(CheckpointFolder(run_folder), 3)
             except StorageError as error:
-                told = str(error)
-                said = all(part in told for part in (str(place), "bytes", "are free there", "File too large"))
-                os._exit(0 if said else 1)
+                message = str(error)
+                is_complete = all(
+                    text in message for text in (str(run_folder), "bytes", "bytes are free", "File too large")
+                )
+                os._exit(0 if is_complete else 1)
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, offset
-        lost += {path.name: path.read_bytes() for path in place.iterdir()} != before
+        lost += {path.name: path.read_bytes() for path in run_folder.iterdir()} != before
     return lost
 
 
@@ -429,15 +429,15 @@ def test_full_disk_detects_a_file_truncated_in_place(tmp_path, monkeypatch):
         try:
             in_place(path, content)
         except OSError:
-            raise StorageError(str(path), durable._told(path, len(content), full)) from None
+            raise StorageError(str(path), durable._write_failure(path, len(content), full)) from None
         if path.stat().st_size < len(content):
-            raise StorageError(str(path), durable._told(path, len(content), full))
+            raise StorageError(str(path), durable._write_failure(path, len(content), full))
 
     monkeypatch.setattr(checkpoint, "write_durably", cut)
     assert lost_on_full_disks(tmp_path / "run", save=one_name, offsets=[0, 100]) == 2
 
 
-ON_A_SMALL_DISK = """
+SMALL_DISK_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
@@ -453,19 +453,19 @@ except StorageError as error:
 """
 
 
-def test_tmpfs_that_is_full_keeps_the_older_checkpoint(tmp_path):
-    """A tmpfs of 200 KiB in a mount namespace of its own, where that is permitted."""
+def test_full_tmpfs_keeps_the_older_checkpoints(tmp_path):
+    """Uses a tmpfs of 200 KiB in a separate mount namespace, if the system permits that."""
     mount = f"mount -t tmpfs -o size=200k none {tmp_path} && "
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": str(tests.parent / "src")}
     if subprocess.run(["unshare", "-m", "sh", "-c", mount + "true"], capture_output=True).returncode:
-        pytest.skip("no mounts here")
+        pytest.skip("needs permission to mount")
     script = tmp_path.with_name("small.py")
-    script.write_text(ON_A_SMALL_DISK)
+    script.write_text(SMALL_DISK_SCRIPT)
     command = f"{mount}{sys.executable} {script} {tmp_path} {tests}; ls -A {tmp_path}"
     done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, env=environment)
-    told, *files = done.stdout.splitlines()
-    step = int(told.split()[0])
-    assert step == 5 and "No space left on device" in told, done
-    assert f"cannot write {len(packed(snapshot(step))):,} bytes (" in told and "are free there" in told
+    message, *files = done.stdout.splitlines()
+    step = int(message.split()[0])
+    assert step == 5 and "No space left on device" in message, done
+    assert f"cannot write {len(packed(snapshot(step))):,} bytes (" in message and "bytes are free" in message
     assert [name[:13] for name in sorted(files)] == [f"step-{number:08d}" for number in range(step)]

@@ -1,4 +1,4 @@
-"""Early stopping: a table of sequences, and a second implementation that sees the whole past at once."""
+"""Early stopping: a table of sequences, and a second implementation that uses the full history at each epoch."""
 
 import json
 import math
@@ -17,48 +17,48 @@ def stopping(**changes: Any) -> EarlyStopping:
     return EarlyStopping(**({"monitor": "val/loss", "mode": "min", "patience": 2} | changes))
 
 
-def stops(machine: EarlyStopping, value: float, epoch: float) -> bool:
-    """Whether training should stop after this evaluation."""
-    machine.observe(value, epoch)
-    return machine.stopped
+def stops(stopper: EarlyStopping, value: float, epoch: float) -> bool:
+    """Return whether training should stop after this evaluation."""
+    stopper.observe(value, epoch)
+    return stopper.stopped
 
 
 def first_stop(values: list[float], **settings: Any) -> int | None:
-    """The epoch, from 1, after which it stops."""
-    machine = stopping(**settings)
-    return next((epoch for epoch, value in enumerate(values, 1) if stops(machine, value, epoch)), None)
+    """Return the epoch, counted from 1, after which training stops."""
+    stopper = stopping(**settings)
+    return next((epoch for epoch, value in enumerate(values, 1) if stops(stopper, value, epoch)), None)
 
 
 @pytest.mark.parametrize(
     ("values", "settings", "stop"),
     [
-        # Patience: epochs since the best one
+        # Patience: epochs since the best epoch
         ([3, 2, 1, 1, 1], {}, 5),  # an equal value is no improvement
         ([3, 2, 1, 0, -1], {}, None),
         ([1, 2, 0.5, 2, 2], {}, 5),
         ([1, 2], {"patience": 1}, 2),
         ([1, 2, 3, 4, 5, 6], {"patience": None}, None),
-        # What counts as an improvement
-        ([3, 2.95, 2.9, 2.85], {"min_delta": 0.1}, 3),  # each is measured from the best, which stays 3
+        # Improvements
+        ([3, 2.95, 2.9, 2.85], {"min_delta": 0.1}, 3),  # each value is compared with the best, which stays 3
         ([3, 2.95, 2.89, 2.85, 2.8], {"min_delta": 0.1}, 5),
         ([1, 2, 3, 3, 3], {"mode": "max"}, 5),
         ([3, 2, 1], {"mode": "max"}, 3),
         ([1, 1.4, 1.5, 1.6], {"mode": "max", "min_delta": 0.5}, 3),
-        # What is not finite never is one
+        # A non-finite value is never an improvement
         ([NAN, NAN, NAN], {}, 2),
         ([NAN, 3, NAN, NAN], {}, 4),
         ([-INF, -INF], {}, 2),
         ([3, INF, -INF], {"mode": "max"}, 3),
-        # Geometric: after epoch e from 1 when e >= max(patience, geometric x best epoch)
+        # Geometric: stops after epoch e, counted from 1, if e >= max(patience, geometric x best epoch)
         ([1, 2, 2, 2, 2], {"patience": 4, "geometric": 2}, 4),
         ([3, 2, 1, 2, 2, 2, 2], {"patience": 4, "geometric": 2}, 6),
         ([3, 2, 1, 2, 0, *[2] * 6], {"patience": 4, "geometric": 2}, 10),
         ([3, 2, 1, 2, 2, 2], {"patience": 2, "geometric": 1.5}, 5),  # 1.5 x 3 = 4.5
-        ([1, 2, 2], {"patience": 1, "geometric": 2}, 2),  # not after epoch 1: its best is its own
+        ([1, 2, 2], {"patience": 1, "geometric": 2}, 2),  # not after epoch 1, which is its own best epoch
         ([9, 8, 7, 6, 5, 4], {"patience": 3, "geometric": 1.1}, None),
     ],
 )
-def test_stops_at_the_epoch_of_the_table(values, settings, stop):
+def test_early_stopping_stops_at_the_expected_epoch(values, settings, stop):
     assert first_stop(values, **settings) == stop
 
 
@@ -78,42 +78,46 @@ def second_implementation(values: list[float], mode: str, patience: int, delta: 
     return None
 
 
-def test_random_sequences_agree_with_a_second_implementation():
-    draw, stops = random.Random(0), 0
+def test_early_stopping_equals_a_second_implementation_on_random_sequences():
+    generator, stop_count = random.Random(0), 0
     for _ in range(3000):
-        values = [draw.choice([NAN, INF, -INF, *range(8), *range(8)]) for _ in range(draw.randint(1, 25))]
-        mode, patience, delta = draw.choice(["min", "max"]), draw.randint(1, 6), draw.choice([0.0, 1.0, 2.5])
-        factor = draw.choice([None, None, 1.5, 2.0])
+        values = [generator.choice([NAN, INF, -INF, *range(8), *range(8)]) for _ in range(generator.randint(1, 25))]
+        mode, patience, delta = (
+            generator.choice(["min", "max"]),
+            generator.randint(1, 6),
+            generator.choice([0.0, 1.0, 2.5]),
+        )
+        factor = generator.choice([None, None, 1.5, 2.0])
         settings: dict[str, Any] = {"mode": mode, "patience": patience, "min_delta": delta, "geometric": factor}
         expected = second_implementation(values, mode, patience, delta, factor)
         assert first_stop(values, **settings) == expected, (values, settings)
-        stops += expected is not None
-    assert 1000 < stops < 3000
+        stop_count += expected is not None
+    assert 1000 < stop_count < 3000
 
 
-def test_state_dict_restores_the_decision():
-    draw = random.Random(1)
+def test_state_dict_restores_the_early_stopping_decision():
+    generator = random.Random(1)
     for _ in range(200):
-        values = [draw.choice([NAN, *range(6)]) for _ in range(20)]
-        straight, resumed = stopping(patience=4), stopping(patience=4)
+        values = [generator.choice([NAN, *range(6)]) for _ in range(20)]
+        uninterrupted, resumed = stopping(patience=4), stopping(patience=4)
         for epoch, value in enumerate(values, 1):
-            answers = stops(straight, value, epoch), stops(resumed, value, epoch)
-            assert answers[0] == answers[1]
+            decisions = stops(uninterrupted, value, epoch), stops(resumed, value, epoch)
+            assert decisions[0] == decisions[1]
             state = json.loads(json.dumps(resumed.state_dict()))
             resumed = stopping(patience=4)
             resumed.load_state_dict(state)
-            assert resumed.state_dict() == straight.state_dict()
+            assert resumed.state_dict() == uninterrupted.state_dict()
 
 
-def test_fractions_of_epochs_as_the_trainer_rounds_them():
-    """Evaluated every few steps: `patience` epochs later it stops, whatever the last bits of the fractions."""
+def test_patience_is_exact_for_rounded_fractions_of_epochs():
+    """With evaluations every few steps, training stops `patience` epochs later, independent of rounding."""
     for steps_per_epoch in range(1, 40):
         for best in range(1, 80):
             for patience in (1, 2, 7):
-                machine = stopping(patience=patience)
-                machine.observe(1.0, round(best / steps_per_epoch, 4))
+                stopper = stopping(patience=patience)
+                stopper.observe(1.0, round(best / steps_per_epoch, 4))
                 last = best + patience * steps_per_epoch
-                before = round((last - 1) / steps_per_epoch, 4)
-                place = (Fraction(best, steps_per_epoch), patience)
-                assert not stops(machine, 2.0, before), place
-                assert stops(machine, 2.0, round(last / steps_per_epoch, 4)), place
+                previous_epoch = round((last - 1) / steps_per_epoch, 4)
+                case = (Fraction(best, steps_per_epoch), patience)
+                assert not stops(stopper, 2.0, previous_epoch), case
+                assert stops(stopper, 2.0, round(last / steps_per_epoch, 4)), case

@@ -1,6 +1,6 @@
-"""Bad inputs: one line on stderr naming the key and what is allowed; nothing left behind.
+"""Invalid input gives one line on stderr with the key and the allowed values, and leaves no files.
 
-The scripts' own entry runs in this process, from command line to exit code.
+The scripts run in this process, from the command line to the exit code.
 """
 
 import os
@@ -14,13 +14,18 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ("data=synthetic", "data.image_size=8", "data.train_samples=60", "data.test_samples=20", "data.batch_size=16")
-FAST += ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.log_graph=false", "trainer.log_images=false")
+WITHOUT_DATA = (
+    *("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.log_graph=false", "trainer.log_images=false"),
+)
+FAST = (
+    *("data=synthetic", "data.image_size=8", "data.train_samples=60", "data.test_samples=20", "data.batch_size=16"),
+    *("data.num_classes=3", *WITHOUT_DATA),
+)
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capfd):
-    """Run a script as a user would, in an empty folder; returns (exit code, stdout, stderr)."""
+    """Return a function that runs a script in an empty folder and returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
 
@@ -52,7 +57,7 @@ CONFIG = {
     "cycle of two": (
         ["seed=${trainer.accumulate}", "trainer.accumulate=${seed}"],
         "seed: refers to itself: seed -> trainer.accumulate -> seed",
-        ["give one of them a value"],
+        ["set one of these keys to a value"],
     ),
     "cycle behind a key": (
         [
@@ -73,9 +78,9 @@ CONFIG = {
     "another section": (["optimiser.lr=0.1"], "optimiser.lr = 0.1", ["did you mean optimizer.lr?"]),
     "no section": (["lr=0.1"], "lr = 0.1", ["did you mean optimizer.lr?"]),
     "no section and another name": (["epochs=5"], "epochs = 5", ["did you mean trainer.max_epochs?"]),
-    "another option's": (["model.hidden=[8]"], "model.hidden = [8]", ["in model=mlp"]),
+    "another option's": (["model.hidden=[8]"], "model.hidden = [8]", ["model=mlp does; "]),
     "another option's, added": (["+model.hidden=[8]"], "model.hidden = [8]", ["model=mlp has it"]),
-    "another option's, in a grid": (["-m", "model.hidden=[8],[9]"], "model.hidden = [8]", ["in model=mlp"]),
+    "another option's, in a grid": (["-m", "model.hidden=[8],[9]"], "model.hidden = [8]", ["model=mlp does; "]),
     "exists already": (["+trainer.l1=0.1"], "trainer.l1 = 0.1", ["leave out the +"]),
     "a section's": (["model.hidden.first=3", "model=mlp"], "model.hidden.first = 3", []),
     "not by null": (
@@ -83,8 +88,11 @@ CONFIG = {
         "trainer.early_stopping = null",
         ["trainer.early_stopping.patience=null"],
     ),
-    "quoted number": (["optimizer.lr='0.1'"], "optimizer.lr = 0.1", ["this is text: write it without quotes"]),
+    "quoted number": (["optimizer.lr='0.1'"], "optimizer.lr = 0.1", ["this is text: type it without quotes"]),
     "empty": ([""], "command line", ["an empty argument"]),
+    "word without a key": (["data=digits", "digit"], "digit", ["must be KEY=VALUE"]),
+    "option without its group": (["mnist"], "mnist", ["did you mean data=mnist?"]),
+    "flags that exclude each other": (["-m", "--cfg", "job"], "--cfg", ["cannot be combined with -m"]),
     "misspelt top": (["+sede=3"], "sede = 3", ["did you mean seed?"]),
     "misspelt model": (["+model.activatoin=relu"], "model.activatoin = relu", ["did you mean activation?"]),
     "misspelt data": (["+data.batchsize=3"], "data.batchsize = 3", ["did you mean batch_size?"]),
@@ -94,10 +102,10 @@ CONFIG = {
         "augment.crop.pading = 3",
         ["did you mean padding?"],
     ),
-    "not a rate: negative": (["optimizer.lr=-0.1"], "optimizer.lr = -0.1", ["must be a number > 0"]),
-    "not a rate: nan": (["optimizer.lr=nan"], "optimizer.lr = nan", ["must be a number > 0"]),
-    "not a rate: inf": (["optimizer.lr=inf"], "optimizer.lr = inf", ["must be a number > 0"]),
-    "not a rate: text": (["optimizer.lr=1e-3x"], "optimizer.lr = 1e-3x", ["must be a number > 0"]),
+    "learning rate: negative": (["optimizer.lr=-0.1"], "optimizer.lr = -0.1", ["must be a number > 0"]),
+    "learning rate: nan": (["optimizer.lr=nan"], "optimizer.lr = nan", ["must be a number > 0"]),
+    "learning rate: inf": (["optimizer.lr=inf"], "optimizer.lr = inf", ["must be a number > 0"]),
+    "learning rate: text": (["optimizer.lr=1e-3x"], "optimizer.lr = 1e-3x", ["must be a number > 0"]),
     "out of range: epochs": (["trainer.max_epochs=0"], "trainer.max_epochs = 0", ["must be an integer >= 1"]),
     "out of range: zero": (["data.batch_size=0"], "data.batch_size = 0", ["must be an integer >= 1"]),
     "out of range: minus": (["data.batch_size=-1"], "data.batch_size = -1", ["must be an integer >= 1"]),
@@ -105,7 +113,7 @@ CONFIG = {
     "mandatory root": (["data=image_folder"], "data.root = ???", ["mandatory", "data.root=..."]),
     "wrong type: list": (["seed=[1,2]"], "seed = [1, 2]", ["must be an integer >= 0"]),
     "wrong type: null": (["trainer.device=null"], "trainer.device = null", ["must be one of auto, cpu, cuda"]),
-    "wrong type: section": (["model=null"], "model = null", ["must name one of", "lenet5"]),
+    "wrong type: section": (["model=null"], "model = null", ["must be one of", "lenet5"]),
     "wrong type: flag": (["trainer.compile=1"], "trainer.compile = 1", ["must be true or false"]),
     "wrong type: hidden": (["model=mlp", "model.hidden=64"], "model.hidden = 64", ["list"]),
     "monitor: early": (
@@ -138,7 +146,7 @@ CONFIG = {
     "wrong type: data": (["data._target_=torch.nn.Identity"], "data._target_ = torch.nn.Identity", ["Collection"]),
     "wrong type: empty target": (["data._target_=''"], "data._target_ = ", ["must be text"]),
     "wrong type: module": (["model._target_=models.mlp"], "model._target_ = models.mlp", ["leads to a module"]),
-    "wrong type: group": (["trainer=[true]"], "trainer = [true]", ["must name one of default"]),
+    "wrong type: group": (["trainer=[true]"], "trainer = [true]", ["must be one of default"]),
     "wrong type: section of a list": (["trainer.checkpoint=[0]"], "trainer.checkpoint = [0]", []),
     "wrong type: no signature": (["loss._target_=builtins.dict"], "loss", []),
     "wrong type: step": (["augment=noise_blur", "augment.noise=null"], "augment.noise._target_", ["missing"]),
@@ -154,9 +162,9 @@ CONFIG = {
     "not in this file": (
         ["optimizer.nesterov=true"],
         "optimizer.nesterov = true",
-        ["in optimizer=muon, nesterov; +optimizer.nesterov="],
+        ["optimizer=muon, nesterov does; to pass it to the class: +optimizer.nesterov="],
     ),
-    "no rate": (["~optimizer.lr"], "optimizer.lr", ["missing"]),
+    "no learning rate": (["~optimizer.lr"], "optimizer.lr", ["missing"]),
     "torch scheduler": (
         ["schedule=torch", "schedule._target_=torch.optim.lr_scheduler.StepLR"],
         "schedule = torch.optim.lr_scheduler.StepLR",
@@ -169,7 +177,7 @@ CONFIG = {
     ),
     "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["(0, 1)"]),
     "no momentum": (["schedule=one_cycle", "optimizer=rmsprop"], "schedule.momentum = [0.85, 0.95]", ["set null"]),
-    "not a rate: infinite": (
+    "learning rate: infinite": (
         ["schedule=inverse_time", "schedule.decay=inf"],
         "schedule.decay = inf",
         ["must be a number >= 0"],
@@ -197,7 +205,7 @@ CONFIG = {
     "mixed labels": (
         ["loss._target_=torch.nn.MultiMarginLoss", "augment=mixup"],
         "loss = torch.nn.MultiMarginLoss",
-        ["probabilities, which mixing makes"],
+        ["probabilities, which mixing augmentations make"],
     ),
     "some transforms": (
         ["augment=trivial_augment", "augment.trivial_augment.num_magnitude_bins=1"],
@@ -216,7 +224,7 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("case", CONFIG)
-def test_config_errors(script, case, tmp_path):
+def test_invalid_config_gives_one_line_with_key_and_hint(script, case, tmp_path):
     arguments, subject, hints = CONFIG[case]
     code, _, err = script("train", *arguments)
     assert code == 2, err
@@ -225,14 +233,14 @@ def test_config_errors(script, case, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_device_is_a_config_error(script, tmp_path):
     code, _, err = script("train", "trainer.device=cuda")
     assert (code, list(tmp_path.iterdir())) == (2, [])
     assert err.startswith("error[config] trainer.device = cuda") and "cpu" in err
 
 
-def test_environment_stays_out_of_errors(script, monkeypatch):
+def test_errors_do_not_print_environment_values(script, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     code, out, err = script("train", "seed=${oc.env:SECRET_TOKEN}")
     assert code == 2 and "hunter2" not in out + err and "environment:SECRET_TOKEN" in err
@@ -259,7 +267,7 @@ def write_class_folders(folder: Path, names: list[str], count: int = 3) -> None:
             Image.new("RGB", (12, 12), (40 * index, 10 * number, 0)).save(folder / name / f"{number}.png")
 
 
-def folder_with(tmp_path: Path, case: str) -> Path:
+def image_folder_for(tmp_path: Path, case: str) -> Path:
     root = tmp_path / "images"
     if case == "folder: file":
         root.write_text("")
@@ -284,20 +292,20 @@ def folder_with(tmp_path: Path, case: str) -> Path:
         ("folder: class sets", ["dog", "eel"]),
     ],
 )
-def test_folder_errors(script, tmp_path, case, hints):
-    root = folder_with(tmp_path, case)
-    left = sorted(tmp_path.rglob("*"))
+def test_invalid_image_folder_is_a_data_error(script, tmp_path, case, hints):
+    root = image_folder_for(tmp_path, case)
+    before = sorted(tmp_path.rglob("*"))
     code, _, err = script("train", "data=image_folder", f"data.root={root}", "data.image_size=32", "model=resnet20")
     assert code == 3 and err.startswith("error[data]") and err.count("\n") == 1, err
     assert all(hint in err for hint in hints), err
-    assert sorted(tmp_path.rglob("*")) == left
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_empty_class_can_be_kept(script, tmp_path):
-    root = folder_with(tmp_path, "folder: empty class")
+def test_empty_class_is_kept_if_configured(script, tmp_path):
+    root = image_folder_for(tmp_path, "folder: empty class")
     code, _, err = script(
         *("train", "data=image_folder", f"data.root={root}", "data.image_size=8", "data.empty_class=keep"),
-        *("data.batch_size=2", "data.test_fraction=0.34", "data.val_fraction=0.5", "run_dir=run", *FAST[5:]),
+        *("data.batch_size=2", "data.test_fraction=0.34", "data.val_fraction=0.5", "run_dir=run", *WITHOUT_DATA),
     )
     assert code == 0, err
     assert "num_classes: 3" in (tmp_path / "run/config.yaml").read_text()
@@ -317,7 +325,7 @@ def test_batch_larger_than_the_data_is_a_config_error(script, tmp_path):
 
 
 def test_single_last_sample_is_dropped_for_batch_norm(script, tmp_path):
-    """55 samples in batches of 18 leave one over, which batch norm cannot take; `auto` leaves it out."""
+    """55 samples in batches of 18 leave a last batch of one, which batch norm cannot process; `auto` drops it."""
     arguments = (*FAST, "data.train_samples=60", "data.val_fraction=0.0834", "data.batch_size=18")
     monitors = ("model.batch_norm=true",)
     code, out, err = script("train", *arguments, *monitors, "run_dir=run")
@@ -325,8 +333,8 @@ def test_single_last_sample_is_dropped_for_batch_norm(script, tmp_path):
     assert out.count("1 of 55 training samples are left out of each epoch (data.drop_last)") == 1
 
 
-def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
-    """Through a data set of the user's own."""
+def test_labels_outside_the_classes_are_a_data_error(script, tmp_path, monkeypatch):
+    """The labels come from a user-defined data set."""
     (tmp_path / "mydata.py").write_text(
         "import torch\nfrom data.sources.collection import Collection\nfrom data.sources.images import Images\n"
         "def wrong(*, label):\n"
@@ -337,21 +345,21 @@ def test_labels_outside_the_classes(script, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     base = ("data=synthetic", "~data.train_samples", "~data.test_samples", "~data.noise", "data._target_=mydata.wrong")
-    for label, told in ((-1, "-1"), (4, "4")):
+    for label, reported in ((-1, "-1"), (4, "4")):
         arguments = (*base, f"+data.label={label}", "data.num_classes=4", "data.channels=1", "data.image_size=8")
-        code, _, err = script("train", *arguments, *FAST[5:])
-        assert code == 3 and told in err and "0 to 3" in err, err
+        code, _, err = script("train", *arguments, *WITHOUT_DATA)
+        assert code == 3 and reported in err and "0 to 3" in err, err
     assert not (tmp_path / "outputs").exists()
 
 
-def test_existing_run_folder(script, tmp_path):
+def test_existing_run_folder_is_refused_with_a_hint_to_resume(script, tmp_path):
     (tmp_path / "run").mkdir()
     code, _, err = script("train", *FAST, "run_dir=run")
     assert code == 5 and err.startswith("error[storage] run: exists already") and "resume=run" in err
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_failed_job_lets_the_others_run(script, tmp_path):
+def test_failed_job_of_a_grid_does_not_stop_the_other_jobs(script, tmp_path):
     code, _, err = script("train", "-m", *FAST, "optimizer.lr=0.1,-1,0.2", "run_dir=grid")
     assert code == 2
     assert err.count("\n") == 1 and err.startswith("job 1: error[config] optimizer.lr = -1")
@@ -359,8 +367,8 @@ def test_a_failed_job_lets_the_others_run(script, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid"]
 
 
-def test_untrusted_targets_in_a_run_folder(script, tmp_path):
-    """Exit 7 before anything is imported or written."""
+def test_untrusted_targets_in_a_run_folder_exit_with_7(script, tmp_path):
+    """The script exits before it imports or writes anything."""
     assert script("train", *FAST, "run_dir=run")[0] == 0
     config = (tmp_path / "run/config.yaml").read_text()
     attacks = (
@@ -381,7 +389,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
         for name, arguments in (("train", ["resume=run"]), ("evaluate", ["run=run"])):
             code, _, err = script(name, *arguments)
             assert code == 7 and err.startswith("error[security] model._target_"), err
-    # Hydra instantiates within lists as well.
+    # Hydra also instantiates nodes within lists.
     hidden = "hidden:\n  - _target_: shutil.copyfile\n    src: run/config.yaml\n    dst: stolen"
     (tmp_path / "run/config.yaml").write_text(config.replace("hidden:\n  - 8", hidden))
     code, _, err = script("evaluate", "run=run")
@@ -391,7 +399,7 @@ def test_untrusted_targets_in_a_run_folder(script, tmp_path):
 
 
 def test_signal_during_an_import_ends_the_script(script, monkeypatch):
-    """pydoc, which finds what a config names, turns whatever an import raises into an error of its own."""
+    """pydoc, which resolves the names of a config, converts any exception of an import into its own error."""
 
     def importing(*_: object, **__: object) -> None:
         try:
@@ -415,31 +423,31 @@ def test_unknown_exception_is_reported_as_internal_error(script, monkeypatch):
 
 
 def test_hydra_resolver_and_env_set_work_in_a_single_run(script, tmp_path, monkeypatch):
-    """They exist only while Hydra calls the job, which is over when the run begins."""
-    monkeypatch.setenv("NAME", "a")  # so that it is restored
-    more = ("+hydra.job.env_set.NAME=b", "run_dir='${hydra:runtime.choices.model}/${oc.env:NAME}'")
-    code, _, err = script("train", *FAST, *more)
+    """Both exist only while Hydra calls the job, which has returned when the run begins."""
+    monkeypatch.setenv("NAME", "a")  # monkeypatch restores it
+    overrides = ("+hydra.job.env_set.NAME=b", "run_dir='${hydra:runtime.choices.model}/${oc.env:NAME}'")
+    code, _, err = script("train", *FAST, *overrides)
     assert code == 0, err
     assert (tmp_path / "mlp/b/summary.json").exists()
 
 
-def test_augment_may_be_an_empty_list_and_the_loss_one_of_torchs(script, tmp_path):
+def test_empty_augment_list_and_a_torch_loss_are_accepted(script, tmp_path):
     code, _, err = script("train", *FAST, "augment=[]", "loss._target_=torch.nn.CrossEntropyLoss", "run_dir=run")
     assert code == 0, err
 
 
-def test_an_internal_error_while_composing_is_no_config_error(script, monkeypatch):
-    """Hydra's errors are the user's to fix; any other exception is a bug, in a YAML file's place too."""
+def test_internal_error_while_composing_is_not_a_config_error(script, monkeypatch):
+    """The user can correct an error from Hydra. Any other exception is a bug, also while composing YAML files."""
 
     def broken(*_, **__):
         raise KeyError("fit")
 
-    monkeypatch.setattr("core.command_line.settle", broken)
+    monkeypatch.setattr("core.command_line.resolve_and_check", broken)
     code, _, err = script("train")
     assert code == 1 and err.startswith("error[bug] internal: KeyError: 'fit'") and err.count("\n") == 1
 
 
-def test_traceback_may_be_asked_for_in_a_yaml_file(script, tmp_path, monkeypatch):
+def test_traceback_can_be_enabled_in_a_yaml_file(script, tmp_path, monkeypatch):
     (tmp_path / "mine/debug").mkdir(parents=True)
     (tmp_path / "mine/debug/loud.yaml").write_text("# @package _global_\ntraceback: true\n")
     monkeypatch.setattr("trainer.run.build", lambda config: 1 / 0)
@@ -448,11 +456,11 @@ def test_traceback_may_be_asked_for_in_a_yaml_file(script, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug"])
-def test_card_without_package_line_is_explained(script, tmp_path, group):
+def test_config_without_package_line_is_explained(script, tmp_path, group):
     (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / group / "short.yaml").write_text("trainer:\n  max_epochs: 1\n")
     code, _, err = script("train", "--config-dir", str(tmp_path / "mine"), f"{group}=short")
-    assert code == 2 and "starts with the line # @package _global_" in err and err.count("\n") == 1, err
+    assert code == 2 and "must start with the line # @package _global_" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("content", [b"a: \xff\n", b"seed: ${\n", b"a: [1\n"])
@@ -463,18 +471,18 @@ def test_unreadable_yaml_file_is_named(script, tmp_path, content):
     assert code == 2 and err.count("\n") == 1 and ("bad.yaml" in err or "seed" in err), err
 
 
-def test_a_deleted_working_directory_is_named(script, tmp_path, monkeypatch):
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
+def test_deleted_working_directory_is_a_storage_error(script, tmp_path, monkeypatch):
+    deleted = tmp_path / "gone"
+    deleted.mkdir()
+    monkeypatch.chdir(deleted)
+    deleted.rmdir()
     code, _, err = script("train")
     assert code == 5 and "working directory" in err and "change to another one" in err
     monkeypatch.chdir(tmp_path)
 
 
-def test_run_folder_may_be_given_without_its_key(script, tmp_path):
-    """`evaluate.py RUN`, `train.py resume RUN`; and a sweep is not resumed like a run."""
+def test_run_folder_is_accepted_without_its_key(script, tmp_path):
+    """Accepted: `evaluate.py RUN`, `train.py resume RUN`. Refused: `sweep.py resume=RUN`."""
     script("train", *FAST, "run_dir=run")
     code, out, err = script("evaluate", "run")
     assert code == 0 and "accuracy" in out, err
@@ -483,7 +491,7 @@ def test_run_folder_may_be_given_without_its_key(script, tmp_path):
     code, out, err = script("train", "resume", "run")
     assert code == 0 and "nothing to do" in out, err
     code, _, err = script("sweep", "resume=run")
-    assert code == 2 and "error[config] resume = run: is for train.py" in err
+    assert code == 2 and "error[config] resume = run: is an option of train.py" in err
 
 
 @pytest.mark.parametrize("edit", [("data:\n", "data: digits\nx:\n"), ("seed: 0", "true: 0")])

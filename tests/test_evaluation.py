@@ -1,4 +1,4 @@
-"""What is evaluated later is what training evaluated: the same data in the same precision."""
+"""Evaluation of a finished run uses the same data and the same precision as its training."""
 
 import json
 
@@ -28,11 +28,13 @@ def test_evaluate_computes_in_the_precision_of_the_run(tmp_path, precision):
     assert report["accuracy"] == test["accuracy"]
     assert report["cross_entropy"] == pytest.approx(test["loss"], rel=1e-6)
     loaded = load_run(tmp_path / "run")
-    low, full = (predict(loaded.model, run.training.test_loader, autocast=each)[0] for each in (loaded.autocast, None))
-    assert torch.equal(low, full) == (precision == "fp32")  # it makes a difference
+    low, full = (
+        predict(loaded.model, run.training.test_loader, autocast=dtype)[0] for dtype in (loaded.autocast, None)
+    )
+    assert torch.equal(low, full) == (precision == "fp32")  # the precision changes the logits
 
 
-def test_evaluate_refuses_other_data_as_resume_does(tmp_path):
+def test_evaluate_refuses_data_that_differs_from_the_training_data(tmp_path):
     trained(tmp_path / "run", "trainer.max_epochs=1")
     file = tmp_path / "run/config.yaml"
     file.write_text(file.read_text().replace("test_samples: 16", "test_samples: 17"))
@@ -40,11 +42,11 @@ def test_evaluate_refuses_other_data_as_resume_does(tmp_path):
         evaluated(tmp_path / "run")
 
 
-def test_tensorboard_that_cannot_be_opened_is_reported_once_and_as_such(tmp_path, monkeypatch):
+def test_tensorboard_that_cannot_be_opened_gives_one_warning(tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise OSError("no events here")
+        raise OSError("cannot create events")
 
     monkeypatch.setattr("trainer.report.tensorboard_writer.SummaryWriter", refuse)
     trained(tmp_path / "run", "trainer.max_epochs=1", "trainer.log_graph=true", "trainer.log_images=true")
     warnings = [line["text"] for line in read_lines(tmp_path / "run/events.jsonl") if line["event"] == "warning"]
-    assert len(warnings) == 1 and "TensorBoard" in warnings[0] and "no events here" in warnings[0]
+    assert len(warnings) == 1 and "TensorBoard" in warnings[0] and "cannot create events" in warnings[0]

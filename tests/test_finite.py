@@ -1,4 +1,4 @@
-"""What is not finite is never learned nor saved (docs/reliability.md: 9): stopped at, skipped, counted."""
+"""Non-finite values never reach weights or checkpoints (docs/reliability.md: 9): the run stops or skips the step."""
 
 import math
 import os
@@ -23,15 +23,17 @@ from trainer.run import Run
 OPTIMIZERS = (CONFIGS / "optimizer").glob("*.yaml")
 
 
-def poison(run: Run, step: int, what: str) -> dict[str, Any]:
-    """Make the loss, or one gradient, of this step infinite or not a number; notes what the weights were before."""
-    noted: dict[str, Any] = {}
+def poison(run: Run, step: int, source: str) -> dict[str, Any]:
+    """Make the loss of a step NaN or one of its gradients infinite; return a dict that records the state before it."""
+    recorded: dict[str, Any] = {}
 
-    def in_loss(_: nn.Module, given: Any, loss: Tensor) -> Tensor | None:
+    def in_loss(_: nn.Module, inputs: Any, loss: Tensor) -> Tensor | None:
         if not (run.state.model.training and run.state.step == step - 1):
             return None
-        noted.update(before=weights(run.state.model), optimizer=str(run.state.optimizer.state_dict()), labels=given[1])
-        return loss * math.nan if what == "loss" else None
+        recorded.update(
+            before=weights(run.state.model), optimizer=str(run.state.optimizer.state_dict()), labels=inputs[1]
+        )
+        return loss * math.nan if source == "loss" else None
 
     def in_gradient(gradient: Tensor) -> Tensor:
         if run.state.step != step - 1:
@@ -41,75 +43,75 @@ def poison(run: Run, step: int, what: str) -> dict[str, Any]:
         return poisoned
 
     run.training.loss_function.register_forward_hook(in_loss)
-    if what == "gradient":
+    if source == "gradient":
         run.state.model.head.weight.register_hook(in_gradient)
-    return noted
+    return recorded
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("given", [["optimizer=adam"], [*SGD, "trainer.clip_norm=1"]])
-def test_nonfinite_values_never_reach_the_weights(tmp_path, what, given):
-    run = built(tmp_path / "run", *given, "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
-    noted = poison(run, 8, what)
+@pytest.mark.parametrize("source", ["loss", "gradient"])
+@pytest.mark.parametrize("overrides", [["optimizer=adam"], [*SGD, "trainer.clip_norm=1"]])
+def test_nonfinite_values_never_reach_the_weights(tmp_path, source, overrides):
+    run = built(tmp_path / "run", *overrides, "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
+    recorded = poison(run, 8, source)
     with pytest.raises(NumericalError) as caught:
         run_to_end(run)
-    assert_equal(weights(run.state.model), noted["before"])
-    assert str(run.state.optimizer.state_dict()) == noted["optimizer"]
-    message, chosen = str(caught.value), run.training.train_loader.order(1)[8:16].tolist()
+    assert_equal(weights(run.state.model), recorded["before"])
+    assert str(run.state.optimizer.state_dict()) == recorded["optimizer"]
+    message, rows = str(caught.value), run.training.train_loader.order(1)[8:16].tolist()
     assert caught.value.exit_code == 4 and "step 8 (epoch 1.1667)" in message and "lr 0.0" in message
-    assert ", ".join(map(str, chosen)) in message and torch.equal(
-        run.training.train_loader.source.labels[chosen], noted["labels"]
+    assert ", ".join(map(str, rows)) in message and torch.equal(
+        run.training.train_loader.source.labels[rows], recorded["labels"]
     )
-    assert ("loss nan" in message) == (what == "loss") and "gradient norm" in message
+    assert ("loss nan" in message) == (source == "loss") and "gradient norm" in message
     assert steps_on_disk(run, "step") == [7, 6, 5, 4, 3, 2, 1] and steps_on_disk(run, "last")[0] == 6
-    told = summary(run)
-    assert told["status"] == "failed" and "not finite" in told["stop_reason"] and told["step"] == 7
+    report = summary(run)
+    assert report["status"] == "failed" and "not finite" in report["stop_reason"] and report["step"] == 7
     for file in run.folder.checkpoints.files("last", "best", "step"):
         content = safetensors.torch.load_file(file.path)
         assert all(tensor.isfinite().all() for tensor in content.values()), file.path.name
 
 
-@pytest.mark.parametrize("where", ["log line", "evaluation", "checkpoint"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("detected_at", ["log line", "evaluation", "checkpoint"])
+@pytest.mark.parametrize("source", ["loss", "gradient"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "nesterov"])
-def test_fused_update_skips_nonfinite_steps_and_reports_them_later(tmp_path, name, what, where):
-    """As on CUDA: a fused update that obeys a flag; here on the CPU, whose fused kernels obey the same flag."""
-    seen_at = {"log line": 5, "evaluation": 6, "checkpoint": 4}[where]
+def test_fused_update_skips_nonfinite_steps_and_reports_them_later(tmp_path, name, source, detected_at):
+    """As on CUDA, a flag makes the fused update skip. Here on the CPU: its fused kernels support the same flag."""
+    detection_step = {"log line": 5, "evaluation": 6, "checkpoint": 4}[detected_at]
     run = built(
         tmp_path / "run",
         f"optimizer={name}",
         "++optimizer.fused=true",
-        f"trainer.log_every={5 if where == 'log line' else 100} steps",
-        f"trainer.evaluate_every={1 if where == 'evaluation' else 4} epochs",
+        f"trainer.log_every={5 if detected_at == 'log line' else 100} steps",
+        f"trainer.evaluate_every={1 if detected_at == 'evaluation' else 4} epochs",
         "trainer.max_epochs=4",
-        f"trainer.checkpoint.every_steps={4 if where == 'checkpoint' else 100}",
+        f"trainer.checkpoint.every_steps={4 if detected_at == 'checkpoint' else 100}",
         "trainer.early_stopping.patience=1",
     )
     run.state.guard.on_device = True
-    noted, after = poison(run, 3, what), []
+    recorded, after = poison(run, 3, source), []
     run.state.optimizer.register_step_post_hook(lambda *_: after.append(weights(run.state.model)))
     with pytest.raises(NumericalError) as caught:
         run_to_end(run)
-    chosen = ", ".join(map(str, run.training.train_loader.order(0)[16:24].tolist()))
-    assert "step 3 (epoch 0.3333)" in str(caught.value) and chosen in str(caught.value)
-    assert len(after) == seen_at == run.state.step
-    assert_equal(after[2], noted["before"])  # the third step was skipped
+    rows = ", ".join(map(str, run.training.train_loader.order(0)[16:24].tolist()))
+    assert "step 3 (epoch 0.3333)" in str(caught.value) and rows in str(caught.value)
+    assert len(after) == detection_step == run.state.step
+    assert_equal(after[2], recorded["before"])  # the third step was skipped
     assert not torch.equal(after[3]["head.weight"], after[2]["head.weight"])  # the fourth was not
     assert all(tensor.isfinite().all() for state in after for tensor in state.values())
     assert steps_on_disk(run, "step") == [] and steps_on_disk(run, "last") == [0]
     assert metrics(run) == []
 
 
-def test_a_skipped_first_step_leaves_momentum_at_zero(tmp_path):
-    """Fused SGD allocates its momentum unfilled at the first step, also if it skips that step."""
+def test_skipped_first_step_leaves_momentum_at_zero(tmp_path):
+    """Fused SGD allocates uninitialised momentum at the first step, even if it skips that step."""
     run = built(tmp_path / "run", *SGD, "++optimizer.fused=true", "trainer.log_every=100 steps")
     run.state.guard.on_device = True
-    noted = poison(run, 1, "gradient")
+    recorded = poison(run, 1, "gradient")
     after: list[dict[str, Tensor]] = []
     run.state.optimizer.register_step_post_hook(lambda *_: after.append(momentum_of(run)))
     with pytest.raises(NumericalError):
         run_to_end(run)
-    assert noted["before"] and all(torch.equal(value, torch.zeros_like(value)) for value in after[0].values())
+    assert recorded["before"] and all(torch.equal(value, torch.zeros_like(value)) for value in after[0].values())
     assert all(value.isfinite().all() and value.abs().max() < 100 for value in after[1].values())
 
 
@@ -118,10 +120,10 @@ def momentum_of(run: Run) -> dict[str, Tensor]:
     return {name: state[value]["momentum_buffer"].clone() for name, value in run.state.model.named_parameters()}
 
 
-def test_device_flag_gives_the_same_training(tmp_path):
-    """Without anything to skip, telling the fused update so changes no bit."""
-    given = ("optimizer=adamw", "++optimizer.fused=true", "trainer.clip_norm=1")
-    host, device = built(tmp_path / "host", *given), built(tmp_path / "device", *given)
+def test_device_flag_does_not_change_training_without_skipped_steps(tmp_path):
+    """If no step is skipped, passing the flag to the fused update gives bit-identical weights."""
+    overrides = ("optimizer=adamw", "++optimizer.fused=true", "trainer.clip_norm=1")
+    host, device = built(tmp_path / "host", *overrides), built(tmp_path / "device", *overrides)
     device.state.guard.on_device = True
     run_to_end(host)
     run_to_end(device)
@@ -131,7 +133,7 @@ def test_device_flag_gives_the_same_training(tmp_path):
 def test_nonfinite_validation_is_never_the_best(tmp_path):
     run = built(tmp_path / "run", "trainer.max_epochs=3", "trainer.checkpoint.monitor=val/loss")
     run.training.loss_function.register_forward_hook(
-        lambda _, given, loss: loss * (1 if run.state.model.training or run.state.step != 12 else math.nan)
+        lambda _, inputs, loss: loss * (1 if run.state.model.training or run.state.step != 12 else math.nan)
     )
     run.state.evaluated_model.register_forward_hook(lambda *_: None)
     run_to_end(run)
@@ -141,9 +143,9 @@ def test_nonfinite_validation_is_never_the_best(tmp_path):
     assert event["event"] == "warning" and event["step"] == 12 and "val/loss is nan" in event["text"]
 
 
-def test_huge_learning_rate_saves_no_nan(tmp_path, promise):
-    """N05: with every optimizer; the run ends with the first step that is not finite, and with finite checkpoints."""
-    ended = 0
+def test_huge_learning_rate_saves_only_finite_checkpoints(tmp_path, promise):
+    """N05: with every optimizer, the run stops at the first non-finite step and all its checkpoints are finite."""
+    stopped = 0
     cases = [(name, lr) for name in sorted(path.stem for path in OPTIMIZERS) for lr in ("1e6", "1e30")]
     for name, lr in cases:
         run = built(
@@ -153,57 +155,63 @@ def test_huge_learning_rate_saves_no_nan(tmp_path, promise):
         )
         with suppress(NumericalError):
             run_to_end(run)
-        told = summary(run)
-        if told["status"] == "failed":
-            ended += 1
-            assert "error[numerical]" in told["stop_reason"] and "lower optimizer.lr" in told["stop_reason"]
-            assert steps_on_disk(run, "step")[0] == run.state.step - ("is not saved" in told["stop_reason"])
+        report = summary(run)
+        if report["status"] == "failed":
+            stopped += 1
+            assert "error[numerical]" in report["stop_reason"] and "lower optimizer.lr" in report["stop_reason"]
+            assert steps_on_disk(run, "step")[0] == run.state.step - ("is not saved" in report["stop_reason"])
         for path in (run.folder.path / "checkpoints").iterdir():
             content = safetensors.torch.load_file(path)
             assert all(tensor.isfinite().all() for tensor in content.values()), path.name
-    assert ended >= len(cases) // 2
-    promise(9, "no NaN or Inf is learned or saved", f"{len(cases)} runs with a rate of 1e6 or 1e30, {ended} stopped")
+    assert stopped >= len(cases) // 2
+    promise(
+        9,
+        "no NaN or Inf is learned or saved",
+        f"{len(cases)} runs with a learning rate of 1e6 or 1e30, {stopped} stopped",
+    )
 
 
-# Steps that are skipped
+# Skipped steps
 
 
-def skipping(folder: Path, *given: str) -> Run:
-    return built(folder, "trainer.on_nonfinite=skip", *BATCH_NORM, *given)
+def skipping(folder: Path, *overrides: str) -> Run:
+    return built(folder, "trainer.on_nonfinite=skip", *BATCH_NORM, *overrides)
 
 
 BATCH_NORM = ("model.batch_norm=true", "trainer.ema_decay=0.9", "trainer.log_every=100 steps", *SGD)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_skipped_step_changes_nothing(tmp_path, what, on_device):
-    """N06: weights, optimizer, batch norm's statistics and the sums are those before it; the next step is made."""
+@pytest.mark.parametrize("source", ["loss", "gradient"])
+def test_skipped_step_leaves_the_state_unchanged(tmp_path, source, on_device):
+    """N06: weights, optimizer, batch norm statistics and metric sums do not change; the next step is performed."""
     run = skipping(tmp_path / "run", *(["++optimizer.fused=true"] if on_device else []))
     run.state.guard.on_device = on_device
     snapshots = [run.state.state_dict()]
     conclude = run.loop.conclude
 
-    def note() -> str | None:
+    def record_state() -> str | None:
         snapshots.append(run.state.state_dict())
         return conclude()
 
-    run.loop.conclude = note  # type: ignore[method-assign]
-    noted = poison(run, 3, what)
+    run.loop.conclude = record_state  # type: ignore[method-assign]
+    recorded = poison(run, 3, source)
     run_to_end(run)
     assert run.state.step == 12 and summary(run)["status"] == "finished"
     before, after, following = (snapshot.tensors for snapshot in snapshots[2:5])
-    assert noted["before"]
+    assert recorded["before"]
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert not torch.equal(following["model.head.weight"], after["model.head.weight"])
-    chosen = ", ".join(map(str, run.training.train_loader.order(0)[16:24].tolist()))
-    told = [line["text"] for line in read_lines(run.folder.path / "events.jsonl") if line["event"] == "warning"]
-    assert len(told) == 1 and "step 3 (epoch 0.3333) was skipped" in told[0] and chosen in told[0]
+    rows = ", ".join(map(str, run.training.train_loader.order(0)[16:24].tolist()))
+    warnings = [line["text"] for line in read_lines(run.folder.path / "events.jsonl") if line["event"] == "warning"]
+    assert len(warnings) == 1 and "step 3 (epoch 0.3333) was skipped" in warnings[0] and rows in warnings[0]
     first = metrics(run)[0]
     assert math.isfinite(first["train/loss"])
-    seen = snapshots[6].values["sums"]["window"]
-    assert seen[2] == 36 and first["train/loss"] == pytest.approx(seen[0] / seen[2], abs=0)  # not the skipped 8
+    window_sums = snapshots[6].values["sums"]["window"]
+    assert window_sums[2] == 36 and first["train/loss"] == pytest.approx(
+        window_sums[0] / window_sums[2], abs=0
+    )  # not the skipped 8
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -215,15 +223,17 @@ def test_run_with_skipped_steps_resumes_bit_identically(tmp_path, on_device):
     def poisoned(run: Run) -> Run:
         run.state.guard.on_device = on_device
         run.training.loss_function.register_forward_hook(
-            lambda _, given, loss: loss * math.nan if run.state.model.training and run.state.step in (2, 7, 8) else None
+            lambda _, inputs, loss: (
+                loss * math.nan if run.state.model.training and run.state.step in (2, 7, 8) else None
+            )
         )
         return run
 
-    whole = make("whole")
-    run_to_end(whole)
+    uninterrupted = make("uninterrupted")
+    run_to_end(uninterrupted)
     for step in range(1, 12):
         run = make(str(step))
-        run.state.model.register_forward_hook(  # within the step, whether it is skipped or not
+        run.state.model.register_forward_hook(  # within the step, skipped or not
             lambda *_, run=run, step=step: (
                 os.kill(os.getpid(), signal.SIGTERM)
                 if run.state.model.training and run.state.step == step - 1
@@ -232,40 +242,40 @@ def test_run_with_skipped_steps_resumes_bit_identically(tmp_path, on_device):
         )
         with pytest.raises(StopSignal):
             run_to_end(run)
-        again = reopened(tmp_path / str(step))
-        assert again is not None
-        assert int(again.state.guard.in_a_row) == {3: 1, 8: 1, 9: 2}.get(step, 0)
-        run_to_end(poisoned(again))
-        assert last_state(tmp_path / str(step)) == last_state(tmp_path / "whole"), step
+        resumed = reopened(tmp_path / str(step))
+        assert resumed is not None
+        assert int(resumed.state.guard.in_a_row) == {3: 1, 8: 1, 9: 2}.get(step, 0)
+        run_to_end(poisoned(resumed))
+        assert last_state(tmp_path / str(step)) == last_state(tmp_path / "uninterrupted"), step
 
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_32_skipped_steps_in_a_row_end_the_run(tmp_path, on_device):
-    given = ["trainer.max_epochs=20", *(["++optimizer.fused=true"] if on_device else [])]
-    run = skipping(tmp_path / "run", *given)
+    overrides = ["trainer.max_epochs=20", *(["++optimizer.fused=true"] if on_device else [])]
+    run = skipping(tmp_path / "run", *overrides)
     run.state.guard.on_device = on_device
     run.training.loss_function.register_forward_hook(
-        lambda _, given, loss: loss * math.nan if run.state.model.training and run.state.step >= 10 else None
+        lambda _, inputs, loss: loss * math.nan if run.state.model.training and run.state.step >= 10 else None
     )
     with pytest.raises(NumericalError, match=f"{MOST_IN_A_ROW} steps in a row" if not on_device else "steps in a row"):
         run_to_end(run)
     assert 10 + MOST_IN_A_ROW <= run.state.step + 1 <= 10 + MOST_IN_A_ROW + 12
-    assert steps_on_disk(run, "last")[0] in (30, 36, 42)  # saved while it was still borne
+    assert steps_on_disk(run, "last")[0] in (30, 36, 42)  # saved before the limit was reached
 
 
-def test_overflows_of_a_scaled_gradient_are_counted(tmp_path):
-    """N04, with a scaler on the CPU: it skips and scales down; too many in a row end the run, a few do not."""
-    for first, ends in ((8, False), (0, True)):
+def test_too_many_overflows_of_a_scaled_gradient_end_the_run(tmp_path):
+    """N04, with a scaler on the CPU: overflows reduce the scale; too many in a row end the run, a few do not."""
+    for first, is_fatal in ((8, False), (0, True)):
         run = built(tmp_path / str(first), "trainer.max_epochs=20", "optimizer=adam")
         run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         run.state.guard.scaler = run.state.scaler
-        last = 1000 if ends else first + 2
+        last = 1000 if is_fatal else first + 2
         run.state.model.head.weight.register_hook(
             lambda gradient, run=run, steps=range(first, last): (
                 gradient * math.inf if run.state.step in steps else gradient
             )
         )
-        if ends:
+        if is_fatal:
             with pytest.raises(NumericalError, match="in a row"):
                 run_to_end(run)
             assert run.state.step == MOST_IN_A_ROW - 1
@@ -275,7 +285,7 @@ def test_overflows_of_a_scaled_gradient_are_counted(tmp_path):
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
-    """Loss and gradient are finite, the update is not: found where it would be saved."""
+    """Loss and gradient are finite but the update is not; this is detected before saving."""
     run = built(tmp_path / "run", "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
 
     def overflow(*_: object) -> None:

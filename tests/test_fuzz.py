@@ -1,10 +1,10 @@
-"""Fuzzed command lines: whatever is typed, one useful line with its exit code, and never a traceback.
+"""Fuzzed command lines: any input gives one useful line and an exit code, never a traceback.
 
-    a valid command line of one option of one group  ->  1 to 4 mutations  ->  launch(everything but the run folder)
+    a valid command line of one option of one group  ->  1 to 4 mutations  ->  launch(all steps but the run folder)
 
-Each case runs in a fork of this process, in an empty folder, with bounded memory and without network. The scripts' own
-entry, schema, builder, data and network classes are at work; only the networks' weights are left out: networks are
-built and checked on the meta device, where a VGG costs nothing, and then get uninitialised memory.
+Each case runs in a fork of this process, in an empty folder, with limited memory and without network access. Entry
+point, schema, builder, data and model classes are the real ones. Only the weights are left out: models are built and
+checked on the meta device, where a VGG takes no memory, and then get uninitialised memory.
 """
 
 import os
@@ -35,9 +35,9 @@ from core.options.declarations import TrainConfig
 from core.options.schema import options_of
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
-SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, where 32 is too small
+SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, if 32 is too small
 SEED = 20261121
-MEMORY = 3 * 2**30  # more than this a case may not ask for
+MEMORY = 3 * 2**30  # bytes: address space that a case may add
 SECONDS = 10
 TOP = {"seed", "run_dir", "init_from", "trust", "traceback"}
 LINE = re.compile(r"error\[(config|data|numerical|storage|checkpoint|security)\] [^\n]+: [^\n]+\n")
@@ -106,16 +106,16 @@ def options(group: str) -> list[str]:
 
 @cache
 def keys(group: str, option: str) -> dict[str, Any]:
-    """The keys that an option's file sets, as they are typed on the command line, its own bases' too."""
+    """Return the keys that an option's file and its bases set, as typed on the command line, with their values."""
     content = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
     bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     prefix = "" if group in ("experiment", "debug") else f"{group}."
-    found = {key: value for base in bases for key, value in keys(group, base).items()}
-    return found | dict(leaves(content, prefix))
+    inherited = {key: value for base in bases for key, value in keys(group, base).items()}
+    return inherited | dict(leaves(content, prefix))
 
 
 def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
-    """A command line that works and the options it chooses; official data sets, which are not here, may be missing."""
+    """Return a valid command line and the options it chooses. The files of official data sets may be missing."""
     chosen = {"model": "mlp", "data": "synthetic", "augment": "none", "optimizer": "sgd", "schedule": "cosine"}
     chosen |= {"loss": "cross_entropy", "trainer": "default"}
     size = 32
@@ -125,91 +125,107 @@ def base(group: str, option: str) -> tuple[list[str], dict[str, str]]:
             name, value = next(iter(choice.items()))
             if name.removeprefix("override /") != "data" and isinstance(value, str):
                 chosen[name.removeprefix("override /")] = value
-        given = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
-        given += ["data.stored_size=null"] * ("stored_size" in card.get("data", {}))  # synthetic images have one size
+        arguments = [f"experiment={option}", "data=synthetic", "data.val_fraction=0.25"]
+        arguments += ["data.stored_size=null"] * (
+            "stored_size" in card.get("data", {})
+        )  # synthetic images have one size
     else:
         chosen[group] = option
-        given = [f"{name}={value}" for name, value in chosen.items()]
+        arguments = [f"{name}={value}" for name, value in chosen.items()]
         if group == "debug":
-            given[-1:] = [given[-1], f"debug={option}"]
-        given += ["data.val_fraction=0.25"] * (group != "debug")
+            arguments[-1:] = [arguments[-1], f"debug={option}"]
+        arguments += ["data.val_fraction=0.25"] * (group != "debug")
     size = SIZES.get(chosen["model"], size)
     if chosen["data"] == "synthetic":
-        given += ["data.train_samples=48", "data.test_samples=8"]
+        arguments += ["data.train_samples=48", "data.test_samples=8"]
     elif chosen["data"] in ("image_folder", "imagenet"):
-        given += ["data.root=images"]
+        arguments += ["data.root=images"]
     elif "data.download" in keys("data", chosen["data"]):
-        given += ["data.download=false"]
-    return [*given, f"data.image_size={size}", "data.batch_size=8", "trainer.device=cpu", "trainer.threads=1"], chosen
+        arguments += ["data.download=false"]
+    return [
+        *arguments,
+        f"data.image_size={size}",
+        "data.batch_size=8",
+        "trainer.device=cpu",
+        "trainer.threads=1",
+    ], chosen
 
 
-def mutated(arguments: Sequence[str], chosen: dict[str, str], draw: random.Random) -> list[str]:
-    """One to four changes of a command line."""
-    # Mostly keys that are there: any other is refused by Hydra, and nothing behind it is reached.
-    there = sorted({key for group, option in chosen.items() for key in keys(group, option)} | TOP)
-    everywhere = sorted({*there, *options_of(TrainConfig)} - {"resume"})
-    targets = [key for key in there if key.endswith("_target_")]
+def mutate(arguments: Sequence[str], chosen: dict[str, str], generator: random.Random) -> list[str]:
+    """Return a command line with one to four mutations."""
+    # Mostly existing keys: Hydra refuses all others before any other code runs.
+    existing = sorted({key for group, option in chosen.items() for key in keys(group, option)} | TOP)
+    all_keys = sorted({*existing, *options_of(TrainConfig)} - {"resume"})
+    targets = [key for key in existing if key.endswith("_target_")]
     result = list(arguments)
-    for _ in range(draw.choice((1, 1, 1, 1, 2, 2, 3, 4))):
-        key, value = draw.choice(there if draw.random() < 0.9 else everywhere), draw.choice(VALUES)
-        kind = draw.random()
+    for _ in range(generator.choice((1, 1, 1, 1, 2, 2, 3, 4))):
+        key, value = generator.choice(existing if generator.random() < 0.9 else all_keys), generator.choice(VALUES)
+        kind = generator.random()
         if key.endswith("_target_") or kind < 0.05:
-            key = key if key.endswith("_target_") else draw.choice(targets)
-            result.append(f"{key}={draw.choice((*TARGETS, value))}")
+            key = key if key.endswith("_target_") else generator.choice(targets)
+            result.append(f"{key}={generator.choice((*TARGETS, value))}")
         elif kind < 0.75:
             result.append(f"{key}={value}")
         elif kind < 0.79:
-            result.append(f"{draw.choice(('+', '++'))}{key}={value}")
+            result.append(f"{generator.choice(('+', '++'))}{key}={value}")
         elif kind < 0.84:
-            place = draw.randrange(len(key))
-            letters = draw.choice(("", "x", ".", "_", "é", key[place] * 2))
-            result.append(f"{draw.choice(('', '+', '++'))}{key[:place]}{letters}{key[place + 1 :]}={value}")
+            position = generator.randrange(len(key))
+            letters = generator.choice(("", "x", ".", "_", "é", key[position] * 2))
+            result.append(f"{generator.choice(('', '+', '++'))}{key[:position]}{letters}{key[position + 1 :]}={value}")
         elif kind < 0.89:
             result.append(f"~{key}")
         elif kind < 0.97:
-            group = draw.choice(GROUPS)
-            option = draw.choice((*options(group), *options(group), draw.choice(VALUES)))
+            group = generator.choice(GROUPS)
+            option = generator.choice((*options(group), *options(group), generator.choice(VALUES)))
             result.append(f"{group}={option}")
         else:
-            result.append(draw.choice((value, f"={value}", f"{key}=", key, f"--{key}", f"~{key}={value}", f"-{value}")))
+            result.append(
+                generator.choice((value, f"={value}", f"{key}=", key, f"--{key}", f"~{key}={value}", f"-{value}"))
+            )
     return result
 
 
-def fuzzed(count: int, seed: int = SEED) -> Iterator[list[str]]:
-    """Command lines, each option of each group in turn."""
-    draw = random.Random(seed)
+def fuzzed_command_lines(count: int, seed: int = SEED) -> Iterator[list[str]]:
+    """Yield mutated command lines, for each option of each group in turn."""
+    generator = random.Random(seed)
     pairs = [(group, option) for group in GROUPS for option in options(group)]
-    draw.shuffle(pairs)
+    generator.shuffle(pairs)
     for number in range(count):
-        yield mutated(*base(*pairs[number % len(pairs)]), draw)
+        yield mutate(*base(*pairs[number % len(pairs)]), generator)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended; a negative code is a signal's number."""
+    """Result of a case; a negative code is a signal number."""
 
     arguments: list[str]
     code: int
     error: str
-    left: list[str]
+    remaining_files: list[str]
     seconds: float
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it, if anything is."""
-        right = self.error == "" if self.code == 0 else LINE.fullmatch(self.error)
-        if self.code not in (0, 2, 3, 4, 5, 6, 7) or not right or self.left or self.seconds > SECONDS:
-            return f"exit {self.code} in {self.seconds:.1f} s, left {self.left}\n  {self.arguments}\n  {self.error}"
+        """Return a description of the fault, or None."""
+        has_valid_error = self.error == "" if self.code == 0 else LINE.fullmatch(self.error)
+        if (
+            self.code not in (0, 2, 3, 4, 5, 6, 7)
+            or not has_valid_error
+            or self.remaining_files
+            or self.seconds > SECONDS
+        ):
+            files = f"files {self.remaining_files}\n  {self.arguments}\n  {self.error}"
+            return f"exit {self.code} in {self.seconds:.1f} s, {files}"
         return None
 
 
 def build_everything(config: Config) -> None:
-    """What training builds before it makes the run folder."""
+    """Build all objects that training builds before it creates the run folder."""
     trainer.build.training.build(config)
 
 
 def run_main(config: Config) -> None:
-    """What `launch` calls in a forked process: its `main`, which need not be importable."""
+    """Call `_main`: `launch` needs an importable function, and `_main` may not be importable."""
     _main(config)
 
 
@@ -217,7 +233,7 @@ _main: Callable[[Config], object] = build_everything
 
 
 def on_meta(patched: pytest.MonkeyPatch) -> None:
-    """Models are built and checked on the meta device; afterwards they get uninitialised memory."""
+    """Patch the builder to create and check models on the meta device, then give them uninitialised memory."""
     modules = trainer.build.training
     build_model, check_model, check_single_image = (
         modules.build_model,
@@ -225,9 +241,9 @@ def on_meta(patched: pytest.MonkeyPatch) -> None:
         modules.check_single_image,
     )
 
-    def build(*arguments: Any, **named: Any) -> nn.Module:
+    def build(*arguments: Any, **options: Any) -> nn.Module:
         with torch.device("meta"):
-            return build_model(*arguments, **named)
+            return build_model(*arguments, **options)
 
     def check(model: nn.Module, values: dict[str, Any]) -> None:
         with torch.device("meta"):
@@ -243,18 +259,18 @@ def on_meta(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(trainer.build.training, "check_single_image", check_one)
 
 
-def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], place: Path) -> list[Outcome]:
-    """Each command line in a fork of its own, two at a time."""
+def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], base_folder: Path) -> list[Outcome]:
+    """Run each command line in a separate fork, two at a time, and return the outcomes."""
     running: dict[int, tuple[int, float]] = {}
     done: dict[int, tuple[int, float]] = {}
     for number, arguments in enumerate(cases):
         if len(running) == 2:
             wait(running, done)
-        folder = place / str(number)
+        folder = base_folder / str(number)
         folder.mkdir()
         child = os.fork()
         if child == 0:
-            run_here(arguments, main, folder, place / f"{number}.stderr")
+            run_and_exit(arguments, main, folder, base_folder / f"{number}.stderr")
         running[child] = (number, time.monotonic())
     while running:
         wait(running, done)
@@ -262,8 +278,8 @@ def outcomes(cases: Sequence[list[str]], main: Callable[[Config], object], place
         Outcome(
             arguments,
             done[number][0],
-            (place / f"{number}.stderr").read_text(),
-            sorted(path.name for path in (place / str(number)).iterdir()),
+            (base_folder / f"{number}.stderr").read_text(),
+            sorted(path.name for path in (base_folder / str(number)).iterdir()),
             done[number][1],
         )
         for number, arguments in enumerate(cases)
@@ -276,8 +292,8 @@ def wait(running: dict[int, tuple[int, float]], done: dict[int, tuple[int, float
     done[number] = (os.waitstatus_to_exitcode(status), time.monotonic() - start)
 
 
-def run_here(arguments: list[str], main: Callable[[Config], object], folder: Path, error: Path) -> None:
-    """The rest of a forked process: one command line to its exit code."""
+def run_and_exit(arguments: list[str], main: Callable[[Config], object], folder: Path, error: Path) -> None:
+    """Run one command line in a forked process and exit with its exit code."""
     global _main
     _main = main
     code = 99
@@ -304,38 +320,38 @@ def run_here(arguments: list[str], main: Callable[[Config], object], folder: Pat
 
 @pytest.fixture
 def bounded(monkeypatch):
-    """No weights, no network, no data of the user's."""
+    """Exclude weights, network access and the user's data."""
 
     def unreachable(*_: Any, **__: Any) -> Any:
         raise socket.gaierror("no network in a test")
 
     on_meta(monkeypatch)
-    if hasattr(yaml, "CSafeLoader"):  # most of the time goes into composing
+    if hasattr(yaml, "CSafeLoader"):  # composing takes most of the time
         monkeypatch.setattr(yaml, "SafeLoader", yaml.CSafeLoader)
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.delenv("PRECEPTOR_DATA", raising=False)
-    # Once here, so that the forks need not import what torch and Hydra load late: seconds each.
+    # Run once here: otherwise each fork spends seconds on late imports of torch and Hydra.
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *base("augment", "rand_augment")[0]])
     launch(f"{__name__}.build_everything", config_name="train", schema=TrainConfig)
 
 
-def test_every_option_builds(bounded, tmp_path, full):
-    """What is fuzzed starts from command lines that work, so that the mutations alone are at fault."""
+def test_unmutated_command_line_of_every_option_is_valid(bounded, tmp_path, full):
+    """Fuzzing starts from valid command lines, so that only the mutations cause errors."""
     cases = [base(group, option)[0] for group in GROUPS for option in options(group)]
     for outcome in outcomes(cases if full else cases[::8], build_everything, tmp_path):
         assert outcome.fault is None, outcome.fault
         assert outcome.code == 0 or (outcome.code == 3 and "data=synthetic" not in outcome.arguments), outcome
 
 
-def test_fuzzed_command_lines_end_in_one_line_and_an_exit_code(bounded, tmp_path, full, promise):
+def test_fuzzed_command_lines_give_at_most_one_line_and_an_exit_code(bounded, tmp_path, full, promise):
     count = 2000 if full else 120
-    found = outcomes(list(fuzzed(count)), build_everything, tmp_path)
-    faults = [outcome.fault for outcome in found if outcome.fault]
+    results = outcomes(list(fuzzed_command_lines(count)), build_everything, tmp_path)
+    faults = [outcome.fault for outcome in results if outcome.fault]
     assert not faults, f"{len(faults)} of {count}:\n" + "\n".join(faults)
-    codes = Counter(outcome.code for outcome in found)
-    assert codes[0] > count / 50 and codes[2] > count / 3  # neither all refused nor all let through
-    told = ", ".join(f"{number} x exit {code}" for code, number in sorted(codes.items()))
-    promise(10, "Every bad input gets one useful line", f"{count:,} fuzzed configs: {told}; none exit 1")
+    codes = Counter(outcome.code for outcome in results)
+    assert codes[0] > count / 50 and codes[2] > count / 3  # neither all refused nor all accepted
+    summary = ", ".join(f"{number} x exit {code}" for code, number in sorted(codes.items()))
+    promise(10, "Every bad input gets one useful line", f"{count:,} fuzzed configs: {summary}; none exit 1")
 
 
 @pytest.mark.parametrize(
@@ -350,5 +366,5 @@ def test_fuzzed_command_lines_end_in_one_line_and_an_exit_code(bounded, tmp_path
     ids=["exception", "ValueError", "words", "litter", "crash"],
 )
 def test_fuzz_detects_internal_errors_and_tracebacks(bounded, tmp_path, broken):
-    found = outcomes([base("model", "mlp")[0]], broken, tmp_path)
-    assert found[0].fault
+    results = outcomes([base("model", "mlp")[0]], broken, tmp_path)
+    assert results[0].fault

@@ -1,4 +1,4 @@
-"""Names that a library does not promise to keep: each is listed here, exists, and its library has an upper bound."""
+"""Private names of libraries: each one is listed here and exists, and its library has an upper version bound."""
 
 import importlib
 import re
@@ -52,14 +52,14 @@ SOURCES = {
 
 
 def resolved(name: str) -> object:
-    """The object of a dotted name, whose first parts are modules."""
+    """Return the object of a dotted name, whose first parts are modules."""
     parts = name.split(".")
-    found: object = importlib.import_module(parts[0])
+    value: object = importlib.import_module(parts[0])
     for end in range(2, len(parts) + 1):
-        if not hasattr(found, parts[end - 1]):
+        if not hasattr(value, parts[end - 1]):
             importlib.import_module(".".join(parts[:end]))
-        found = getattr(found, parts[end - 1])
-    return found
+        value = getattr(value, parts[end - 1])
+    return value
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -68,7 +68,7 @@ def test_internal_name_exists_and_is_used(name):
     assert any(re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", source) for source in SOURCES.values())
 
 
-def test_no_other_private_name_of_a_library_is_used():
+def test_all_private_names_in_use_are_listed():
     used = set()
     for source in SOURCES.values():
         for name in re.findall(r"\btorch(?:\.\w+)*\._[a-z]\w*", source):

@@ -1,8 +1,8 @@
-"""A run that is killed, again and again and at any moment, ends as one that was not (docs/reliability.md: 2, 7, 8, 12).
+"""A run that is killed repeatedly, at any moment, ends like an uninterrupted one (docs/reliability.md: 2, 7, 8, 12).
 
-The runs are those of scripts/train.py, each in a forked process of its own, which writes where it is into memory that
-this process shares: so a kill can be aimed at a phase, and it is known where it landed. What is compared is
-`conftest.last_state`: sha256 of weights, buffers, average, optimizer and all else that is kept, and metrics.jsonl.
+Each run is scripts/train.py in a forked process. It writes its phase to memory shared with this process, so that a kill
+can target a phase and the phase that it hit is known. `conftest.last_state` is compared: sha256 of weights, buffers,
+average, optimizer and all other saved state, and metrics.jsonl.
 """
 
 import collections
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch._inductor  # noqa: F401  which each process would import again, for seconds
-from conftest import ended, forked, last_state
+import torch._inductor  # noqa: F401  otherwise each process spends seconds on this import
+from conftest import fork_script, last_state, wait_for_exit
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -51,7 +51,7 @@ PHASES = ("set-up", "step", "validation", "save")
 
 
 class Watch:
-    """Memory shared with the run: which phase it is in, whether a save is under way behind it, and its step."""
+    """Memory shared with a run: its phase, whether a background save is running, and its step."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 32)
@@ -64,18 +64,18 @@ class Watch:
         return PHASES[phase], bool(saving), step
 
     def install(self, patched: pytest.MonkeyPatch, *, slowness: float) -> None:
-        """In the run's own process; each phase is drawn out by `slowness` seconds, so that there is time to hit it."""
+        """Record phases in the run's process; each phase sleeps `slowness` seconds, so that a signal can hit it."""
 
-        def around(owner: Any, name: str, *, place: int, inside: int, after: int) -> None:
+        def record_phase(owner: Any, name: str, *, offset: int, inside: int, after: int) -> None:
             real = getattr(owner, name)
 
-            def call(*arguments: Any, **named: Any) -> Any:
-                struct.pack_into("q", self.memory, place, inside)
+            def call(*arguments: Any, **options: Any) -> Any:
+                struct.pack_into("q", self.memory, offset, inside)
                 time.sleep(slowness)
                 try:
-                    return real(*arguments, **named)
+                    return real(*arguments, **options)
                 finally:
-                    struct.pack_into("q", self.memory, place, after)
+                    struct.pack_into("q", self.memory, offset, after)
 
             patched.setattr(owner, name, call)
 
@@ -83,50 +83,50 @@ class Watch:
             struct.pack_into("qq", self.memory, 16, loop.state.step, 0)
             return real(loop)
 
-        around(NonFiniteGuard, "remember", place=0, inside=1, after=1)
-        around(trainer.training, "evaluate", place=0, inside=2, after=1)
-        around(CheckpointFolder, "save", place=8, inside=1, after=0)
+        record_phase(NonFiniteGuard, "remember", offset=0, inside=1, after=1)
+        record_phase(trainer.training, "evaluate", offset=0, inside=2, after=1)
+        record_phase(CheckpointFolder, "save", offset=8, inside=1, after=0)
         patched.setattr(trainer.loop.Loop, "conclude", conclude)
 
 
 def start(watch: Watch, folder: Path, *arguments: str, number: int = 0, slowness: float = 0.0) -> int:
-    """scripts/train.py in a process of its own; its pid. What it says goes to FOLDER.out."""
+    """Start scripts/train.py in a new process and return its pid. Its output goes to FOLDER.out."""
     watch.clear()
     output = folder.with_suffix(".out")
     output.unlink(missing_ok=True)
 
     def patch(patched: pytest.MonkeyPatch) -> None:
         watch.install(patched, slowness=slowness)
-        # TensorBoard orders event files by the second in their names; these processes live for less.
+        # TensorBoard orders event files by the second in their names; these processes run for less than a second.
         patched.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1_800_000_000.0 + number))
 
-    return forked(TRAIN_SCRIPT, *arguments, output=output, patch=patch)
+    return fork_script(TRAIN_SCRIPT, *arguments, output=output, patch=patch)
 
 
-def wait_for(child: int, watch: Watch, phase: str, *, steps: int, draw: random.Random) -> bool:
-    """Until a run has made `steps` steps and is in a phase, and a random moment longer; False when it ends before."""
+def wait_for(child: int, watch: Watch, phase: str, *, steps: int, generator: random.Random) -> bool:
+    """Wait until a run has done `steps` steps and is in a phase, plus a random time. Return False if it ends first."""
     first = None
-    pause = draw.random() * (0.1 if phase == "set-up" else 0.004)
+    pause = generator.random() * (0.1 if phase == "set-up" else 0.004)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        now, saving, step = watch.read()
+        current_phase, saving, step = watch.read()
         first = step if first in (None, -1) else first
-        is_there = now == phase if phase != "save" else saving
-        if phase == "set-up" or (is_there and step >= (first or 0) + steps):
-            until = time.monotonic() + pause
-            while time.monotonic() < until and (phase != "set-up" or watch.read()[0] == phase):
-                time.sleep(0.0002)  # a set-up that is over ends the wait, or its trials would make most of the steps
+        is_reached = current_phase == phase if phase != "save" else saving
+        if phase == "set-up" or (is_reached and step >= (first or 0) + steps):
+            deadline = time.monotonic() + pause
+            while time.monotonic() < deadline and (phase != "set-up" or watch.read()[0] == phase):
+                time.sleep(0.0002)  # the wait ends with the set-up: otherwise these kills would allow most of the steps
             return True
         time.sleep(0.0002)
     return False
 
 
-def where(watch: Watch) -> list[str]:
+def current_phases(watch: Watch) -> list[str]:
     phase, saving, _ = watch.read()
     return [phase, *(["save"] if saving else [])]
 
 
 def newest_step(folder: Path) -> int:
-    """Of the newest good checkpoint; -1 before there is a folder."""
+    """Return the step of the newest valid checkpoint, or -1 if there is no folder yet."""
     try:
         return CheckpointFolder(folder / "checkpoints").load("last", "best", "step")[0].step
     except CheckpointError:
@@ -134,13 +134,13 @@ def newest_step(folder: Path) -> int:
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:
-    """The steps of each tag, as TensorBoard's own reader shows them."""
+    """Return the steps of each tag, as read by TensorBoard's reader."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [event.step for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
-def strays(folder: Path) -> list[str]:
-    """Files beside a run folder, or in it, that no run should leave behind."""
+def stray_files(folder: Path) -> list[str]:
+    """Return files in or beside a run folder that no run should leave."""
     names = {"config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "train.log", "checkpoints", ".lock"}
     beside = [path.name for path in folder.parent.iterdir() if path.name not in (folder.name, folder.name + ".out")]
     inside = [path.name for path in folder.iterdir() if path.name not in names and ".tfevents." not in path.name]
@@ -148,37 +148,38 @@ def strays(folder: Path) -> list[str]:
 
 
 def children_of_session(session: int) -> list[int]:
-    """Processes of a session that live."""
-    found = []
+    """Return the pids of the running processes of a session."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            pid, rest = path.read_text().split(" (", 1)
+            pid, fields = path.read_text().split(" (", 1)
         except OSError:
             continue
-        state, _, _, its_session = rest.rpartition(") ")[2].split()[:4]
+        state, _, _, its_session = fields.rpartition(") ")[2].split()[:4]
         if int(its_session) == session and state != "Z":
-            found.append(int(pid))
-    return found
+            pids.append(int(pid))
+    return pids
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[Any, dict[str, list[int]]]:
-    """The undisturbed run: its state at the end, and what TensorBoard shows of it."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert ended(start(Watch(), folder, *RUN, f"run_dir={folder}")) == 0, folder.with_suffix(".out").read_text()
+    """Return the final state of an uninterrupted run and its steps in TensorBoard."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert wait_for_exit(start(Watch(), folder, *RUN, f"run_dir={folder}")) == 0, folder.with_suffix(".out").read_text()
     assert len(read_lines(folder / "metrics.jsonl")) == 23
     return last_state(folder), scalars(folder)
 
 
-def killed_until_done(
+def signal_until_done(
     folder: Path, *, number: signal.Signals, times: int, after: Callable[[int, int, int], None]
 ) -> collections.Counter[str]:
-    """Start, send a signal in one phase after the other, go on, ..., until it is done; where the signals landed.
+    """Start a run, send a signal, resume, ..., until it finishes; return how many signals hit each phase.
 
-    `after` is called behind each end with (exit code, the last step that the run began with, the newest on the disk).
+    The signals target the phases in turn. `after` is called after each end with the exit code, the last step that the
+    run reported, and the newest step on the disk.
     """
-    watch, draw = Watch(), random.Random(int(number))
-    landed: collections.Counter[str] = collections.Counter()
+    watch, generator = Watch(), random.Random(int(number))
+    hit_phases: collections.Counter[str] = collections.Counter()
     for trial in itertools.count():
         resumes = folder.exists()
         child = start(
@@ -186,23 +187,25 @@ def killed_until_done(
             number=trial,
             slowness=0.003,
         )
-        # Two in three of what a run goes forward by would be done by the end; the last process runs to it.
+        # The signalled processes do about two thirds of the steps; the last process does the others.
         phase = PHASES[trial % len(PHASES)]
-        steps = draw.randrange(1, 2 + 2 * 110 // times)
-        if trial >= times or not wait_for(child, watch, phase, steps=steps, draw=draw):
+        steps = generator.randrange(1, 2 + 2 * 110 // times)
+        if trial >= times or not wait_for(child, watch, phase, steps=steps, generator=generator):
             break
-        before = where(watch)
+        phases_before = current_phases(watch)
         os.kill(child, number)
-        code = ended(child)
-        landed.update(where(watch) if number == signal.SIGKILL else before)  # a signal that is caught lets it go on
+        code = wait_for_exit(child)
+        hit_phases.update(
+            current_phases(watch) if number == signal.SIGKILL else phases_before
+        )  # after a handled signal the run still advances
         after(code, watch.read()[2], newest_step(folder))
     else:
         raise AssertionError
-    assert ended(child) == 0, folder.with_suffix(".out").read_text()
-    return landed
+    assert wait_for_exit(child) == 0, folder.with_suffix(".out").read_text()
+    return hit_phases
 
 
-def test_killed_at_random_moments_until_done(tmp_path, reference, full, promise):
+def test_run_killed_at_random_moments_ends_bit_identically(tmp_path, reference, full, promise):
     folder, times = tmp_path / "run", 60 if full else 12
     lost: list[int] = []
 
@@ -210,53 +213,57 @@ def test_killed_at_random_moments_until_done(tmp_path, reference, full, promise)
         assert code == -signal.SIGKILL
         lost.append(step - saved)
 
-    landed = killed_until_done(folder, number=signal.SIGKILL, times=times, after=after)
-    state, shown = reference
+    hit_phases = signal_until_done(folder, number=signal.SIGKILL, times=times, after=after)
+    state, tensorboard_steps = reference
     assert last_state(folder) == state
-    assert scalars(folder) == shown and all(len(steps) == len(set(steps)) for steps in shown.values())
-    assert len(lost) == times and all(landed[phase] > 0 for phase in PHASES), landed
-    assert max(lost) <= 2 * EVERY and strays(folder) == []
-    told = ", ".join(f"{count} in {phase}" for phase, count in landed.items())
-    promise(2, "killed at random moments: the end is bit-identical", f"{times} kills ({told})")
+    assert scalars(folder) == tensorboard_steps and all(
+        len(steps) == len(set(steps)) for steps in tensorboard_steps.values()
+    )
+    assert len(lost) == times and all(hit_phases[phase] > 0 for phase in PHASES), hit_phases
+    assert max(lost) <= 2 * EVERY and stray_files(folder) == []
+    summary = ", ".join(f"{count} in {phase}" for phase, count in hit_phases.items())
+    promise(2, "killed at random moments: the end is bit-identical", f"{times} kills ({summary})")
     promise(2, "steps that a kill costs, saving every 5", f"at most {max(lost)}")
     promise(8, "stray files after the next start", f"0 after {times} kills")
     promise(12, "metrics.jsonl and TensorBoard show each step once", f"after {times} kills")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_at_random_moments_cost_no_step(tmp_path, reference, full, promise, number, code):
+def test_signals_at_random_moments_lose_no_step(tmp_path, reference, full, promise, number, code):
     folder, times = tmp_path / "run", 24 if full else 8
     lost: list[int] = []
 
-    def after(ended_with: int, step: int, saved: int) -> None:
-        assert ended_with in (code, -number), folder.with_suffix(".out").read_text()  # the latter before Python is up
+    def after(exit_code: int, step: int, saved: int) -> None:
+        assert exit_code in (code, -number), folder.with_suffix(
+            ".out"
+        ).read_text()  # the latter before Python handles signals
         assert "Traceback" not in folder.with_suffix(".out").read_text()
         if folder.exists():
-            assert strays(folder) == []
+            assert stray_files(folder) == []
             lost.append(max(step, 0) - saved)
         else:
             assert [path.name for path in tmp_path.iterdir()] == ["run.out"]
 
-    landed = killed_until_done(folder, number=number, times=times, after=after)
+    hit_phases = signal_until_done(folder, number=number, times=times, after=after)
     assert last_state(folder) == reference[0] and scalars(folder) == reference[1]
-    assert all(landed[phase] > 0 for phase in PHASES), landed
-    assert max(lost) <= 0  # the step that was under way is made and saved
-    told = ", ".join(f"{count} in {phase}" for phase, count in landed.items())
-    promise(7, f"{number.name}: saved, exit {code}, nothing lost", f"{times} of {times} ({told})")
+    assert all(hit_phases[phase] > 0 for phase in PHASES), hit_phases
+    assert max(lost) <= 0  # the step in progress is completed and saved
+    summary = ", ".join(f"{count} in {phase}" for phase, count in hit_phases.items())
+    promise(7, f"{number.name}: saved, exit {code}, nothing lost", f"{times} of {times} ({summary})")
 
 
 def test_ten_interrupts_in_50_ms_end_the_run_once(tmp_path):
-    """stop now, without a traceback; what was saved before is whole."""
+    """The run stops at once without a traceback; the checkpoints saved before are intact."""
     watch, folder = Watch(), tmp_path / "run"
     child = start(watch, folder, *RUN, f"run_dir={folder}", slowness=0.003)
-    assert wait_for(child, watch, "step", steps=20, draw=random.Random(0))
+    assert wait_for(child, watch, "step", steps=20, generator=random.Random(0))
     for _ in range(10):
         os.kill(child, signal.SIGINT)
         time.sleep(0.005)
-    assert ended(child) == 130
+    assert wait_for_exit(child) == 130
     assert "Traceback" not in folder.with_suffix(".out").read_text()
     assert newest_step(folder) >= watch.read()[2] - 2 * EVERY
-    assert ended(start(watch, folder, f"resume={folder}", "trainer.max_steps=60")) == 0
+    assert wait_for_exit(start(watch, folder, f"resume={folder}", "trainer.max_steps=60")) == 0
 
 
 # Workers
@@ -264,36 +271,42 @@ def test_ten_interrupts_in_50_ms_end_the_run_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def image_root(tmp_path_factory) -> Path:
-    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+    generator, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
     for index in range(60):
         path = root / f"class {index % 3}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (9, 8), dtype=np.uint8)).save(path)
+        Image.fromarray(generator.integers(0, 256, (9, 8), dtype=np.uint8)).save(path)
     return root
 
 
 def test_no_process_outlives_its_run(tmp_path, image_root, full, promise):
     watch, times = Watch(), 10 if full else 3
-    given = (
+    overrides = (
         "data=image_folder",
         f"data.root={image_root}",
         "data.image_size=8",
         "data.channels=1",
         "data.batch_size=4",
     )
-    given += ("data.memory_budget=0", "data.num_workers=2", "model=mlp", "trainer.threads=1", "trainer.log_graph=false")
-    given += ("trainer.max_epochs=1000", "trainer.device=cpu", "trainer.early_stopping.patience=null")
+    overrides += (
+        "data.memory_budget=0",
+        "data.num_workers=2",
+        "model=mlp",
+        "trainer.threads=1",
+        "trainer.log_graph=false",
+    )
+    overrides += ("trainer.max_epochs=1000", "trainer.device=cpu", "trainer.early_stopping.patience=null")
     for trial in range(times):
         folder = tmp_path / str(trial)
-        child = start(watch, folder, *given, f"run_dir={folder}", number=trial)
-        assert wait_for(child, watch, "step", steps=1 + 3 * trial, draw=random.Random(trial))
-        deadline = time.monotonic() + 20  # between two epochs there are none for a moment
-        while len(before := children_of_session(child)) < 3 and time.monotonic() < deadline:
+        child = start(watch, folder, *overrides, f"run_dir={folder}", number=trial)
+        assert wait_for(child, watch, "step", steps=1 + 3 * trial, generator=random.Random(trial))
+        deadline = time.monotonic() + 20  # between two epochs there are briefly no workers
+        while len(processes := children_of_session(child)) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         time.sleep(2)
-        assert len(before) >= 3 and children_of_session(child) == []
+        assert len(processes) >= 3 and children_of_session(child) == []
     promise(8, "processes 2 s after their run's death", f"0 after {times} kills of a run with 2 workers")
 
 
@@ -301,7 +314,7 @@ def test_no_process_outlives_its_run(tmp_path, image_root, full, promise):
 
 
 def race(folder: Path, arguments: list[str], *, meet: tuple[Any, str]) -> list[tuple[int, str, float]]:
-    """Two runs that meet before `meet`'s call, and make it at once: exit code, what was said, seconds from there."""
+    """Start two runs that call `meet` at the same time; return (exit code, output, seconds in `meet`) of each."""
     owner, name = meet
     times = mmap.mmap(-1, 16)
     ready, go = os.pipe(), os.pipe()
@@ -311,45 +324,45 @@ def race(folder: Path, arguments: list[str], *, meet: tuple[Any, str]) -> list[t
         if child == 0:
             real = getattr(owner, name)
 
-            def call(*given: Any, index: int = index, real: Any = real, **named: Any) -> Any:
+            def call(*positional: Any, index: int = index, real: Any = real, **options: Any) -> Any:
                 os.write(ready[1], b"x")
                 os.read(go[0], 1)
                 started = time.monotonic()
                 try:
-                    return real(*given, **named)
+                    return real(*positional, **options)
                 finally:
                     struct.pack_into("d", times, 8 * index, time.monotonic() - started)
 
             setattr(owner, name, call)
-            os._exit(ended(start(Watch(), folder.with_name(f"{folder.name}-{index}"), *arguments)))
+            os._exit(wait_for_exit(start(Watch(), folder.with_name(f"{folder.name}-{index}"), *arguments)))
         runs.append(child)
     for _ in runs:
         os.read(ready[0], 1)
     os.write(go[1], b"xx")
-    found = []
+    results = []
     for index, child in enumerate(runs):
-        code = ended(child)
-        told = folder.with_name(f"{folder.name}-{index}.out").read_text()
-        found.append((code, told, struct.unpack_from("d", times, 8 * index)[0]))
+        code = wait_for_exit(child)
+        output = folder.with_name(f"{folder.name}-{index}.out").read_text()
+        results.append((code, output, struct.unpack_from("d", times, 8 * index)[0]))
     for descriptor in (*ready, *go):
         os.close(descriptor)
-    return found
+    return results
 
 
-def test_two_runs_in_one_folder(tmp_path, monkeypatch, full, promise):
+def test_second_of_two_concurrent_runs_in_a_folder_is_refused(tmp_path, monkeypatch, full, promise):
     races, slowest = 10 if full else 3, 0.0
     for trial in range(races):
         folder = tmp_path / str(trial) / "run"
         folder.parent.mkdir()
         short = [*RUN, "trainer.max_steps=20", f"run_dir={folder}"]
-        (won, _, _), (lost, told, seconds) = sorted(race(folder, short, meet=(RunFolder, "create")))
-        assert (won, lost) == (0, 5), told
-        assert "error[storage]" in told and ("in use by process" in told or "exists already" in told)
+        (winner, _, _), (loser, output, seconds) = sorted(race(folder, short, meet=(RunFolder, "create")))
+        assert (winner, loser) == (0, 5), output
+        assert "error[storage]" in output and ("in use by process" in output or "exists already" in output)
         slowest = max(slowest, seconds)
         assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [7, 14, 20]
-        again = [f"resume={folder}", "trainer.max_steps=100"]
-        (won, _, _), (lost, told, seconds) = sorted(race(folder, again, meet=(RunFolder, "open")))
-        assert (won, lost) == (0, 5) and "in use by process" in told and f" on {os.uname().nodename}" in told
+        resume = [f"resume={folder}", "trainer.max_steps=100"]
+        (winner, _, _), (loser, output, seconds) = sorted(race(folder, resume, meet=(RunFolder, "open")))
+        assert (winner, loser) == (0, 5) and "in use by process" in output and f" on {os.uname().nodename}" in output
         slowest = max(slowest, seconds)
         assert [line["step"] for line in read_lines(folder / "metrics.jsonl")][-2:] == [98, 100]
     assert slowest < 1
@@ -357,27 +370,27 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch, full, promise):
     promise(12, "the loser is reported after", f"{slowest:.2f} s at most")
 
 
-# A save that fails behind the training's back
+# A background save that fails
 
 
 def exit_code_on_a_full_disk(folder: Path) -> int:
-    """A run whose first checkpoint fits and whose later ones, with Adam's state, do not."""
-    from test_durability import limited
+    """Return the exit code of a run whose first checkpoint fits on the disk but whose later ones, with Adam, do not."""
+    from test_durability import limit_file_size
 
     watch = Watch()
     child = os.fork()
     if child == 0:
-        limited(100_000)
-        os._exit(ended(start(watch, folder, *RUN, "trainer.max_steps=40", f"run_dir={folder}")))
-    return ended(child)
+        limit_file_size(100_000)
+        os._exit(wait_for_exit(start(watch, folder, *RUN, "trainer.max_steps=40", f"run_dir={folder}")))
+    return wait_for_exit(child)
 
 
-def test_a_full_disk_ends_the_run(tmp_path):
+def test_full_disk_ends_the_run_with_a_storage_error(tmp_path):
     folder = tmp_path / "run"
     assert exit_code_on_a_full_disk(folder) == 5
-    told = folder.with_suffix(".out").read_text()
-    assert "error[storage]" in told and "are free there" in told and "Traceback" not in told
-    assert newest_step(folder) == 0 and strays(folder) == []
+    output = folder.with_suffix(".out").read_text()
+    assert "error[storage]" in output and "bytes are free" in output and "Traceback" not in output
+    assert newest_step(folder) == 0 and stray_files(folder) == []
 
 
 def test_full_disk_check_detects_a_swallowed_exception(tmp_path, monkeypatch):
@@ -386,5 +399,5 @@ def test_full_disk_check_detects_a_swallowed_exception(tmp_path, monkeypatch):
     assert exit_code_on_a_full_disk(tmp_path / "run") != 5
 
 
-def test_forked_script_is_the_one_that_users_start():
+def test_forked_script_uses_the_repositorys_configs():
     assert core.composition.CONFIGS.parent == TRAIN_SCRIPT.parents[1]

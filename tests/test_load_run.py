@@ -1,4 +1,4 @@
-"""`load_run` in a notebook: importing and calling it changes nothing of the caller's."""
+"""`load_run` in a notebook: importing and calling it does not change the state of the process."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import trained
 
-# What a process is asked before and after: everything process-wide that a library may change.
+# Process-wide state that a library may change, recorded before and after.
 STATE = """
 import atexit, hashlib, json, logging, random, signal, sys, threading, warnings
 import numpy, torch
@@ -35,7 +35,7 @@ def state():
 CALLER = (
     STATE
     + """
-import torch.utils.checkpoint  # whatever torch itself imports late is not counted as ours
+import torch.utils.checkpoint  # torch's own late imports are not counted
 torch.set_num_threads(3)
 torch.manual_seed(5); random.seed(6); numpy.random.seed(7)
 before = state()
@@ -52,7 +52,7 @@ print(json.dumps({{"before": before, "imported": imported, "loaded": loaded, "mo
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict:
+def states(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("load_run") / "run"
     trained(folder, "model.dropout=0.5", "trainer.max_epochs=1", "trainer.threads=1")
     code = CALLER.replace("{{", "{").replace("}}", "}").replace("{folder!r}", repr(str(folder)))
@@ -63,11 +63,11 @@ def told(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("moment", ["imported", "loaded"])
-def test_load_run_leaves_the_process_as_it_was(told, moment):
-    assert told[moment] == told["before"]
+def test_load_run_does_not_change_the_process_state(states, moment):
+    assert states[moment] == states["before"]
 
 
-def test_load_run_imports_neither_hydra_nor_rich_nor_tensorboard(told):
-    roots = {name.partition(".")[0] for name in told["modules"]}
+def test_load_run_imports_neither_hydra_nor_rich_nor_tensorboard(states):
+    roots = {name.partition(".")[0] for name in states["modules"]}
     assert "trainer" in roots and "torch" in roots
     assert not roots & {"hydra", "omegaconf", "rich", "tensorboard", "optuna", "matplotlib", "sklearn", "torchvision"}

@@ -1,6 +1,8 @@
-"""What the loop gets: every sample once an epoch, the same numbers whatever the workers and wherever it starts."""
+"""Loaders: every sample once per epoch; the batches do not depend on workers or on the start position."""
 
+import errno
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +12,7 @@ from PIL import Image
 from test_workers import workers
 from torchvision.transforms import v2
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, as_preceptor_error
 from core.seeding import fold
 from data.augment.geometry import RandomAffine, RandomCrop
 from data.augment.mixing import CutMix, Mixup
@@ -19,7 +21,9 @@ from data.augment.pipeline import Augmentations
 from data.loading.loaders import Batch, EvalLoader, TrainLoader
 from data.loading.normalisation import Normalisation
 from data.loading.prefetch import prefetched
+from data.loading.workers import usable_workers
 from data.sources.images import Files, Images
+from data.sources.listing import PackedPaths
 
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation({"mean": torch.tensor([0.4]), "std": torch.tensor([0.2])})
@@ -44,17 +48,17 @@ def train_loader(data: Images, **changes: object) -> TrainLoader:
     return TrainLoader(data, **(settings | {"normalisation": NORMALISATION, "device": CPU} | changes))
 
 
-def seen(steps: list[list[Batch]]) -> list[list[list[int]]]:
+def indices_of(steps: list[list[Batch]]) -> list[list[list[int]]]:
     return [[batch.indices.tolist() for batch in step] for step in steps]
 
 
-def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+def are_equal(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
     pairs = list(zip(first, second, strict=True))
     return all(
-        torch.equal(ours, theirs)
-        for step, other in pairs
-        for batch, twin in zip(step, other, strict=True)
-        for ours, theirs in zip(batch, twin, strict=True)
+        torch.equal(tensor, other_tensor)
+        for step, other_step in pairs
+        for batch, other_batch in zip(step, other_step, strict=True)
+        for tensor, other_tensor in zip(batch, other_batch, strict=True)
     )
 
 
@@ -73,7 +77,7 @@ def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
         (4, 3, "auto", [[4]]),
     ],
 )
-def test_sizes_of_steps_and_what_is_dropped(count, accumulate, drop_last, sizes):
+def test_steps_have_the_expected_batch_sizes_and_drop_the_remainder(count, accumulate, drop_last, sizes):
     loader = train_loader(images(count), accumulate=accumulate, drop_last=drop_last)
     steps = list(loader.steps(0))
     assert [[len(batch.labels) for batch in step] for step in steps] == sizes
@@ -84,37 +88,37 @@ def test_sizes_of_steps_and_what_is_dropped(count, accumulate, drop_last, sizes)
             assert len(batch.images) == len(batch.labels) == len(batch.indices)
 
 
-def test_batches_of_one_are_not_dropped_when_asked_for():
+def test_batch_size_1_drops_no_sample():
     assert train_loader(images(5), batch_size=1).samples_per_epoch == 5
 
 
-def test_every_sample_once_an_epoch_in_the_order_of_seed_and_epoch():
+def test_each_epoch_contains_every_sample_once_in_an_order_of_seed_and_epoch():
     loader = train_loader(images(22), accumulate=2)
     orders = {}
     for epoch in (0, 1):
-        flat = [index for step in seen(list(loader.steps(epoch))) for batch in step for index in batch]
+        flat = [index for step in indices_of(list(loader.steps(epoch))) for batch in step for index in batch]
         assert sorted(flat) == list(range(22))
         generator = torch.Generator().manual_seed(fold(1, "order", epoch))
         assert flat == torch.randperm(22, generator=generator).tolist()
         orders[epoch] = flat
     assert orders[0] != orders[1]
     other = train_loader(images(22), accumulate=2, seed=2)
-    assert seen(list(other.steps(0))) != seen(list(loader.steps(0)))
-    few = train_loader(images(6))
-    assert seen(list(few.steps(3))) == [[few.order(3)[:4].tolist()], [few.order(3)[4:].tolist()]]
+    assert indices_of(list(other.steps(0))) != indices_of(list(loader.steps(0)))
+    small = train_loader(images(6))
+    assert indices_of(list(small.steps(3))) == [[small.order(3)[:4].tolist()], [small.order(3)[4:].tolist()]]
 
 
 def test_accumulation_and_batch_size_do_not_change_the_order():
-    flat = [index for step in seen(list(train_loader(images(24)).steps(0))) for batch in step for index in batch]
+    flat = [index for step in indices_of(list(train_loader(images(24)).steps(0))) for batch in step for index in batch]
     for batch_size, accumulate in ((8, 1), (2, 3), (5, 2)):
         loader = train_loader(images(24), batch_size=batch_size, accumulate=accumulate)
-        assert [index for step in seen(list(loader.steps(0))) for batch in step for index in batch] == flat
+        assert [index for step in indices_of(list(loader.steps(0))) for batch in step for index in batch] == flat
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_a_start_in_the_middle_gives_the_same_bits(start):
-    whole = list(train_loader(images(22), accumulate=2).steps(5))
-    assert same(list(train_loader(images(22), accumulate=2).steps(5, start)), whole[start:])
+def test_start_within_an_epoch_gives_bit_identical_batches(start):
+    steps = list(train_loader(images(22), accumulate=2).steps(5))
+    assert are_equal(list(train_loader(images(22), accumulate=2).steps(5, start)), steps[start:])
 
 
 def test_labels_and_pixels_belong_to_the_indices():
@@ -127,61 +131,61 @@ def test_labels_and_pixels_belong_to_the_indices():
 
 
 def test_prefetch_starts_a_batch_before_the_previous_one_is_returned(monkeypatch):
-    """The order of the calls on two streams that only record them; test_cuda.py has real ones."""
-    told: list[str] = []
+    """Checks the order of the calls on two dummy streams that record them; test_cuda.py uses real streams."""
+    calls: list[str] = []
 
     class Stream:
         def __init__(self, name: object) -> None:
             self.name = name if isinstance(name, str) else "data"
 
         def wait_stream(self, other: "Stream") -> None:
-            told.append(f"{self.name} waits for {other.name}")
+            calls.append(f"{self.name} waits for {other.name}")
 
-    class Part:
+    class DummyTensor:
         def __init__(self, number: int) -> None:
             self.number = number
 
         def record_stream(self, stream: Stream) -> None:
-            told.append(f"{self.number} is kept for {stream.name}")
+            calls.append(f"{self.number} is recorded on {stream.name}")
 
     @contextmanager
     def on(stream: Stream) -> Iterator[None]:
-        told.append(f"on {stream.name}")
+        calls.append(f"on {stream.name}")
         yield
-        told.append(f"off {stream.name}")
+        calls.append(f"off {stream.name}")
 
-    def batches() -> Iterator[tuple[Part]]:
+    def batches() -> Iterator[tuple[DummyTensor]]:
         for number in (1, 2):
-            told.append(f"{number} is made")
-            yield (Part(number),)
+            calls.append(f"{number} is created")
+            yield (DummyTensor(number),)
         raise DataError("3.png", "is gone")
 
     monkeypatch.setattr("data.loading.prefetch.stream_of", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
-    ready = prefetched(batches(), device=torch.device("cuda"))
-    assert told == []
-    for number in (1, 2):  # the third fails when its turn comes, and not before the step of the second
-        assert next(ready)[0].number == number
-        told.append(f"step {number}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("model"))
+    prefetching = prefetched(batches(), device=torch.device("cuda"))
+    assert calls == []
+    for number in (1, 2):  # the third fails only when it is requested, after the step of the second
+        assert next(prefetching)[0].number == number
+        calls.append(f"step {number}")
     with pytest.raises(DataError, match=r"3\.png"):
-        next(ready)
-    first = ["data waits for network", "on data", "1 is made", "off data"]
-    second = ["network waits for data", "1 is kept for network", "on data", "2 is made", "off data", "step 1"]
-    assert told == [*first, *second, "network waits for data", "2 is kept for network", "on data", "step 2"]
-    given = iter([(torch.ones(1),)])
-    assert prefetched(given, device=CPU) is given
+        next(prefetching)
+    first = ["data waits for model", "on data", "1 is created", "off data"]
+    second = ["model waits for data", "1 is recorded on model", "on data", "2 is created", "off data", "step 1"]
+    assert calls == [*first, *second, "model waits for data", "2 is recorded on model", "on data", "step 2"]
+    on_cpu = iter([(torch.ones(1),)])
+    assert prefetched(on_cpu, device=CPU) is on_cpu
 
 
 def test_both_loaders_prefetch(monkeypatch):
-    asked = []
-    monkeypatch.setattr("data.loading.loaders.prefetched", lambda batches, *, device: asked.append(device) or batches)
+    devices = []
+    monkeypatch.setattr("data.loading.loaders.prefetched", lambda batches, *, device: devices.append(device) or batches)
     data = images(8)
     loaders = [train_loader(data).steps(0), EvalLoader(data, batch_size=4, normalisation=NORMALISATION, device=CPU)]
-    assert [len(list(loader)) for loader in loaders] == [2, 2] and asked == [CPU, CPU]
+    assert [len(list(loader)) for loader in loaders] == [2, 2] and devices == [CPU, CPU]
 
 
-def test_channels_last():
+def test_images_of_a_batch_are_channels_last_if_configured():
     data = Images(images(8).pixels.repeat(1, 3, 1, 1), images(8).labels)
     for [batch] in train_loader(data, normalisation=NORMALISATION.to(CPU, channels_last=True)).steps(0):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -193,11 +197,13 @@ def files(tmp_path):
     for index, image in enumerate(images(22).pixels):
         paths.append(tmp_path / f"{index}.png")
         Image.fromarray(image[0].numpy()).save(paths[-1])
-    return Images(Files(paths, image_size=6, channels=1), images(22).labels)
+    return Images(Files(PackedPaths.of(paths), image_size=6, channels=1), images(22).labels)
 
 
-@pytest.mark.parametrize("steps", [STEPS, STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["own", "mixed", "from elsewhere"])
-def test_files_and_workers_give_identical_bits(files, steps):
+@pytest.mark.parametrize(
+    "steps", [STEPS, STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["built-in", "mixed", "torchvision"]
+)
+def test_files_and_workers_give_bit_identical_batches(files, steps):
     expected = list(train_loader(images(22), accumulate=2, augmentations=augmentations(**steps)).steps(1))
     for batch in (batch for step in expected for batch in step):
         assert len(batch.images) == len(batch.labels) == len(batch.indices)
@@ -206,13 +212,13 @@ def test_files_and_workers_give_identical_bits(files, steps):
     for data in (images(22), files):
         for num_workers in (0, 1, 2):
             loader = train_loader(data, accumulate=2, augmentations=augmentations(**steps), num_workers=num_workers)
-            assert same(list(loader.steps(1, 1)), expected[1:])
+            assert are_equal(list(loader.steps(1, 1)), expected[1:])
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("steps", [STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["mixed", "from elsewhere"])
-def test_sizes_of_batches_do_not_change_a_sample(steps):
-    """Partners included, which may stand in any batch, and be samples that drop_last leaves out."""
+@pytest.mark.parametrize("steps", [STEPS | MIX, STEPS | TRANSFORM | MIX], ids=["mixed", "torchvision"])
+def test_batch_size_does_not_change_a_sample(steps):
+    """Includes mixing partners, which may be in any batch or be samples that drop_last drops."""
 
     def sample_by_sample(**changes: object) -> dict[int, tuple[bytes, list[float]]]:
         loader = train_loader(images(23), augmentations=augmentations(**steps), **changes)
@@ -231,7 +237,7 @@ def test_sizes_of_batches_do_not_change_a_sample(steps):
     assert len(fewer) == 16 and all(reference[index] == sample for index, sample in fewer.items())
 
 
-class InWorker:
+class WorkerDetector:
     def __init__(self) -> None:
         self.main = os.getpid()
 
@@ -241,28 +247,28 @@ class InWorker:
 
 def test_transforms_run_in_the_workers():
     for num_workers in (0, 1):
-        mine = augmentations(mine=ASampleAtATime(InWorker(), name="augment.mine"))
-        loader = train_loader(images(8), augmentations=mine, num_workers=num_workers)
+        steps = augmentations(mine=ASampleAtATime(WorkerDetector(), name="augment.mine"))
+        loader = train_loader(images(8), augmentations=steps, num_workers=num_workers)
         assert {batch.images.unique().item() for batch in loader.augmented_batches(0)} == {num_workers}
 
 
-class Breaks:
+class FailingTransform:
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("on purpose")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_transform_that_breaks_is_named_also_from_a_worker(num_workers):
-    broken = augmentations(mine=ASampleAtATime(Breaks(), name="augment.mine"))
+def test_failing_transform_is_named_also_if_it_runs_in_a_worker(num_workers):
+    failing = augmentations(mine=ASampleAtATime(FailingTransform(), name="augment.mine"))
     with pytest.raises(ConfigError) as caught:
-        list(train_loader(images(22), augmentations=broken, num_workers=num_workers).steps(0))
-    told = "error[config] augment.mine: fails on an image (1, 6, 6): RuntimeError: on purpose"
-    assert str(caught.value) == told
-    assert not workers()  # though `caught` holds the frames of the error
+        list(train_loader(images(22), augmentations=failing, num_workers=num_workers).steps(0))
+    message = "error[config] augment.mine: fails on an image (1, 6, 6): RuntimeError: on purpose"
+    assert str(caught.value) == message
+    assert not workers()  # although `caught` holds the frames of the error
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_broken_file_is_named_also_from_a_worker(files, num_workers):
+def test_damaged_file_is_named_also_if_it_is_read_in_a_worker(files, num_workers):
     files.pixels.paths[7].write_bytes(b"")
     with pytest.raises(DataError) as caught:
         list(train_loader(files, num_workers=num_workers).steps(0))
@@ -270,7 +276,7 @@ def test_a_broken_file_is_named_also_from_a_worker(files, num_workers):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_evaluation_keeps_the_order_and_drops_nothing(files, streamed):
+def test_evaluation_loader_keeps_the_order_and_drops_no_sample(files, streamed):
     data = files if streamed else images(22)
     loader = EvalLoader(data, batch_size=7, normalisation=NORMALISATION, device=CPU)
     for _ in range(2):
@@ -282,7 +288,7 @@ def test_evaluation_keeps_the_order_and_drops_nothing(files, streamed):
         assert (torch.cat([batch.images for batch in batches]) - expected).abs().max() < 1e-5
 
 
-def test_fewer_samples_than_a_batch():
+def test_batch_size_above_the_number_of_samples_is_a_config_error():
     with pytest.raises(ConfigError, match="data.batch_size = 4: must be at most 3, the number of training samples"):
         train_loader(images(3))
 
@@ -298,24 +304,48 @@ def test_config_error_names_the_key_of_loading(key, value):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("mixing", [{}, MIX])
-def test_batches_assembled_together_equal_single_ones(mixing, accumulate):
-    """And they lie as far from the beginning of their group wherever an epoch is begun: products may depend on it."""
+def test_batches_assembled_in_groups_equal_batches_assembled_singly(mixing, accumulate):
+    """The storage offset within a group must not depend on the start position: matrix products may depend on it."""
     steps = augmentations(**STEPS, **mixing)
-    alone, grouped = (train_loader(images(43), augmentations=steps, accumulate=accumulate) for _ in range(2))
-    alone.batches_at_once = 1
+    single, grouped = (train_loader(images(43), augmentations=steps, accumulate=accumulate) for _ in range(2))
+    single.batches_at_once = 1
     assert grouped.batches_at_once > 43
-    for at_once in (3, 4, grouped.batches_at_once):
-        grouped.batches_at_once = at_once
-        whole = list(grouped.steps(5))
-        assert same(whole, list(alone.steps(5)))
-        for start in range(len(whole)):
-            rest = list(grouped.steps(5, start))
-            assert same(rest, whole[start:])
-            for step, other in zip(rest, whole[start:], strict=True):
-                for batch, twin in zip(step, other, strict=True):
-                    assert batch.images.storage_offset() == twin.images.storage_offset()
+    for group_size in (3, 4, grouped.batches_at_once):
+        grouped.batches_at_once = group_size
+        steps_of_epoch = list(grouped.steps(5))
+        assert are_equal(steps_of_epoch, list(single.steps(5)))
+        for start in range(len(steps_of_epoch)):
+            remaining = list(grouped.steps(5, start))
+            assert are_equal(remaining, steps_of_epoch[start:])
+            for step, other_step in zip(remaining, steps_of_epoch[start:], strict=True):
+                for batch, other_batch in zip(step, other_step, strict=True):
+                    assert batch.images.storage_offset() == other_batch.images.storage_offset()
 
 
-def test_a_large_batch_is_made_alone():
+def test_large_batches_are_assembled_singly():
     large = Images(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
     assert train_loader(large, augmentations=augmentations()).batches_at_once == 1
+
+
+def test_number_of_workers_is_bounded_by_cores_and_open_files(files, monkeypatch, caplog):
+    usable_workers.cache_clear()
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert usable_workers(16) == 16 and not caplog.records
+    loader = EvalLoader(files, batch_size=5, normalisation=NORMALISATION, device=CPU, num_workers=10_000)
+    assert loader.source.num_workers == 16
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "data.num_workers = 10000: 16 workers are started: this machine allows 2 processor cores"
+    )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        assert usable_workers(12) == 8 and "200 open files (ulimit -n)" in caplog.messages[-1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        usable_workers.cache_clear()
+
+
+def test_too_many_open_files_names_workers_and_ulimit():
+    error = as_preceptor_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    assert "Too many open files; set a smaller data.num_workers" in str(error) and "ulimit -n" in str(error)

@@ -1,4 +1,4 @@
-"""Losses by hand, in doubles and sums over Python numbers; mixed targets; what auxiliary heads add."""
+"""Losses compared with double-precision sums over Python floats; mixed labels; losses of auxiliary heads."""
 
 import json
 import math
@@ -22,29 +22,31 @@ from trainer.optim.losses import BinaryCrossEntropy, CrossEntropy, Huber, Object
 LOSSES = {
     "cross_entropy": CrossEntropy,
     "squared_error": SquaredError,
-    "huber": lambda **given: Huber(delta=0.3, **given),
+    "huber": lambda **options: Huber(delta=0.3, **options),
     "binary_cross_entropy": BinaryCrossEntropy,
 }
 
 
-def by_hand(name: str, row: list[float], target: list[float], smoothing: float, weights: list[float] | None) -> float:
-    """The loss of one sample, as its docstring has it."""
+def loss_by_formula(
+    name: str, row: list[float], target: list[float], smoothing: float, weights: list[float] | None
+) -> float:
+    """Return the loss of one sample by the formula in the docstring of the loss."""
     classes = len(row)
     smoothed = [(1 - smoothing) * share + smoothing / classes for share in target]
     total = sum(math.exp(value) for value in row)
-    answer = [math.exp(value) / total for value in row]
+    probabilities = [math.exp(value) / total for value in row]
     weights = weights or [1.0] * classes
     if name == "cross_entropy":
-        return -sum(w * q * math.log(p) for w, q, p in zip(weights, smoothed, answer))
+        return -sum(w * q * math.log(p) for w, q, p in zip(weights, smoothed, probabilities))
     loss = 0.0
-    for value, p, q in zip(row, answer, smoothed):
+    for value, p, q in zip(row, probabilities, smoothed):
         if name == "squared_error":
             loss += (p - q) ** 2
         elif name == "huber":
             loss += (p - q) ** 2 / 2 if abs(p - q) <= 0.3 else 0.3 * (abs(p - q) - 0.15)
         else:
-            yes = 1 / (1 + math.exp(-value))
-            loss -= q * math.log(yes) + (1 - q) * math.log(1 - yes)
+            sigmoid = 1 / (1 + math.exp(-value))
+            loss -= q * math.log(sigmoid) + (1 - q) * math.log(1 - sigmoid)
     return loss * sum(w * share for w, share in zip(weights, target))
 
 
@@ -56,19 +58,21 @@ def test_losses_equal_values_computed_by_hand(name, class_weights, smoothing, mi
     generator = torch.Generator().manual_seed(0)
     logits, labels = 2 * torch.randn(9, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
     rows = functional.one_hot(labels, 4).double()
-    if mixed:  # as mixup leaves them: two labels each, perhaps the same
+    if mixed:  # as after mixup: two labels each, possibly the same
         rows = 0.7 * rows + 0.3 * rows.roll(1, dims=0)
-    each = [by_hand(name, *pair, smoothing, class_weights) for pair in zip(logits.double().tolist(), rows.tolist())]
+    sample_losses = [
+        loss_by_formula(name, *pair, smoothing, class_weights) for pair in zip(logits.double().tolist(), rows.tolist())
+    ]
     loss = LOSSES[name](label_smoothing=smoothing, class_weights=class_weights)
-    found = loss(logits, rows.float() if mixed else labels)
-    assert found.shape == () and found.item() == pytest.approx(sum(each) / 9, rel=1e-5)
-    assert loss(logits, rows.float()).item() == pytest.approx(found.item(), rel=1e-6)  # a label is a one-hot row
+    value = loss(logits, rows.float() if mixed else labels)
+    assert value.shape == () and value.item() == pytest.approx(sum(sample_losses) / 9, rel=1e-5)
+    assert loss(logits, rows.float()).item() == pytest.approx(value.item(), rel=1e-6)  # a label equals a one-hot row
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_of_a_confident_error_is_finite(name, dtype):
-    """Far beyond where exp overflows, and in 16 bits, where a sum of many classes would lose small terms."""
+    """Logits far beyond the overflow of exp; also in 16 bits, where a sum over many classes would lose small terms."""
     logits = torch.full((2, 1000), -3e4, dtype=dtype).requires_grad_()
     with torch.no_grad():
         logits[:, 0] = 3e4
@@ -80,7 +84,7 @@ def test_loss_of_a_confident_error_is_finite(name, dtype):
     assert logits.grad.isfinite().all()
 
 
-def test_sums_of_many_classes_in_32_bits():
+def test_loss_of_16_bit_logits_is_summed_in_32_bits():
     logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.arange(8)
     for name, make in LOSSES.items():
@@ -93,16 +97,16 @@ def test_huber_at_delta_1_is_half_the_squared_error():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_trains(tmp_path, name):
-    given = ("loss.class_weights=balanced", "debug=overfit", "trainer.max_epochs=200")
-    lines = read_lines(trained(tmp_path / "run", f"loss={name}", *given).folder.path / "metrics.jsonl")
+def test_each_loss_overfits_a_batch(tmp_path, name):
+    overrides = ("loss.class_weights=balanced", "debug=overfit", "trainer.max_epochs=200")
+    lines = read_lines(trained(tmp_path / "run", f"loss={name}", *overrides).folder.path / "metrics.jsonl")
     assert lines[-1]["train/accuracy"] == 1 and lines[-1]["train/loss"] < 0.1 * lines[0]["train/loss"], lines
 
 
-def test_balanced_weights(tmp_path):
+def test_balanced_class_weights_are_inverse_to_class_counts(tmp_path):
     labels = torch.tensor([0] * 6 + [1] * 3 + [3])
-    found = balanced_weights(labels, 4)
-    assert found[:2] == pytest.approx([10 / 24, 10 / 12]) and found[3] == pytest.approx(2.5)
+    weights = balanced_weights(labels, 4)
+    assert weights[:2] == pytest.approx([10 / 24, 10 / 12]) and weights[3] == pytest.approx(2.5)
     run = built(tmp_path / "run", "loss.class_weights=balanced")
     counts = run.training.train_loader.source.labels.bincount()
     assert run.training.loss_function.class_weights.tolist() == pytest.approx(
@@ -125,7 +129,7 @@ def test_config_error_names_the_key_of_a_loss(overrides, message):
         build(composed(*overrides))
 
 
-# Mixed targets
+# Mixed labels
 
 
 def test_accuracy_of_a_mixed_sample_uses_its_larger_share():
@@ -137,7 +141,7 @@ def test_accuracy_of_a_mixed_sample_uses_its_larger_share():
 
 
 def test_running_sums_do_not_depend_on_when_they_are_computed():
-    """Of losses that a sum in another order would round otherwise; what is taken back does not count."""
+    """The losses round differently if summed in another order. A batch that is taken back does not count."""
     generator = torch.Generator().manual_seed(0)
     batches = [
         (
@@ -147,11 +151,11 @@ def test_running_sums_do_not_depend_on_when_they_are_computed():
         )
         for power, size in zip(range(-6, 6), (3, 4) * 6, strict=True)
     ]
-    total, right, count = 0.0, 0, 0
+    total, correct, count = 0.0, 0, 0
     for number, (loss, logits, labels) in enumerate(batches):
         if number != 7:
             total += loss.item() * len(labels)
-            right += sum(int(row.argmax()) == int(label) for row, label in zip(logits, labels, strict=True))
+            correct += sum(int(row.argmax()) == int(label) for row, label in zip(logits, labels, strict=True))
             count += len(labels)
     for every in (1, 2, 5, 12):
         sums = RunningSums()
@@ -162,13 +166,13 @@ def test_running_sums_do_not_depend_on_when_they_are_computed():
                 assert sums.state_dict()["window"][2] == sum(
                     len(labels) for _, _, labels in batches[: number + 1]
                 ) - 4 * (number >= 7)
-        again = RunningSums()
-        again.load_state_dict(json.loads(json.dumps(sums.state_dict())))
-        assert again.read() == sums.read() == {"loss": total / count, "accuracy": right / count}
+        restored = RunningSums()
+        restored.load_state_dict(json.loads(json.dumps(sums.state_dict())))
+        assert restored.read() == sums.read() == {"loss": total / count, "accuracy": correct / count}
 
 
-def test_the_loop_takes_probabilities(tmp_path):
-    """One-hot rows are the same training as labels, and halves of two labels another one."""
+def test_loop_accepts_class_probabilities_as_targets(tmp_path):
+    """One-hot rows give the same training as labels; mixtures of two labels give a different one."""
     runs = []
     for number, share in enumerate((None, 1.0, 0.6)):
         run = built(tmp_path / str(number), "trainer.accumulate=2", "trainer.checkpoint.monitor=null")
@@ -189,7 +193,7 @@ def feed_mixed(run: Any, share: float) -> None:
     def mixed(epoch: int, start: int = 0) -> Any:
         for batches in steps(epoch, start):
             rows = [functional.one_hot(labels, 4).float() for _, labels, _ in batches]
-            rows = [share * each + (1 - share) * each.roll(1, dims=1) for each in rows]
+            rows = [share * row + (1 - share) * row.roll(1, dims=1) for row in rows]
             yield [(images, row, indices) for (images, _, indices), row in zip(batches, rows)]
 
     run.training.train_loader.steps = mixed
@@ -199,28 +203,28 @@ def feed_mixed(run: Any, share: float) -> None:
 
 
 class WithHeads(nn.Module):
-    """One hidden layer and two auxiliary heads; `weight` is a constructor's argument for the tests alone."""
+    """A model with one hidden layer and two auxiliary heads; `dropout` sets `auxiliary_weight` in these tests."""
 
     def __init__(self, *, num_classes: int, in_channels: int, image_size: int, dropout: float, **_: Any) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size**2, 8), nn.ReLU())
         self.head = nn.Linear(8, num_classes)
         self.first, self.second = nn.Linear(8, num_classes), nn.Linear(8, num_classes)
-        if dropout:  # stands for a network that names its own weight
+        if dropout:  # as in a model that defines its own weight
             self.auxiliary_weight = dropout
 
     def forward(self, images: Tensor) -> Any:
-        """Images (B, C, H, W) to logits (B, num_classes), in training three of them."""
+        """Return logits (B, num_classes) of images (B, C, H, W); in training mode a tuple of three."""
         features = self.features(images)
         logits = self.head(features)
         return (logits, self.first(features), self.second(features)) if self.training else logits
 
 
 class WrongHead(WithHeads):
-    """Its last auxiliary head knows of one class too few."""
+    """A model whose last auxiliary head has one class too few."""
 
     def forward(self, images: Tensor) -> Any:
-        """As WithHeads."""
+        """Return logits as WithHeads does."""
         outputs = super().forward(images)
         return (*outputs[:2], outputs[2][:, 1:]) if self.training else outputs
 
@@ -228,34 +232,34 @@ class WrongHead(WithHeads):
 HEADS = ("model._target_=test_losses.WithHeads", "trainer.checkpoint.monitor=null")
 
 
-def test_the_objective_is_its_formula():
+def test_objective_equals_its_formula():
     logits = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(9) % 4
-    single = [functional.cross_entropy(each, labels) for each in logits]
+    single = [functional.cross_entropy(head_logits, labels) for head_logits in logits]
     objective = Objective(CrossEntropy(), auxiliary_weight=0.4)
-    minimised, loss, returned = objective(tuple(logits), labels)
-    assert minimised.item() == pytest.approx((single[0] + 0.4 * single[1] + 0.4 * single[2]).item(), rel=1e-6)
+    total, loss, returned = objective(tuple(logits), labels)
+    assert total.item() == pytest.approx((single[0] + 0.4 * single[1] + 0.4 * single[2]).item(), rel=1e-6)
     assert torch.equal(loss, single[0]) and torch.equal(returned, logits[0])
-    minimised, loss, returned = objective(logits[0], labels)
-    assert minimised is loss and torch.equal(loss, single[0]) and returned.data_ptr() == logits.data_ptr()
+    total, loss, returned = objective(logits[0], labels)
+    assert total is loss and torch.equal(loss, single[0]) and returned.data_ptr() == logits.data_ptr()
 
 
-def test_torchvision_puts_the_logits_first():
+def test_torchvision_outputs_have_the_logits_first():
     from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
     assert GoogLeNetOutputs._fields[0] == InceptionOutputs._fields[0] == "logits"
 
 
 @pytest.mark.parametrize(
-    ("given", "weight"),
+    ("overrides", "weight"),
     [([], 0.3), (["model.dropout=0.4"], 0.4), (["model.dropout=0.4", "loss.auxiliary_weight=0"], 0.0)],
 )
-def test_a_step_minimises_the_heads_losses_too_and_logs_the_logits_alone(tmp_path, given, weight):
+def test_step_includes_auxiliary_losses_and_logs_only_the_main_loss(tmp_path, overrides, weight):
     plain = ("optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.accumulate=2", "trainer.max_steps=1")
-    run = trained(tmp_path / "run", *HEADS, *plain, *given)
-    model = built(tmp_path / "other", *HEADS, *plain, *given).state.model
+    run = trained(tmp_path / "run", *HEADS, *plain, *overrides)
+    model = built(tmp_path / "other", *HEADS, *plain, *overrides).state.model
     (batches,) = [next(iter(run.training.train_loader.steps(0)))]
-    images, labels = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    images, labels = (torch.cat([batch[field] for batch in batches]) for field in (0, 1))
     losses = [functional.cross_entropy(logits, labels) for logits in model.train()(images)]
     (losses[0] + weight * losses[1] + weight * losses[2]).backward()
     for name, parameter in model.named_parameters():
@@ -264,11 +268,11 @@ def test_a_step_minimises_the_heads_losses_too_and_logs_the_logits_alone(tmp_pat
     (line,) = read_lines(run.folder.path / "metrics.jsonl")
     assert line["train/loss"] == pytest.approx(losses[0].item(), rel=1e-6)
     logits = run.state.model.eval()(torch.cat([images for images, _, _ in run.training.val_loader]))
-    truth = torch.cat([labels for _, labels, _ in run.training.val_loader])
-    assert line["val/loss"] == pytest.approx(functional.cross_entropy(logits, truth).item(), rel=1e-5)
+    val_labels = torch.cat([labels for _, labels, _ in run.training.val_loader])
+    assert line["val/loss"] == pytest.approx(functional.cross_entropy(logits, val_labels).item(), rel=1e-5)
 
 
-def test_an_auxiliary_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_nonfinite_auxiliary_loss_ends_the_run(tmp_path):
     run = built(tmp_path / "run", *HEADS)
     run.state.model.second.register_forward_hook(
         lambda _, __, logits: logits * math.inf if run.state.step == 3 else None
@@ -277,8 +281,8 @@ def test_an_auxiliary_loss_that_is_not_finite_ends_the_run(tmp_path):
         run_to_end(run)
 
 
-def test_each_heads_classes_are_counted(tmp_path):
-    with pytest.raises(ConfigError, match=r"gives \(2, 3\) for two images, where the data's classes ask for \(2, 4\)"):
+def test_auxiliary_head_with_a_wrong_number_of_classes_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"gives \(2, 3\) for two images; the classes of the data require \(2, 4\)"):
         build(composed("model._target_=test_losses.WrongHead"))
 
 
@@ -291,18 +295,18 @@ def test_load_run_returns_the_probabilities_of_its_loss(tmp_path, loss, function
     torch.testing.assert_close(run.probabilities(logits), expected)
 
 
-def test_an_evaluation_is_the_same_in_however_many_pieces_it_is_summed_up(monkeypatch):
+def test_evaluation_does_not_depend_on_the_number_of_pending_logits(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(23, 6, generator=generator), torch.randint(4, (23,), generator=generator)
-    network = nn.Linear(6, 4)
+    model = nn.Linear(6, 4)
     batches = list(zip(images.split(5), labels.split(5), torch.arange(23).split(5), strict=True))
-    found = []
-    for noted in (1, 41, 2**24):
-        monkeypatch.setattr(evaluation, "MAX_PENDING_LOGITS", noted)
-        found.append(evaluation.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
-    assert found[0] == found[1] == found[2] and network.training
-    logits = network(images).double()
-    assert found[0]["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert found[0]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    results = []
+    for limit in (1, 41, 2**24):
+        monkeypatch.setattr(evaluation, "MAX_PENDING_LOGITS", limit)
+        results.append(evaluation.evaluate(model, nn.CrossEntropyLoss(), batches, autocast=nullcontext()))
+    assert results[0] == results[1] == results[2] and model.training
+    logits = model(images).double()
+    assert results[0]["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert results[0]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
     images[7] = math.nan
-    assert math.isnan(evaluation.evaluate(network, nn.CrossEntropyLoss(), batches, autocast=nullcontext())["loss"])
+    assert math.isnan(evaluation.evaluate(model, nn.CrossEntropyLoss(), batches, autocast=nullcontext())["loss"])

@@ -1,4 +1,4 @@
-"""The networks against numbers from papers, formulas, torchvision, and second implementations written here."""
+"""Models compared with counts from papers, formulas, torchvision and second implementations."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ CIFAR: dict[str, Any] = {"num_classes": 10, "in_channels": 3}
 SMALL: dict[str, Any] = {**CIFAR, "depths": [1, 1, 1], "widths": [4, 8, 16], "stem": "small"}  # quick to run
 SMALL_VGG: dict[str, Any] = {**CIFAR, "stages": [[4], [8, 8]], "head": "small"}
 SMALL_NIN: dict[str, Any] = {**CIFAR, "widths": [[6, 5], [8, 7, 6]], "kernel_sizes": [5, 3]}
-ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small network of each class
+ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small model of each class
     **dict.fromkeys((MLP, LeNet5, LeNet), DIGITS),
     ResNet: SMALL,
     VGG: SMALL_VGG,
@@ -40,7 +40,7 @@ ARGUMENTS: dict[Any, dict[str, Any]] = {  # of a small network of each class
     Airbench: {**CIFAR, "widths": [8, 16]},
     AlexNet: {**CIFAR, "image_size": 67},  # 18 million parameters: its linear layers have one width
 }
-# The others take seconds each: `make test-slow` trains every config at its own size.
+# Larger models take seconds each: `make test-slow` trains every config at its own size.
 CHEAP = [name for name in NAMES if GOLDENS[name]["parameters"] < 15e6]
 
 
@@ -49,19 +49,19 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def shake(network: nn.Module) -> nn.Module:
-    """Norms as after some training, so that no scale, shift or running statistic is 1 or 0 by luck."""
-    for layer in network.modules():
+def randomise_norms(model: nn.Module) -> nn.Module:
+    """Set scales, shifts and running statistics of norms to random values, as after training; return the model."""
+    for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
             for values in (layer.weight, layer.running_var):
                 nn.init.uniform_(values, 0.5, 1.5)
             for values in (layer.bias, layer.running_mean):
                 nn.init.uniform_(values, -0.5, 0.5)
-    return network.eval()
+    return model.eval()
 
 
 # ---- Every config
@@ -72,7 +72,7 @@ def test_config_has_the_counts_of_its_golden(name: str) -> None:
     assert model_table.measure(name, GOLDENS[name]) == GOLDENS[name]
 
 
-def test_goldens_have_no_other_entries() -> None:
+def test_goldens_contain_exactly_the_models_of_the_configs() -> None:
     assert sorted(GOLDENS) == NAMES
 
 
@@ -82,7 +82,7 @@ def test_goldens_have_no_other_entries() -> None:
         ("mlp", 269_322, 784 * 256 + 256 * 256 + 256 * 10),
         ("lenet5", 61_706, 28**2 * 6 * 25 + 10**2 * 16 * 6 * 25 + 400 * 120 + 120 * 84 + 84 * 10),
         ("lenet", 233_196, 24**2 * 20 * 25 + 8**2 * 50 * 20 * 25 + 800 * 256 + 256 * 10),
-        # Each stage does the same work but for its first convolution, which reads half the channels.
+        # All stages do the same work, except that the first convolution of a later stage reads half the channels.
         ("resnet20", 269_722, 32**2 * 16 * 27 + (6 + 5.5 + 5.5) * 32**2 * 16 * 144 + 64 * 10),
         ("resnet32", 464_154, 32**2 * 16 * 27 + (10 + 9.5 + 9.5) * 32**2 * 16 * 144 + 64 * 10),
         ("resnet44", 658_586, 32**2 * 16 * 27 + (14 + 13.5 + 13.5) * 32**2 * 16 * 144 + 64 * 10),
@@ -95,7 +95,7 @@ def test_goldens_have_no_other_entries() -> None:
         ("resnet50", 25_557_032, 4_089_184_256),
         ("resnet101", 44_549_160, 7_801_405_440),
         ("resnet152", 60_192_808, 11_513_626_624),
-        # By hand from figure 2: a unit of convolution 2, 4 or 5 reads half of the channels.
+        # Computed from figure 2: a unit of convolution 2, 4 or 5 reads half of the channels.
         (
             "alexnet",
             60_965_224,
@@ -133,8 +133,8 @@ def test_goldens_have_no_other_entries() -> None:
         ("inception_v3", 27_161_264, 5_713_216_096),
     ],
 )
-def test_goldens_are_the_numbers_of_the_papers(name: str, parameters: int, multiply_adds: int) -> None:
-    """Written out, so that `zoo.py --write` cannot hide a mistake."""
+def test_goldens_equal_the_counts_of_the_papers(name: str, parameters: int, multiply_adds: int) -> None:
+    """The counts are written here again, so that `zoo.py --write` cannot hide an error."""
     assert (GOLDENS[name]["parameters"], GOLDENS[name]["multiply_adds"]) == (parameters, multiply_adds)
 
 
@@ -143,23 +143,25 @@ def test_docs_models_page_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_config_learns_and_is_head_of_features(name: str) -> None:
-    """On real numbers, from the composed node alone, with colour where the golden has grey and grey where colour:
-    every parameter gets a finite gradient from a batch."""
+def test_each_config_gives_finite_gradients_and_forward_is_head_of_features(name: str) -> None:
+    """Builds the model from its composed node only and runs a batch on the CPU; every parameter gets a finite gradient.
+
+    The input is in colour if the golden is grey, and grey if the golden is in colour.
+    """
     channels, side = 4 - GOLDENS[name]["input"][0], 64 if name == "googlenet" else 32
-    network = model_table.build(name, {"input": [channels, side, side], "num_classes": 7, "overrides": []}).train()
+    model = model_table.build(name, {"input": [channels, side, side], "num_classes": 7, "overrides": []}).train()
     images = torch.randn(2, channels, side, side)
-    outputs = network(images)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)  # auxiliary heads answer in training
+    outputs = model(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)  # auxiliary heads give logits in training mode
     assert all(logits.shape == (2, 7) for logits in outputs)
     sum(functional.cross_entropy(logits, torch.arange(2)) for logits in outputs).backward()
-    for parameter_name, parameter in network.named_parameters():
+    for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
 
     if name != "torchvision":
-        network.eval()
-        assert torch.equal(network(images), network.head(network.features(images)))
+        model.eval()
+        assert torch.equal(model(images), model.head(model.features(images)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,25 +170,25 @@ def test_every_key_of_a_config_has_a_comment(name: str) -> None:
         assert line.startswith("#") or "  # " in line, line
 
 
-@pytest.mark.parametrize("network_class", ARGUMENTS)
-def test_minimum_size_of_each_model_is_the_smallest_that_works(network_class: Any) -> None:
-    """By shapes alone, on the meta device."""
-    arguments = ARGUMENTS[network_class]
+@pytest.mark.parametrize("model_class", ARGUMENTS)
+def test_minimum_size_of_each_model_is_the_smallest_valid_input(model_class: Any) -> None:
+    """Only shapes are computed, on the meta device."""
+    arguments = ARGUMENTS[model_class]
 
     def run(side: int) -> torch.Size:
         sized = {"image_size": side} if "image_size" in arguments else {}
         with torch.device("meta"):
-            network = network_class(**{**arguments, **sized}).eval()
-            return network(torch.empty(1, arguments["in_channels"], side, side)).shape
+            model = model_class(**{**arguments, **sized}).eval()
+            return model(torch.empty(1, arguments["in_channels"], side, side)).shape
 
-    smallest = network_class(**arguments).minimum_size
+    smallest = model_class(**arguments).minimum_size
     for side in (smallest, smallest + 1, smallest + 5):
         assert run(side) == (1, 10)
     if smallest > 1:
         with pytest.raises((ConfigError, RuntimeError)) as error:
             run(smallest - 1)
         if "image_size" in arguments:
-            name = network_class.__name__
+            name = model_class.__name__
             message = f"error[config] image_size = {smallest - 1}: {name} needs at least {smallest} px"
             assert str(error.value) == message
 
@@ -195,24 +197,24 @@ def test_minimum_size_of_each_model_is_the_smallest_that_works(network_class: An
 
 
 @pytest.mark.parametrize(("hidden", "parameters"), [([64], 50_890), ([256, 256], 269_322), ([], 7_850)])
-def test_mlp_has_the_textbook_counts(hidden: list[int], parameters: int) -> None:
+def test_mlp_has_the_expected_parameter_counts(hidden: list[int], parameters: int) -> None:
     assert count(MLP(**DIGITS, hidden=hidden)) == parameters
 
 
-def test_mlp_is_matrix_products_and_the_activation_between_them() -> None:
-    network = MLP(**DIGITS, hidden=[9, 5], activation="gelu")
+def test_mlp_equals_matrix_products_with_activations_between() -> None:
+    model = MLP(**DIGITS, hidden=[9, 5], activation="gelu")
     images = torch.randn(3, 1, 28, 28)
-    first, second = (layer for layer in network.features if isinstance(layer, nn.Linear))
+    first, second = (layer for layer in model.features if isinstance(layer, nn.Linear))
     hidden = functional.gelu(images.reshape(3, 784) @ first.weight.T + first.bias)
     hidden = functional.gelu(hidden @ second.weight.T + second.bias)
-    torch.testing.assert_close(network(images), hidden @ network.head.weight.T + network.head.bias)
+    torch.testing.assert_close(model(images), hidden @ model.head.weight.T + model.head.bias)
 
 
 def test_mlp_without_hidden_layers_is_linear() -> None:
-    network = MLP(**DIGITS, hidden=[])
+    model = MLP(**DIGITS, hidden=[])
     images = torch.randn(3, 1, 28, 28)
-    expected = images.reshape(3, 784) @ network.head.weight.T + network.head.bias
-    torch.testing.assert_close(network(images), expected)
+    expected = images.reshape(3, 784) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(images), expected)
 
 
 def test_mlp_orders_norm_activation_dropout() -> None:
@@ -225,26 +227,26 @@ def test_mlp_orders_norm_activation_dropout() -> None:
 # ---- LeNet
 
 
-def test_lenet5_is_the_textbook_composition() -> None:
-    """A second implementation; its shapes alone fix the order of the layers."""
-    network = LeNet5(num_classes=10, in_channels=1, image_size=32)
-    first, second = network.features[0], network.features[3]
+def test_lenet5_equals_a_second_implementation() -> None:
+    """The shapes of the second implementation determine the order of the layers."""
+    model = LeNet5(num_classes=10, in_channels=1, image_size=32)
+    first, second = model.features[0], model.features[3]
     images = torch.randn(2, 1, 32, 32)
     maps = functional.avg_pool2d(torch.tanh(functional.conv2d(images, first.weight, first.bias)), 2)
     maps = functional.avg_pool2d(torch.tanh(functional.conv2d(maps, second.weight, second.bias)), 2)
     assert maps.shape == (2, 16, 5, 5)
     values = maps.reshape(2, 400)
     for index in (1, 3):
-        values = torch.tanh(functional.linear(values, network.head[index].weight, network.head[index].bias))
+        values = torch.tanh(functional.linear(values, model.head[index].weight, model.head[index].bias))
     assert values.shape == (2, 84)
-    expected = functional.linear(values, network.head[5].weight, network.head[5].bias)
-    torch.testing.assert_close(network(images), expected)
+    expected = functional.linear(values, model.head[5].weight, model.head[5].bias)
+    torch.testing.assert_close(model(images), expected)
 
 
-def test_lenet_equals_relu_before_the_pool_exactly() -> None:
-    """Logits and gradients, bit for bit, against the order of the textbooks."""
-    network = LeNet(**DIGITS)
-    parameters = [parameter.detach().clone().requires_grad_() for parameter in network.parameters()]
+def test_lenet_equals_relu_before_the_pool_bit_identically() -> None:
+    """Logits and gradients are bit-identical to those of the textbook order of the layers."""
+    model = LeNet(**DIGITS)
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     images = torch.randn(4, 1, 28, 28)
 
     maps = functional.max_pool2d(functional.relu(functional.conv2d(images, *parameters[0:2])), 2)
@@ -252,51 +254,51 @@ def test_lenet_equals_relu_before_the_pool_exactly() -> None:
     assert maps.shape == (4, 50, 4, 4)
     hidden = functional.relu(functional.linear(maps.flatten(1), *parameters[4:6]))
     expected = functional.linear(hidden, *parameters[6:8])
-    assert torch.equal(network(images), expected)
+    assert torch.equal(model(images), expected)
 
     labels = torch.tensor([3, 1, 4, 1])
-    functional.cross_entropy(network(images), labels).backward()
+    functional.cross_entropy(model(images), labels).backward()
     functional.cross_entropy(expected, labels).backward()
-    for parameter, reference in zip(network.parameters(), parameters, strict=True):
+    for parameter, reference in zip(model.parameters(), parameters, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, reference.grad)
 
 
 def test_lenet_drops_hidden_units_in_training_only() -> None:
-    network = LeNet(**DIGITS, dropout=0.5)
+    model = LeNet(**DIGITS, dropout=0.5)
     images = torch.randn(1, 1, 28, 28)
-    assert not torch.equal(network(images), network(images))
-    network.eval()
-    assert torch.equal(network(images), network(images))
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
 
 
 # ---- ResNet
 
 
 @pytest.mark.parametrize("depth", ["resnet18", "resnet50"])
-def test_resnet_is_torchvisions(depth: str) -> None:
-    """Both blocks, the stem and every parameter name: the state loads strictly, the logits agree."""
+def test_resnet_equals_torchvision(depth: str) -> None:
+    """Both blocks, the stem and every parameter name: the state dict loads strictly, the logits are equal."""
     import torchvision
 
-    theirs = shake(getattr(torchvision.models, depth)(num_classes=1000))
-    ours = model_table.build(depth, {"input": [3, 64, 64], "num_classes": 1000, "overrides": []}).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    reference = randomise_norms(getattr(torchvision.models, depth)(num_classes=1000))
+    model = model_table.build(depth, {"input": [3, 64, 64], "num_classes": 1000, "overrides": []}).eval()
+    model.load_state_dict(reference.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), reference(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("blocks", "parameters"), [(3, 269_722), (5, 464_154), (7, 658_586), (9, 853_018), (18, 1_727_962)]
 )
-def test_small_resnets_have_the_counts_of_the_paper(blocks: int, parameters: int) -> None:
+def test_small_resnets_have_the_parameter_counts_of_the_paper(blocks: int, parameters: int) -> None:
     """He et al. 2015, table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million for 20, 32, 44, 56 and 110 layers."""
     with torch.device("meta"):
-        network = ResNet(**CIFAR, depths=[blocks] * 3, widths=[16, 32, 64], stem="small", shortcut="A")
-    assert count(network) == parameters
-    assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in network.modules()) == 6 * blocks + 2
+        model = ResNet(**CIFAR, depths=[blocks] * 3, widths=[16, 32, 64], stem="small", shortcut="A")
+    assert count(model) == parameters
+    assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in model.modules()) == 6 * blocks + 2
 
 
-def test_shortcut_options_differ_by_their_projections_alone() -> None:
+def test_shortcut_options_differ_only_by_their_projections() -> None:
     plain, padded, projected = (count(ResNet(**SMALL, shortcut=option)) for option in ("none", "A", "B"))
     assert plain == padded
     assert projected - padded == (4 * 8 + 2 * 8) + (8 * 16 + 2 * 16)  # a 1x1 convolution and a norm, twice
@@ -304,16 +306,16 @@ def test_shortcut_options_differ_by_their_projections_alone() -> None:
 
 @pytest.mark.parametrize("side", [8, 7])
 @pytest.mark.parametrize("shortcut", ["A", "none"])
-def test_small_resnet_equals_one_written_by_hand(shortcut: str, side: int) -> None:
-    """Plain functional operations on the state by torchvision's names; odd sizes round as the convolutions do."""
-    network = shake(ResNet(**SMALL, shortcut=shortcut))
-    state = network.state_dict()
+def test_small_resnet_equals_a_second_implementation(shortcut: str, side: int) -> None:
+    """Plain functional operations on the state dict with torchvision's names; odd sizes round as in convolutions."""
+    model = randomise_norms(ResNet(**SMALL, shortcut=shortcut))
+    state = model.state_dict()
 
     def convolve(maps: torch.Tensor, name: str, number: int, stride: int = 1) -> torch.Tensor:
         maps = functional.conv2d(maps, state[f"{name}conv{number}.weight"], stride=stride, padding=1)
         mean, variance, weight, bias = (
-            state[f"{name}bn{number}.{part}"].reshape(1, -1, 1, 1)
-            for part in ("running_mean", "running_var", "weight", "bias")
+            state[f"{name}bn{number}.{key}"].reshape(1, -1, 1, 1)
+            for key in ("running_mean", "running_var", "weight", "bias")
         )
         return (maps - mean) / torch.sqrt(variance + 1e-5) * weight + bias
 
@@ -323,17 +325,17 @@ def test_small_resnet_equals_one_written_by_hand(shortcut: str, side: int) -> No
         name = f"layer{stage}.0."
         out = convolve(functional.relu(convolve(maps, name, 1, stride)), name, 2)
         if shortcut == "A":
-            carried = torch.zeros_like(out)
+            shortcut_maps = torch.zeros_like(out)
             for row in range(out.shape[2]):
                 for column in range(out.shape[3]):
-                    carried[:, : maps.shape[1], row, column] = maps[:, :, row * stride, column * stride]
-            out = out + carried
+                    shortcut_maps[:, : maps.shape[1], row, column] = maps[:, :, row * stride, column * stride]
+            out = out + shortcut_maps
         maps = functional.relu(out)
     expected = functional.linear(maps.flatten(2).mean(2), state["fc.weight"], state["fc.bias"])
-    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_shortcut_has_no_state_and_passes_the_gradient_of_the_kept_pixels() -> None:
+def test_padded_shortcut_has_no_state_and_passes_gradients_of_the_kept_pixels() -> None:
     shortcut = PaddedShortcut(extra_channels=3, stride=2)
     maps = torch.arange(1.0, 2 * 5 * 5 + 1).reshape(1, 2, 5, 5).requires_grad_()
     out = shortcut(maps)
@@ -347,23 +349,23 @@ def test_padded_shortcut_has_no_state_and_passes_the_gradient_of_the_kept_pixels
 
 
 def test_plain_resnet_depends_on_every_block() -> None:
-    """Without shortcuts a block that gives zeros silences the network; with them it is skipped."""
-    for shortcut, silent in (("none", True), ("A", False), ("B", False)):
-        network = ResNet(**SMALL, shortcut=shortcut).eval()
-        nn.init.zeros_(network.get_submodule("layer1.0.bn2").weight)
+    """Without shortcuts, a block that outputs zeros makes all features zero; with shortcuts, it is skipped."""
+    for shortcut, is_zero in (("none", True), ("A", False), ("B", False)):
+        model = ResNet(**SMALL, shortcut=shortcut).eval()
+        nn.init.zeros_(model.get_submodule("layer1.0.bn2").weight)
         images = torch.randn(2, 3, 8, 8)
-        assert torch.equal(network.features(images), torch.zeros(2, 16, 2, 2)) is silent
+        assert torch.equal(model.features(images), torch.zeros(2, 16, 2, 2)) is is_zero
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_resnet_keeps_channels_last(shortcut: str) -> None:
-    network = shake(ResNet(**SMALL, shortcut=shortcut))
+    model = randomise_norms(ResNet(**SMALL, shortcut=shortcut))
     images = torch.randn(2, 3, 16, 16)
-    expected = network(images)
-    network.to(memory_format=torch.channels_last)
+    expected = model(images)
+    model.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
-    assert network.features(images).is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
+    assert model.features(images).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- VGG
@@ -372,84 +374,86 @@ def test_resnet_keeps_channels_last(shortcut: str) -> None:
 VGGS = ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
 
 
-def assert_same_answers_and_gradients(ours: nn.Module, theirs: nn.Module, side: int) -> None:
-    """With their weights, loaded strictly."""
-    shake(theirs)
-    ours.eval().load_state_dict(theirs.state_dict(), strict=True)
+def assert_same_logits_and_gradients(model: nn.Module, reference_model: nn.Module, side: int) -> None:
+    """Load the state of the reference strictly and compare logits and gradients."""
+    randomise_norms(reference_model)
+    model.eval().load_state_dict(reference_model.state_dict(), strict=True)
     images = torch.randn(2, 3, side, side)
-    logits, expected = ours(images), theirs(images)
+    logits, expected = model(images), reference_model(images)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     logits.square().sum().backward()
     expected.square().sum().backward()
-    for (name, parameter), reference in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+    for (name, parameter), reference in zip(model.named_parameters(), reference_model.parameters(), strict=True):
         assert torch.allclose(parameter.grad, reference.grad, rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(1, 1, 7), (3, 5, 7), (9, 10, 7), (14, 14, 7), (2, 3, 1)])
-def test_vggs_deterministic_average_is_torchs(height: int, width: int, side: int) -> None:
+def test_vgg_average_equals_adaptive_average_pooling(height: int, width: int, side: int) -> None:
     maps = torch.randn(2, 3, height, width)
     expected = functional.adaptive_avg_pool2d(maps, side)
     torch.testing.assert_close(average(maps, side=side), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_vgg_learns_in_deterministic_mode_too() -> None:
-    network = VGG(num_classes=3, in_channels=3, stages=[[4]], head="imagenet").eval()
+def test_vgg_gives_the_same_logits_in_deterministic_mode() -> None:
+    model = VGG(num_classes=3, in_channels=3, stages=[[4]], head="imagenet").eval()
     images = torch.randn(2, 3, 10, 10)
-    expected = network(images)
+    expected = model(images)
     torch.use_deterministic_algorithms(True)
     try:
-        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", VGGS)
-def test_vgg_has_torchvisions_names_and_shapes(name: str) -> None:
+def test_vgg_has_the_state_names_and_shapes_of_torchvision(name: str) -> None:
     import torchvision
 
     with torch.device("meta"):
-        theirs = getattr(torchvision.models, name)(init_weights=False).state_dict()
-        ours = model_table.build(name, {"input": [3, 224, 224], "num_classes": 1000, "overrides": []}).state_dict()
-    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+        reference = getattr(torchvision.models, name)(init_weights=False).state_dict()
+        state = model_table.build(name, {"input": [3, 224, 224], "num_classes": 1000, "overrides": []}).state_dict()
+    assert {key: tensor.shape for key, tensor in state.items()} == {
+        key: tensor.shape for key, tensor in reference.items()
+    }
 
 
 @pytest.mark.parametrize(("batch_norm", "side"), [(True, 28), (False, 20)])
-def test_narrow_vgg_is_torchvisions(batch_norm: bool, side: int) -> None:
-    """Two stages and the large head on maps of 7x7, and of 5x5 that it brings to that."""
-    from torchvision.models.vgg import VGG as Theirs
+def test_narrow_vgg_equals_torchvision(batch_norm: bool, side: int) -> None:
+    """Two stages and the large head, on maps of 7x7 and on maps of 5x5 that it resizes to 7x7."""
+    from torchvision.models.vgg import VGG as TorchvisionVGG
     from torchvision.models.vgg import make_layers
 
-    with torch.device("meta"):  # whose own first linear layer reads 512 channels: 100 million weights
-        theirs = Theirs(make_layers([8, "M", 12, 16, "M"], batch_norm=batch_norm), num_classes=10)
-        theirs.classifier[0] = nn.Linear(16 * 7 * 7, 4096)
-    theirs.to_empty(device="cpu")
-    for layer in theirs.modules():
+    with torch.device("meta"):  # its first linear layer reads 512 channels: 100 million weights
+        reference = TorchvisionVGG(make_layers([8, "M", 12, 16, "M"], batch_norm=batch_norm), num_classes=10)
+        reference.classifier[0] = nn.Linear(16 * 7 * 7, 4096)
+    reference.to_empty(device="cpu")
+    for layer in reference.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             nn.init.uniform_(layer.bias, -0.1, 0.1)
-    ours = VGG(**CIFAR, stages=[[8], [12, 16]], batch_norm=batch_norm)
-    assert_same_answers_and_gradients(ours, theirs, side)
+    model = VGG(**CIFAR, stages=[[8], [12, 16]], batch_norm=batch_norm)
+    assert_same_logits_and_gradients(model, reference, side)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VGGS)
-def test_vgg_is_torchvisions(name: str) -> None:
+def test_vgg_equals_torchvision(name: str) -> None:
     import torchvision
 
-    theirs = getattr(torchvision.models, name)(num_classes=10)
-    for layer in theirs.modules():
+    reference = getattr(torchvision.models, name)(num_classes=10)
+    for layer in reference.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-    ours = model_table.build(name, {"input": [3, 64, 64], "num_classes": 10, "overrides": []})
-    assert_same_answers_and_gradients(ours, theirs, 64)
+    model = model_table.build(name, {"input": [3, 64, 64], "num_classes": 10, "overrides": []})
+    assert_same_logits_and_gradients(model, reference, 64)
 
 
 @pytest.mark.parametrize("side", [32, 33, 40])
-def test_small_vgg_reads_the_mean_over_pixels(side: int) -> None:
-    """A second implementation; 40 px leave more than one pixel behind the three pools."""
-    network = VGG(**CIFAR, stages=[[4], [8, 8], [6]], head="small").eval()
-    weights = list(network.parameters())
+def test_small_vgg_equals_a_second_implementation(side: int) -> None:
+    """The head reads the mean over pixels: 40 px leave more than one pixel after the three pools."""
+    model = VGG(**CIFAR, stages=[[4], [8, 8], [6]], head="small").eval()
+    weights = list(model.parameters())
     images = torch.randn(2, 3, side, side)
     maps = images
     for index, pooled in enumerate((True, False, True, True)):
@@ -457,25 +461,25 @@ def test_small_vgg_reads_the_mean_over_pixels(side: int) -> None:
         maps = functional.max_pool2d(maps, 2) if pooled else maps
     assert maps.shape[2] == side // 8
     expected = maps.flatten(2).mean(2) @ weights[8].T + weights[9]
-    torch.testing.assert_close(network(images), expected)
+    torch.testing.assert_close(model(images), expected)
 
 
-def test_vgg_orders_norm_activation_pool_and_drops_out_its_head() -> None:
-    network = VGG(**SMALL_VGG, batch_norm=True, dropout=0.25)
+def test_vgg_orders_norm_activation_pool_and_has_dropout_in_its_head() -> None:
+    model = VGG(**SMALL_VGG, batch_norm=True, dropout=0.25)
     block = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert [type(layer) for layer in network.features] == [*block, nn.MaxPool2d, *block, *block, nn.MaxPool2d]
-    for head, dropped in (("small", [0]), ("imagenet", [2, 5])):
+    assert [type(layer) for layer in model.features] == [*block, nn.MaxPool2d, *block, *block, nn.MaxPool2d]
+    for head, dropout_layers in (("small", [0]), ("imagenet", [2, 5])):
         with torch.device("meta"):
             classifier = VGG(**{**SMALL_VGG, "head": head}, dropout=0.25).classifier
         rates = {index: layer.p for index, layer in enumerate(classifier) if isinstance(layer, nn.Dropout)}
-        assert rates == dict.fromkeys(dropped, 0.25)
+        assert rates == dict.fromkeys(dropout_layers, 0.25)
 
 
 # ---- AlexNet
 
 
-def test_local_response_norm_is_the_formula_of_the_paper() -> None:
-    """Section 3.3, written out: the sum is over at most n maps, and is not divided by n."""
+def test_local_response_norm_equals_the_formula_of_the_paper() -> None:
+    """The formula of section 3.3: the sum is over at most n maps and is not divided by n."""
     layer = LocalResponseNorm(size=5, alpha=0.1, beta=0.75, k=2.0)
     maps = torch.randn(2, 8, 2, 3, dtype=torch.float64).requires_grad_()
     expected = torch.empty_like(maps)
@@ -493,21 +497,21 @@ def test_local_response_norm_is_the_formula_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("switches", [{}, {"groups": 1, "local_response_norm": False}], ids=["paper", "neither"])
-def test_alexnet_equals_one_written_by_hand(switches: dict[str, Any]) -> None:
-    """A second implementation with torch's norm, which divides alpha by n, and the halves apart, as on two cards."""
-    network = AlexNet(**ARGUMENTS[AlexNet], init="he_normal", **switches).eval()
-    weights = list(network.parameters())
+def test_alexnet_equals_a_second_implementation(switches: dict[str, Any]) -> None:
+    """The reference uses torch's norm, which divides alpha by n, and separate halves, as on two GPUs."""
+    model = AlexNet(**ARGUMENTS[AlexNet], init="he_normal", **switches).eval()
+    weights = list(model.parameters())
     groups = switches.get("groups", 2)
 
     def convolve(maps: torch.Tensor, number: int, halves: int, **options: int) -> torch.Tensor:
         kernels, biases = (parameter.chunk(halves) for parameter in weights[2 * number - 2 : 2 * number])
-        outputs = map(lambda *parts: functional.conv2d(*parts, **options), maps.chunk(halves, dim=1), kernels, biases)
+        outputs = map(lambda *inputs: functional.conv2d(*inputs, **options), maps.chunk(halves, dim=1), kernels, biases)
         return functional.relu(torch.cat(list(outputs), dim=1))
 
     def normalise(maps: torch.Tensor) -> torch.Tensor:
         return functional.local_response_norm(maps, 5, alpha=5e-4, beta=0.75, k=2.0) if not switches else maps
 
-    images = 100 * torch.randn(2, 3, 67, 67)  # so large that the norm matters
+    images = 100 * torch.randn(2, 3, 67, 67)  # large enough that the norm matters
     maps = functional.max_pool2d(normalise(convolve(images, 1, 1, stride=4)), 3, stride=2)
     maps = functional.max_pool2d(normalise(convolve(maps, 2, groups, padding=2)), 3, stride=2)
     maps = convolve(convolve(maps, 3, 1, padding=1), 4, groups, padding=1)
@@ -515,19 +519,19 @@ def test_alexnet_equals_one_written_by_hand(switches: dict[str, Any]) -> None:
     for number in (6, 7):
         values = functional.relu(functional.linear(values, *weights[2 * number - 2 : 2 * number]))
     expected = functional.linear(values, *weights[14:])
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(network.head(maps.new_ones(2, 256, 1, 1)).shape, expected.shape)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.head(maps.new_ones(2, 256, 1, 1)).shape, expected.shape)
 
 
-def test_alexnets_sizes_and_switches() -> None:
-    """The head fits the image: 6x6 maps at the paper's 227, 5x5 at 224. Without groups 1.4 million weights more."""
+def test_alexnet_head_fits_the_image_size_and_groups_change_the_parameter_count() -> None:
+    """6x6 maps at the paper's 227 px, 5x5 at 224 px. Without groups there are 1.4 million more weights."""
     with torch.device("meta"):
         for image_size, side in ((227, 6), (224, 5), (128, 2)):
-            network = AlexNet(num_classes=1000, in_channels=3, image_size=image_size)
-            assert network.features(torch.empty(1, 3, image_size, image_size)).shape == (1, 256, side, side)
-            assert network.head[1].in_features == 256 * side**2
+            model = AlexNet(num_classes=1000, in_channels=3, image_size=image_size)
+            assert model.features(torch.empty(1, 3, image_size, image_size)).shape == (1, 256, side, side)
+            assert model.head[1].in_features == 256 * side**2
         assert count(AlexNet(num_classes=1000, in_channels=3, groups=1)) == 62_378_344
-        assert [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
+        assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
 
 
 # ---- Network in network
@@ -535,11 +539,11 @@ def test_alexnets_sizes_and_switches() -> None:
 
 @pytest.mark.parametrize("side", [8, 7])
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_nin_equals_one_written_by_hand(batch_norm: bool, side: int) -> None:
-    """1x1 convolutions as matrix products at each pixel, and pools that round up."""
-    network = shake(NIN(**SMALL_NIN, batch_norm=batch_norm, init="he_normal"))
-    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+def test_nin_equals_a_second_implementation(batch_norm: bool, side: int) -> None:
+    """The reference has 1x1 convolutions as matrix products at each pixel, and pools that round up."""
+    model = randomise_norms(NIN(**SMALL_NIN, batch_norm=batch_norm, init="he_normal"))
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(convolutions) == 6 and len(norms) == (5 if batch_norm else 0)
 
     images = torch.randn(2, 3, side, side)
@@ -556,20 +560,20 @@ def test_nin_equals_one_written_by_hand(batch_norm: bool, side: int) -> None:
         if index == 1:
             maps = functional.max_pool2d(functional.pad(maps, (1, 1, 1, 1), value=-torch.inf), 3, stride=2)
             assert maps.shape[2] == 4
-    torch.testing.assert_close(network(images), maps.flatten(2).mean(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), maps.flatten(2).mean(2), rtol=1e-5, atol=1e-5)
 
 
-def test_nin_drops_out_between_its_blocks() -> None:
+def test_nin_has_dropout_between_its_blocks() -> None:
     layers = list(NIN(**CIFAR, dropout=0.3).features)
-    dropped = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Dropout)]
-    assert len(dropped) == 2
-    assert all(layers[index].p == 0.3 and isinstance(layers[index - 1], nn.MaxPool2d) for index in dropped)
+    dropout_layers = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Dropout)]
+    assert len(dropout_layers) == 2
+    assert all(layers[index].p == 0.3 and isinstance(layers[index - 1], nn.MaxPool2d) for index in dropout_layers)
 
 
 # ---- Maxout
 
 
-def test_maxout_is_the_largest_piece_and_passes_its_gradient_alone() -> None:
+def test_maxout_returns_the_largest_piece_and_passes_the_gradient_only_to_it() -> None:
     values = torch.randn(2, 6, 3, 2).requires_grad_()
     out = Maxout(pieces=3)(values)
     assert out.shape == (2, 2, 3, 2)
@@ -592,22 +596,22 @@ def test_maxout_of_opposite_pieces_is_the_absolute_value() -> None:
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
-def test_mlp_of_maxout_units_is_maxima_of_matrix_products(pieces: int) -> None:
-    network = MLP(**DIGITS, hidden=[9, 4], activation="maxout", pieces=pieces)
+def test_mlp_of_maxout_units_equals_maxima_of_matrix_products(pieces: int) -> None:
+    model = MLP(**DIGITS, hidden=[9, 4], activation="maxout", pieces=pieces)
     images = torch.randn(3, 1, 28, 28)
     values = images.flatten(1)
-    for layer, units in zip((layer for layer in network.features if isinstance(layer, nn.Linear)), (9, 4)):
+    for layer, units in zip((layer for layer in model.features if isinstance(layer, nn.Linear)), (9, 4)):
         weights, biases = layer.weight.reshape(pieces, units, -1), layer.bias.reshape(pieces, units)
         values = (torch.einsum("kui,bi->bku", weights, values) + biases).amax(dim=1)
-    expected = values @ network.head.weight.T + network.head.bias
-    torch.testing.assert_close(network(images), expected)
-    assert count(network) == 785 * 9 * pieces + 10 * 4 * pieces + 5 * 10
+    expected = values @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(images), expected)
+    assert count(model) == 785 * 9 * pieces + 10 * 4 * pieces + 5 * 10
 
 
 @pytest.mark.parametrize("side", [28, 27])
-def test_maxout_network_equals_one_written_by_hand(side: int) -> None:
-    network = MaxoutNet(num_classes=10, in_channels=1, image_size=side, widths=[4, 6], pieces=3).eval()
-    weights = list(network.parameters())
+def test_maxout_model_equals_a_second_implementation(side: int) -> None:
+    model = MaxoutNet(num_classes=10, in_channels=1, image_size=side, widths=[4, 6], pieces=3).eval()
+    weights = list(model.parameters())
     images = torch.randn(2, 1, side, side)
     maps = images
     for index, width in enumerate((4, 6)):
@@ -615,7 +619,7 @@ def test_maxout_network_equals_one_written_by_hand(side: int) -> None:
         maps = torch.stack([maps[:, piece * width : (piece + 1) * width] for piece in range(3)]).amax(dim=0)
         maps = functional.max_pool2d(functional.pad(maps, (1, 1, 1, 1), value=-torch.inf), 3, stride=2)
     assert maps.shape == (2, 6, 7, 7)
-    torch.testing.assert_close(network(images), maps.flatten(1) @ weights[4].T + weights[5])
+    torch.testing.assert_close(model(images), maps.flatten(1) @ weights[4].T + weights[5])
 
 
 def test_maxout_and_response_norm_keep_channels_last() -> None:
@@ -630,7 +634,7 @@ def test_maxout_and_response_norm_keep_channels_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "network",
+    "model",
     [
         LeNet(**DIGITS),
         LeNet5(**DIGITS),
@@ -641,17 +645,17 @@ def test_maxout_and_response_norm_keep_channels_last() -> None:
     ],
     ids=type,
 )
-def test_model_compiles_to_one_graph(network: nn.Module) -> None:
-    images = torch.randn(2, 1 if isinstance(network, LeNet | LeNet5) else 3, 28, 28)
-    network.eval()
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images), network(images))
+def test_model_compiles_to_one_graph(model: nn.Module) -> None:
+    images = torch.randn(2, 1 if isinstance(model, LeNet | LeNet5) else 3, 28, 28)
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), model(images))
 
 
 # ---- Activations
 
 
-def test_every_activation_is_its_formula_and_has_its_gradient_in_place() -> None:
+def test_every_activation_equals_its_formula_and_gradient() -> None:
     formulas = {
         "relu": lambda x: x.clamp(min=0),
         "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
@@ -662,17 +666,17 @@ def test_every_activation_is_its_formula_and_has_its_gradient_in_place() -> None
         "silu": lambda x: x / (1 + (-x).exp()),
     }
     assert formulas.keys() == ACTIVATIONS.keys()
-    values = torch.linspace(-3, 3, 50)  # an even number: no 0, where ReLU has no one gradient
+    values = torch.linspace(-3, 3, 50)  # an even number of values: none is 0, where ReLU has no unique gradient
     for name, formula in formulas.items():
-        ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
-        out, expected = activation(name)(ours * 1), formula(theirs)
+        inputs, reference_inputs = values.clone().requires_grad_(), values.clone().requires_grad_()
+        out, expected = activation(name)(inputs * 1), formula(reference_inputs)
         torch.testing.assert_close(out, expected)
         out.square().sum().backward()
         expected.square().sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(inputs.grad, reference_inputs.grad)
 
 
-# ---- Starting weights
+# ---- Initial weights
 
 
 def deviation(init: str, fan_in: int, fan_out: int) -> float:
@@ -680,26 +684,26 @@ def deviation(init: str, fan_in: int, fan_out: int) -> float:
 
 
 @pytest.mark.parametrize("init", ["he_normal", "he_uniform", "xavier_normal", "xavier_uniform"])
-def test_named_starting_weights_have_the_deviation_of_their_formula(init: str) -> None:
-    """On a wide convolution and a wide linear layer: about 3e5 draws put the estimate within a percent."""
-    network = nn.Sequential(nn.Conv2d(64, 200, 5), nn.BatchNorm2d(200), nn.Linear(800, 400))
-    initialise(network, init)
-    for layer, fan_in, fan_out in ((network[0], 64 * 25, 200 * 25), (network[2], 800, 400)):
+def test_named_inits_have_the_standard_deviation_of_their_formula(init: str) -> None:
+    """Wide layers give about 3e5 random values, so that the estimate is within one percent."""
+    model = nn.Sequential(nn.Conv2d(64, 200, 5), nn.BatchNorm2d(200), nn.Linear(800, 400))
+    initialise(model, init)
+    for layer, fan_in, fan_out in ((model[0], 64 * 25, 200 * 25), (model[2], 800, 400)):
         expected = deviation(init, fan_in, fan_out)
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.01)
         assert abs(layer.weight.mean().item()) < expected / 50
         largest = layer.weight.abs().max().item() / expected
         assert largest == pytest.approx(3**0.5, rel=0.01) if init.endswith("uniform") else largest > 3.5
         assert not layer.bias.any()
-    assert (network[1].weight == 1).all()
-    assert not network[1].bias.any()
+    assert (model[1].weight == 1).all()
+    assert not model[1].bias.any()
 
 
 @pytest.mark.parametrize("init", SCHEMES)
-@pytest.mark.parametrize("network_class", [name for name in ARGUMENTS if name is not AlexNet])
-def test_every_model_takes_every_init(network_class: Any, init: str) -> None:
-    network = network_class(**ARGUMENTS[network_class], init=init)
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+@pytest.mark.parametrize("model_class", [name for name in ARGUMENTS if name is not AlexNet])
+def test_every_model_accepts_every_init(model_class: Any, init: str) -> None:
+    model = model_class(**ARGUMENTS[model_class], init=init)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     biases = [layer.bias.abs().sum().item() for layer in layers if layer.bias is not None]
     assert all(bias > 0 for bias in biases) if init == "default" else not any(biases)
     if init.startswith(("he", "xavier")):
@@ -709,13 +713,13 @@ def test_every_model_takes_every_init(network_class: Any, init: str) -> None:
             assert weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
-def test_default_starting_weights_are_torchs_own() -> None:
-    network = LeNet5(**DIGITS, init="default")
+def test_default_init_equals_torch() -> None:
+    model = LeNet5(**DIGITS, init="default")
     torch.manual_seed(0)
-    assert torch.equal(network.features[0].weight, nn.Conv2d(1, 6, 5).weight)
+    assert torch.equal(model.features[0].weight, nn.Conv2d(1, 6, 5).weight)
 
 
-def test_papers_starting_weights() -> None:
+def test_paper_inits_have_the_deviations_and_biases_of_the_papers() -> None:
     lenet5 = LeNet5(num_classes=10, in_channels=1, image_size=32, init="paper")
     for layer, fan_in in ((lenet5.features[3], 150), (lenet5.head[1], 400), (lenet5.head[3], 120)):
         largest = layer.weight.abs().max().item()
@@ -744,56 +748,56 @@ def test_papers_starting_weights() -> None:
         assert layer.weight.std().item() == pytest.approx(0.05, rel=0.03)
 
 
-@pytest.mark.parametrize(("init", "alike"), [("equal_anyway", True), ("xavier_normal", False)])
-def test_equal_weights_stay_equal_so_that_a_layer_is_worth_one_unit(init: str, alike: bool) -> None:
-    """It learns something, by the differences between the classes, but its hidden units remain copies of each other."""
-    network = MLP(**DIGITS, hidden=[6, 5], init=init).double()
+@pytest.mark.parametrize(("init", "are_equal"), [("equal_anyway", True), ("xavier_normal", False)])
+def test_equal_weights_of_a_layer_stay_equal_during_training(init: str, are_equal: bool) -> None:
+    """The loss decreases, because the classes differ, but the hidden units of a layer remain copies of each other."""
+    model = MLP(**DIGITS, hidden=[6, 5], init=init).double()
     images, labels = torch.rand(40, 1, 28, 28).double(), torch.arange(40) % 10
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = functional.cross_entropy(network(images), labels)
+        loss = functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    for layer in (layer for layer in network.features if isinstance(layer, nn.Linear)):
+    for layer in (layer for layer in model.features if isinstance(layer, nn.Linear)):
         for values in (layer.weight, layer.bias):
             assert values.grad.abs().max() > 1e-5
-            assert ((values - values[:1]).abs().max().item() < 1e-12) is alike  # but for rounding
+            assert ((values - values[:1]).abs().max().item() < 1e-12) is are_equal  # except for rounding
 
 
-def test_equal_weights_are_refused_with_the_reason_unless_asked_for_plainly() -> None:
-    for network_class, arguments in ARGUMENTS.items():
+def test_equal_init_is_refused_with_a_reason_unless_equal_anyway_is_set() -> None:
+    for model_class, arguments in ARGUMENTS.items():
         with torch.device("meta"), pytest.raises(ConfigError) as error:
-            network_class(**arguments, init="equal")
+            model_class(**arguments, init="equal")
         assert str(error.value) == (
             "error[config] init = equal: cannot break symmetry: all units of a layer compute the same and get the same "
             "gradient, for ever; to see that happen, set equal_anyway"
         )
-    network = nn.Sequential(nn.Conv2d(4, 8, 5), nn.Linear(25, 3))
-    initialise(network, "equal_anyway")
-    assert (network[0].weight == 1 / 100).all() and (network[1].weight == 1 / 25).all()
+    model = nn.Sequential(nn.Conv2d(4, 8, 5), nn.Linear(25, 3))
+    initialise(model, "equal_anyway")
+    assert (model[0].weight == 1 / 100).all() and (model[1].weight == 1 / 25).all()
 
 
 # ---- The adapter
 
 
-def small_network(channels: int = 3) -> nn.Sequential:
+def small_model(channels: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 7])
-@pytest.mark.parametrize("old", [1, 3])
-def test_adapter_keeps_the_function_on_grey_images(old: int, channels: int) -> None:
-    network = small_network(old)
+@pytest.mark.parametrize("old_channels", [1, 3])
+def test_adapter_keeps_the_function_on_grey_images(old_channels: int, channels: int) -> None:
+    model = small_model(old_channels)
     grey = torch.randn(2, 1, 8, 8)
-    expected = network(grey.expand(-1, old, -1, -1))
-    names = list(network.state_dict())
-    adapted = adapt(network=network, in_channels=channels, num_classes=10)
+    expected = model(grey.expand(-1, old_channels, -1, -1))
+    names = list(model.state_dict())
+    adapted = adapt(network=model, in_channels=channels, num_classes=10)
     torch.testing.assert_close(adapted(grey.expand(-1, channels, -1, -1)), expected)
-    assert adapted is network
+    assert adapted is model
     assert list(adapted.state_dict()) == names
     assert adapted[0].in_channels == channels
     assert adapted[0].weight.is_contiguous()
@@ -807,35 +811,35 @@ def test_adapter_repeats_and_folds_channels_as_documented() -> None:
         (4, [0.5, 20, 300, 0.5]),
         (6, [0.5, 10, 150, 0.5, 10, 150]),
     ):
-        network = small_network()
-        network[0].weight.data = torch.tensor([red, green, blue]).reshape(1, 3, 1, 1).repeat(8, 1, 3, 3)
-        adapt(network=network, in_channels=channels, num_classes=10)
-        assert network[0].weight[5, :, 2, 1].tolist() == expected
+        model = small_model()
+        model[0].weight.data = torch.tensor([red, green, blue]).reshape(1, 3, 1, 1).repeat(8, 1, 3, 3)
+        adapt(network=model, in_channels=channels, num_classes=10)
+        assert model[0].weight[5, :, 2, 1].tolist() == expected
 
 
 def test_adapter_fits_a_first_linear_layer() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 8), nn.Tanh(), nn.Linear(8, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 8), nn.Tanh(), nn.Linear(8, 10))
     grey = torch.randn(2, 1, 4, 4)
-    expected = network(grey.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(adapt(network=network, in_channels=1, num_classes=10)(grey), expected)
-    back = adapt(network=network, in_channels=3, num_classes=10)
-    torch.testing.assert_close(back(grey.expand(-1, 3, -1, -1)), expected)
-    pooled = nn.Sequential(nn.Linear(7, 10))  # no square image: left alone
+    expected = model(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(adapt(network=model, in_channels=1, num_classes=10)(grey), expected)
+    readapted = adapt(network=model, in_channels=3, num_classes=10)
+    torch.testing.assert_close(readapted(grey.expand(-1, 3, -1, -1)), expected)
+    pooled = nn.Sequential(nn.Linear(7, 10))  # 7 inputs are not a square image: unchanged
     assert adapt(network=pooled, in_channels=3, num_classes=10)[0].in_features == 7
 
 
-def test_adapter_replaces_the_last_layer_only_when_it_must() -> None:
-    network = small_network()
-    first, last = network[0].weight, network[4].weight
-    adapt(network=network, in_channels=3, num_classes=10)
-    assert network[0].weight is first
-    assert network[4].weight is last
-    adapt(network=network, in_channels=3, num_classes=5)
-    assert network[0].weight is first
-    assert network[4].weight.shape == (5, 8)
-    assert network[4].weight.isfinite().all()
-    assert network[4].weight.abs().max() <= 8**-0.5
-    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+def test_adapter_replaces_the_last_layer_only_if_the_classes_differ() -> None:
+    model = small_model()
+    first, last = model[0].weight, model[4].weight
+    adapt(network=model, in_channels=3, num_classes=10)
+    assert model[0].weight is first
+    assert model[4].weight is last
+    adapt(network=model, in_channels=3, num_classes=5)
+    assert model[0].weight is first
+    assert model[4].weight.shape == (5, 8)
+    assert model[4].weight.isfinite().all()
+    assert model[4].weight.abs().max() <= 8**-0.5
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
     fully_convolutional = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     adapt(network=fully_convolutional, in_channels=1, num_classes=4)
@@ -844,17 +848,17 @@ def test_adapter_replaces_the_last_layer_only_when_it_must() -> None:
 
 
 def test_adapter_keeps_a_frozen_layer_frozen() -> None:
-    network = small_network().requires_grad_(False)
-    adapt(network=network, in_channels=1, num_classes=3)
-    assert not network[0].weight.requires_grad
-    assert network[4].weight.requires_grad
+    model = small_model().requires_grad_(False)
+    adapt(network=model, in_channels=1, num_classes=3)
+    assert not model[0].weight.requires_grad
+    assert model[4].weight.requires_grad
 
 
-# ---- What a user can type wrong
+# ---- Invalid arguments
 
 
 @pytest.mark.parametrize(
-    ("network_class", "arguments", "message"),
+    ("model_class", "arguments", "message"),
     [
         (MLP, {"hidden": 64}, "hidden = 64: must be a list of whole numbers >= 1"),
         (MLP, {"hidden": "64"}, "hidden = 64: must be a list of whole numbers >= 1"),
@@ -904,23 +908,23 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
         (AlexNet, {"image_size": 64}, "image_size = 64: AlexNet needs at least 67 px"),
     ],
 )
-def test_config_error_names_wrong_model_arguments(network_class: Any, arguments: dict[str, Any], message: str) -> None:
+def test_config_error_names_wrong_model_arguments(model_class: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        network_class(**{**ARGUMENTS[network_class], **arguments})
+        model_class(**{**ARGUMENTS[model_class], **arguments})
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("network", "in_channels", "message"),
+    ("model", "in_channels", "message"),
     [
         ("resnet18", 3, "network = str: must be a torch.nn.Module"),
         (nn.Sequential(nn.Flatten()), 3, "network = Sequential: has no convolution and no linear layer"),
         (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Linear(8, 10)), 3, "its first convolution is grouped"),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 9, 3)), 3, "is no linear layer or 1x1 convolution"),
-        (small_network(), 0, "in_channels = 0: must be a whole number >= 1"),
+        (small_model(), 0, "in_channels = 0: must be a whole number >= 1"),
     ],
 )
-def test_adapter_refuses_models_it_cannot_fit(network: Any, in_channels: int, message: str) -> None:
+def test_adapter_refuses_models_it_cannot_fit(model: Any, in_channels: int, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        adapt(network=network, in_channels=in_channels, num_classes=10)
+        adapt(network=model, in_channels=in_channels, num_classes=10)
     assert message in str(error.value)

@@ -1,6 +1,6 @@
-"""Options: one declaration each, and what follows from it: validation, help, resume, comparison, overrides.
+"""Options: each is declared once; validation, help, resume, comparison and overrides follow from the declaration.
 
-The lists below are written by hand, so they notice a mark that was forgotten.
+The lists below are written by hand, so that they detect a missing mark in a declaration.
 """
 
 import json
@@ -29,8 +29,9 @@ from core.options.declarations import (
 )
 from core.options.files import comments_of, keys_of_options
 from core.options.help import help_text
-from core.options.overrides import check_overrides, parse_overrides
+from core.options.overrides import check_overrides, parse_overrides, with_quoted_paths
 from core.options.schema import check, names_of, options_of
+from core.resume import resumed_folder
 from core.run_config import read_run_config
 from trainer.inference.load_run import load_run
 
@@ -42,12 +43,12 @@ SCHEMAS = {
     "predict": PredictConfig,
     "runs": RunsConfig,
 }
-RESULTS_DEPEND_ON = {  # free on resume, but runs with different values are different experiments
+RESULTS_DEPEND_ON = {  # free on resume, but other values are another experiment
     *("optimizer.lr", "optimizer.momentum", "optimizer.weight_decay", "optimizer.adamw_lr"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_minutes", "trainer.clip_norm", "trainer.on_nonfinite"),
     *(f"trainer.early_stopping.{key}" for key in ("monitor", "mode", "patience", "min_delta", "geometric")),
 }
-CHANGES_NOTHING = {  # free on resume, and equal results
+NO_EFFECT_ON_RESULTS = {  # free on resume, with equal results
     *("trainer.device", "trainer.threads", "trainer.log_every", "trainer.histograms_every", "trainer.log_graph"),
     *("trainer.log_images", "trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
     *("data.num_workers", "data.timeout_s", "data.on_bad_image", "data.cache_dir", "data.root", "data.download"),
@@ -58,12 +59,12 @@ OF_THE_RUN = {"run_dir", "resume", "trust", "traceback"}
 # Declarations
 
 
-def test_what_is_free_on_resume_and_what_is_compared():
-    assert set(names_of(TrainConfig, free_on_resume=True)) == RESULTS_DEPEND_ON | CHANGES_NOTHING
-    assert set(names_of(TrainConfig, compared=False)) == CHANGES_NOTHING | OF_THE_RUN
+def test_options_free_on_resume_and_compared_options_equal_the_lists():
+    assert set(names_of(TrainConfig, free_on_resume=True)) == RESULTS_DEPEND_ON | NO_EFFECT_ON_RESULTS
+    assert set(names_of(TrainConfig, compared=False)) == NO_EFFECT_ON_RESULTS | OF_THE_RUN
 
 
-ALLOWED: dict[str, tuple[list[Any], list[Any]]] = {  # key -> (allowed, refused), by hand from the comments in configs/
+ALLOWED: dict[str, tuple[list[Any], list[Any]]] = {  # key -> (allowed, refused), from the comments in configs/
     "seed": ([0, 2**53], [-1, 1.0, True, "1", None]),
     "data.image_size": ([1, 16384], [0, 16385]),
     "data.stored_size": ([None, 64], ["64"]),
@@ -84,7 +85,7 @@ ALLOWED: dict[str, tuple[list[Any], list[Any]]] = {  # key -> (allowed, refused)
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_declared_type_and_range(name):
+def test_declared_type_and_range_accept_and_refuse_the_listed_values(name):
     rule = options_of(TrainConfig)[name].rule
     allowed, refused = ALLOWED[name]
     assert [rule(value) for value in allowed] == [None] * len(allowed)
@@ -93,7 +94,7 @@ def test_declared_type_and_range(name):
 
 @pytest.mark.parametrize("script", SCHEMAS)
 def test_each_option_has_a_yaml_line_with_a_comment(script):
-    """In the script's own file, in one of its group, or in the file of an option that has the key."""
+    """The line is in the script's file, in a group's file, or in the file of an option that has the key."""
     commented = set(comments_of(CONFIGS / f"{script}.yaml")) | set(comments_of(CONFIGS / "train.yaml"))
     for group in ("data", "model", "optimizer", "schedule", "loss", "trainer", "sweep"):
         for path in (CONFIGS / group).glob("*.yaml"):
@@ -107,16 +108,16 @@ def test_each_key_of_a_section_without_arguments_is_declared():
     closed = ("trainer", "sweep")
     keys = {key for key in keys_of_options() if key.partition(".")[0] in closed}
     keys = {key for key in keys if not key.endswith(".defaults") and not key.startswith("sweep.space.")}
-    # The files of a sweep's group may set keys of the trainings too, beside the section `sweep`.
+    # Files in the group `sweep` may also set keys of the training, beside the section `sweep`.
     keys = {key for key in keys if key.partition(".")[0] == "trainer" or key in options_of(SweepConfig)}
     assert keys and keys <= set(options_of(SweepConfig))
 
 
-def test_a_required_key_that_is_left_out_is_named():
+def test_missing_required_key_is_named():
     values = json.loads(json.dumps(composed().values))
     del values["trainer"]["tta"]
     with pytest.raises(ConfigError, match=r"trainer\.tta: missing"):
-        check(values, TrainConfig, shown=values)
+        check(values, TrainConfig, record=values)
 
 
 # Help
@@ -148,17 +149,17 @@ def test_comments_of_bases_are_inherited(tmp_path):
 OVERRIDES = {
     "model=lenett": "model = lenett: no such option; did you mean lenet?",
     "model=mlp,lenett": "model = lenett: no such option",
-    "augment=[flip,3]": r"augment = \[flip, 3\]: must name one of affine",
+    "augment=[flip,3]": r"augment = \[flip, 3\]: must be one of affine",
     "trainer.early_stopping=3": "trainer.early_stopping = 3: must be a section of keys; to turn it off",
     "++trainer.max_epoch=3": "trainer.max_epoch = 3: unknown key; did you mean trainer.max_epochs",
     "~trainer.max_epoch": "trainer.max_epoch: unknown key; did you mean trainer.max_epochs",
-    "optimizer.lr=[b": r"optimizer.lr=\[b: is not KEY=VALUE as Hydra reads it",
+    "optimizer.lr=[b": r"optimizer.lr=\[b: must be KEY=VALUE in Hydra's syntax",
     "sweep.trials=3": "sweep.trials = 3: unknown key",
 }
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
-def test_override_that_no_config_takes(override):
+def test_invalid_override_is_refused_with_a_hint(override):
     with pytest.raises(ConfigError, match=OVERRIDES[override]):
         check_overrides(parse_overrides([override]), TrainConfig)
 
@@ -171,23 +172,23 @@ def test_override_that_no_config_takes(override):
         *("trainer.early_stopping={patience:3}", "model=glob(vgg*)", "run_dir='a=b'", "trainer.checkpoint=${trainer}"),
     ],
 )
-def test_override_that_some_config_takes(override):
+def test_valid_override_is_accepted(override):
     check_overrides(parse_overrides([override]), TrainConfig)
 
 
-def test_sweep_keys_belong_to_sweep():
+def test_sweep_keys_are_accepted_by_the_sweep_schema():
     check_overrides(parse_overrides(["sweep.trials=3", "sweep.space.optimizer.lr=[1,2]"]), SweepConfig)
 
 
-def test_option_of_the_users_folder_is_known(tmp_path):
+def test_option_in_a_user_config_folder_is_accepted(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("_target_: torch.nn.Identity\n")
     check_overrides(parse_overrides(["model=mine"]), TrainConfig, folders=[tmp_path])
-    with pytest.raises(ConfigError, match="One of: airbench"):
+    with pytest.raises(ConfigError, match="one of: airbench"):
         check_overrides(parse_overrides(["model=mine"]), TrainConfig)
 
 
-# config.yaml edited by hand
+# Edited config.yaml
 
 
 def stopped_run(folder: Path, *overrides: str) -> Path:
@@ -204,8 +205,8 @@ def edit(folder: Path, **changes: Any) -> None:
     for name, value in changes.items():
         section = config
         *sections, key = name.split("__")
-        for part in sections:
-            section = section[part]
+        for name_of_section in sections:
+            section = section[name_of_section]
         section[key] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
@@ -226,7 +227,7 @@ def test_edited_key_that_is_not_free_is_refused_by_name(tmp_path):
     assert reopened(folder) is not None
 
 
-def test_edited_key_that_is_free_is_taken_and_recorded(tmp_path):
+def test_edited_key_that_is_free_is_used_and_recorded(tmp_path):
     folder = stopped_run(tmp_path / "run", "schedule=constant")
     edit(folder, optimizer__lr=0.01, trainer__max_epochs=3)
     run = reopened(folder, "trainer.log_every=2 steps")
@@ -235,10 +236,10 @@ def test_edited_key_that_is_free_is_taken_and_recorded(tmp_path):
     changes = {"optimizer.lr": [0.05, 0.01], "trainer.max_epochs": [2, 3], "trainer.log_every": ["1 steps", "2 steps"]}
     assert read_lines(folder / "events.jsonl")[-1]["changes"] == changes
     assert run.state.step == 18 and read_lines(folder / "metrics.jsonl")[-1]["lr"] == 0.01
-    # What was recorded is the run's config from now on, so a next resume finds no change.
-    again = reopened(folder, "trainer.max_epochs=4")
-    assert again is not None
-    run_to_end(again)
+    # The recorded changes are now part of the run's config, so the next resume finds no change in them.
+    second_resume = reopened(folder, "trainer.max_epochs=4")
+    assert second_resume is not None
+    run_to_end(second_resume)
     assert read_lines(folder / "events.jsonl")[-1]["changes"] == {"trainer.max_epochs": [3, 4]}
 
 
@@ -274,34 +275,34 @@ def test_wrong_run_config_is_refused_with_its_file_and_key(tmp_path, old, new, e
 
 
 def test_larger_patience_continues_a_run_that_stopped_early(tmp_path):
-    """With a learning rate of almost 0 nothing improves by 0.5: patience 2 ends the run after epoch 3."""
-    still = ("optimizer.lr=1e-9", "trainer.max_epochs=6", "trainer.early_stopping.min_delta=0.5")
+    """With a learning rate near 0, no metric improves by 0.5, so patience 2 stops the run after epoch 3."""
+    no_progress = ("optimizer.lr=1e-9", "trainer.max_epochs=6", "trainer.early_stopping.min_delta=0.5")
     folder = tmp_path / "run"
-    run = trained(folder, *still, "trainer.early_stopping.patience=2")
+    run = trained(folder, *no_progress, "trainer.early_stopping.patience=2")
     assert (run.state.step, json.loads((folder / "summary.json").read_text())["status"]) == (18, "stopped_early")
     assert reopened(folder) is None
     run = reopened(folder, "trainer.early_stopping.patience=4")
     assert run is not None
     run_to_end(run)
-    assert run.state.step == 30  # after epoch 5, four after the best
+    assert run.state.step == 30  # after epoch 5, four epochs after the best
     assert read_lines(folder / "events.jsonl")[-1]["changes"] == {"trainer.early_stopping.patience": [2, 4]}
 
 
-def test_another_monitor_begins_its_patience_on_resume(tmp_path):
-    still = ("optimizer.lr=1e-9", "trainer.max_epochs=8", "trainer.early_stopping.min_delta=0.5")
+def test_changed_monitor_restarts_the_patience_on_resume(tmp_path):
+    no_progress = ("optimizer.lr=1e-9", "trainer.max_epochs=8", "trainer.early_stopping.min_delta=0.5")
     folder = tmp_path / "run"
-    trained(folder, *still, "trainer.early_stopping.patience=2")
+    trained(folder, *no_progress, "trainer.early_stopping.patience=2")
     run = reopened(folder, "trainer.early_stopping.monitor=train/loss")
     assert run is not None and run.state.early_stopping.best is None
     run_to_end(run)
-    assert run.state.step == 36  # epoch 4 is the first with a train/loss to improve on; two more without improvement
+    assert run.state.step == 36  # epoch 4 gives the first train/loss; two more epochs without improvement
 
 
 # A new option
 
 
-def test_contributing_adds_an_option_in_three_places(tmp_path, monkeypatch, capfd):
-    """The diff of CONTRIBUTING, applied to a copy: it is validated, suggested, explained and recorded from then on."""
+def test_diff_of_contributing_adds_a_complete_option_in_three_places(tmp_path, monkeypatch, capfd):
+    """Applies the diff in CONTRIBUTING to a copy; the option is then validated, suggested, explained and recorded."""
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert diff is not None
     for name in ("src", "configs", "scripts"):
@@ -333,13 +334,51 @@ def test_contributing_adds_an_option_in_three_places(tmp_path, monkeypatch, capf
     assert code == 6 and f"trainer.{key[1]}: false -> true" in err
 
 
-def test_scripts_name_the_schema_of_their_config(monkeypatch):
-    found = {}
+def test_scripts_pass_the_schema_of_their_config(monkeypatch):
+    schemas = {}
 
     def launch(main: str, *, config_name: str, schema: Any, before_import: str | None = None) -> None:
-        found[config_name] = schema
+        schemas[config_name] = schema
 
     monkeypatch.setattr("core.command_line.launch", launch)
     for name in SCHEMAS:
         runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-    assert found == SCHEMAS
+    assert schemas == SCHEMAS
+
+
+PATHS = ["plain", "a b", "a=b", "[1]", "(x", "{a", "Läufe/ü", "it's", 'say "x"', "5", "1e3", "a,b", "true", "a:b", "#1"]
+PATHS += ["%41", "x\\y", "a\\", "日本", "a;b&c|d", "$x", "a\tb", " a "]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_path_can_be_typed_without_quotes_for_hydra(path):
+    for argument in (f"run_dir={path}", f"data.root={path}", f"+data.cache_dir={path}"):
+        (quoted,) = with_quoted_paths([argument], TrainConfig)
+        (override,) = parse_overrides([quoted])
+        assert override.value() == path
+        assert with_quoted_paths([quoted], TrainConfig) == [quoted]
+    assert resumed_folder(with_quoted_paths([f"resume={path}"], TrainConfig)) == Path(path)
+
+
+def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = {
+        schema: [name for name, option in options_of(schema).items() if option.is_path] for schema in SCHEMAS.values()
+    }
+    assert names[TrainConfig] == ["run_dir", "resume", "init_from", "data.root", "data.cache_dir"]
+    assert names[SweepConfig] == [*names[TrainConfig], "sweep.dir"]
+    assert (names[EvaluateConfig], names[PredictConfig]) == (["run", "root"], ["run", "input", "output"])
+    assert names[RunsConfig] == ["folder", "output", "curves"]
+    for schema, keys in names.items():
+        for key in keys:
+            assert with_quoted_paths([f"{key}=~/x"], schema) == [f"{key}={tmp_path}/x"]
+    assert composed("run_dir='~/x'", "init_from='~'").values["run_dir"] == f"{tmp_path}/x"  # in a file or in quotes
+    assert with_quoted_paths(["optimizer.lr=~/x", "run_dir=null", "run_dir='~/a'", "model=mlp"], TrainConfig) == [
+        *("optimizer.lr=~/x", "run_dir=null", "run_dir='~/a'", "model=mlp"),
+    ]
+    assert with_quoted_paths(["-m", "run_dir=a,b"], TrainConfig) == ["-m", "run_dir=a,b"]  # a grid
+
+
+def test_none_in_a_path_suggests_null():
+    with pytest.raises(ConfigError, match="init_from = None: must be a path; for none type null"):
+        composed("init_from=None")

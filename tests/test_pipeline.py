@@ -1,4 +1,4 @@
-"""What augmentation may depend on, how samples find their partners, and transforms that draw for themselves."""
+"""Augmentation pipeline: dependence on seed, epoch and index only; mixing partners; transforms with own generators."""
 
 import copy
 import pickle
@@ -55,94 +55,107 @@ def random_images(batch: int, channels: int = 3, height: int = 11, width: int = 
     return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
-def frame(steps: dict, seed: int = 1) -> Augmentations:
+def make_pipeline(steps: dict, seed: int = 1) -> Augmentations:
     return Augmentations(steps, seed=seed, num_classes=K)
 
 
 def draw(steps: dict, *, seed: int = 1, epoch: int = 2, samples: int = N) -> Drawn:
-    return frame(steps, seed).draw(epoch=epoch, samples=samples, device=CPU)
+    return make_pipeline(steps, seed).draw(epoch=epoch, samples=samples, device=CPU)
 
 
-def show(drawn: Drawn, images: torch.Tensor, indices: torch.Tensor) -> list[torch.Tensor]:
-    """What a loader does with a batch: images, labels, indices."""
+def augmented_batch(drawn: Drawn, images: torch.Tensor, indices: torch.Tensor) -> list[torch.Tensor]:
+    """Return images, labels and indices of a batch, as a loader does."""
     rows = drawn.rows(indices)
     return list(drawn(images[rows], LABELS[rows], rows))
 
 
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+def are_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other) for tensor, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
+def test_augmented_sample_depends_only_on_seed_epoch_and_index(name):
     images, steps = random_images(N), CHAINS[name]
-    untouched, state = images.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    whole = show(draw(steps), images, torch.arange(N))
-    assert len(whole[0]) == N and torch.equal(whole[2], torch.arange(N)) and torch.isfinite(whole[0].float()).all()
-    mixed = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    for part in (mixed, *mixed.split(7), *mixed.split(1)[:5], *(mixed[:size] for size in range(2, 20, 3))):
-        assert same(show(draw(steps), images, part), [values[part] for values in whole])
-    assert not torch.equal(show(draw(steps, epoch=3), images, torch.arange(N))[0], whole[0])
-    assert not torch.equal(show(draw(steps, seed=2), images, torch.arange(N))[0], whole[0])
-    assert torch.equal(images, untouched)  # resident pixels are read again in the next epoch
+    original, state = images.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    epoch_batch = augmented_batch(draw(steps), images, torch.arange(N))
+    assert (
+        len(epoch_batch[0]) == N
+        and torch.equal(epoch_batch[2], torch.arange(N))
+        and torch.isfinite(epoch_batch[0].float()).all()
+    )
+    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    for subset in (
+        shuffled,
+        *shuffled.split(7),
+        *shuffled.split(1)[:5],
+        *(shuffled[:size] for size in range(2, 20, 3)),
+    ):
+        assert are_equal(augmented_batch(draw(steps), images, subset), [values[subset] for values in epoch_batch])
+    assert not torch.equal(augmented_batch(draw(steps, epoch=3), images, torch.arange(N))[0], epoch_batch[0])
+    assert not torch.equal(augmented_batch(draw(steps, seed=2), images, torch.arange(N))[0], epoch_batch[0])
+    assert torch.equal(images, original)  # pixels in memory are read again in the next epoch
     assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
     assert np.random.get_state()[1].tolist() == state[2]
 
 
-def test_threads_change_no_bit_of_large_images():
-    """Where torch gives a sum to several threads, a lone image is summed in another order than one of several."""
+def test_augmented_large_images_do_not_depend_on_the_thread_count():
+    """If torch splits a sum between threads, a single image is summed in another order than one of a batch."""
     images = random_images(2, 3, 224, 224)
     for name in STEPS.keys() - {"early_mixup", "cutmix", "mixup"}:
-        numbers = torch.rand(2, STEPS[name].num_random_values, generator=torch.Generator().manual_seed(8))
-        expected = STEPS[name](images, numbers)
+        random_values = torch.rand(2, STEPS[name].num_random_values, generator=torch.Generator().manual_seed(8))
+        expected = STEPS[name](images, random_values)
         try:
             torch.set_num_threads(2)
-            assert torch.equal(STEPS[name](images, numbers), expected), name
-            assert torch.equal(STEPS[name](images[:1], numbers[:1]), expected[:1]), name
+            assert torch.equal(STEPS[name](images, random_values), expected), name
+            assert torch.equal(STEPS[name](images[:1], random_values[:1]), expected[:1]), name
         finally:
             torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 4)])
-def test_steps_take_grey_and_tiny_images_and_float_pixels(name, channels, side):
+def test_steps_accept_grey_and_tiny_images_and_float_pixels(name, channels, side):
     images, indices = random_images(N, channels, side, side), torch.arange(N)
     steps = {key: PCAColor(sigma=2) if step is PCA else step for key, step in CHAINS[name].items()}
     if "pca_color" in steps:
         steps["pca_color"].fit(torch.zeros(channels), 0.1 * torch.eye(channels))
-    shown, labels, _ = show(draw(steps), images, indices)
+    shown, labels, _ = augmented_batch(draw(steps), images, indices)
     assert shown.shape == images.shape and shown.dtype in (torch.uint8, torch.float32)
     assert torch.isfinite(shown.float()).all() and not torch.equal(shown.float(), images.float())
     assert labels.dtype == (torch.float32 if any("mix" in key for key in steps) else torch.int64)
-    assert torch.equal(show(draw(steps), images.float(), indices)[0].float(), shown.float())
+    assert torch.equal(augmented_batch(draw(steps), images.float(), indices)[0].float(), shown.float())
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "transform"])
-def test_no_step_synchronises_with_the_device(name):
-    """Tensors of the device `meta` have no values to read."""
+def test_augmentation_steps_do_not_synchronise_with_the_device(name):
+    """Tensors on the meta device have no values, so that reading one would fail."""
     step, images = copy.deepcopy(STEPS[name]), random_images(8).to("meta")
-    numbers = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.num_random_values).to("meta")
-    if len(numbers) == 8:
-        assert step(images, numbers).shape == images.shape
+    random_values = torch.rand(8 // 2 if name in ("early_mixup", "cutmix", "mixup") else 8, step.num_random_values).to(
+        "meta"
+    )
+    if len(random_values) == 8:
+        assert step(images, random_values).shape == images.shape
     else:
-        shown, labels = step(images, torch.rand(8, K).to("meta"), numbers)
+        shown, labels = step(images, torch.rand(8, K).to("meta"), random_values)
         assert shown.shape == images[:4].shape and labels.shape == (4, K)
 
 
-def test_pixels_keep_their_type_where_nothing_is_interpolated():
-    kept = ("crop", "reflect", "flip", "alternate", "erasing", "cutmix", "transform")
+def test_steps_without_interpolation_keep_uint8():
+    keep_uint8 = ("crop", "reflect", "flip", "alternate", "erasing", "cutmix", "transform")
     for name in STEPS:
-        assert (show(draw(CHAINS[name]), random_images(N), torch.arange(5))[0].dtype == torch.uint8) == (name in kept)
+        assert (augmented_batch(draw(CHAINS[name]), random_images(N), torch.arange(5))[0].dtype == torch.uint8) == (
+            name in keep_uint8
+        )
 
 
-def test_seed_epoch_index_and_step_all_matter():
+def test_random_values_differ_between_seeds_epochs_indices_and_steps():
     images = random_images(1).expand(N, -1, -1, -1)
-    some = {name: STEPS[name] for name in ("crop", "affine", "flip")}
-    base, _, _ = show(draw(some), images, torch.arange(N))
+    steps = {name: STEPS[name] for name in ("crop", "affine", "flip")}
+    base, _, _ = augmented_batch(draw(steps), images, torch.arange(N))
     for seed, epoch in ((2, 2), (1, 1)):
-        other, _, _ = show(draw(some, seed=seed, epoch=epoch), images, torch.arange(N))
-        assert all(not torch.equal(ours, theirs) for ours, theirs in zip(base, other))
-    assert len({image.numpy().tobytes() for image in base}) == N
+        other_images, _, _ = augmented_batch(draw(steps, seed=seed, epoch=epoch), images, torch.arange(N))
+        assert all(not torch.equal(image, other_image) for image, other_image in zip(base, other_images))
+    assert len({base_image.numpy().tobytes() for base_image in base}) == N
     drawn = draw({"a": Mixup(alpha=1, probability=1), "b": Mixup(alpha=1, probability=1)})
     assert not torch.equal(drawn.random_values["a"], drawn.random_values["b"])
     assert not torch.equal(drawn.partners["a"], drawn.partners["b"])
@@ -173,48 +186,48 @@ def test_pipeline_without_steps_returns_its_input():
     images, rows = random_images(5), torch.arange(5)
     drawn = draw({}, samples=5)
     assert drawn.rows(rows) is rows
-    assert all(ours is given for ours, given in zip(drawn(images, LABELS, rows), (images, LABELS, rows)))
+    assert all(output is source for output, source in zip(drawn(images, LABELS, rows), (images, LABELS, rows)))
 
 
 # Partners
 
 
-def test_two_mixing_steps_sample_by_sample():
-    """Each image made for itself alone, by recursion through its partners."""
+def test_two_mixing_steps_equal_a_recursion_over_partners():
+    """The reference computes each image separately, by recursion over its partners."""
     names = ["crop", "mixup", "flip", "cutmix", "noise"]
     images, drawn = random_images(N), draw({name: STEPS[name] for name in names})
 
-    def made(index: int, done: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(index: int, done: int) -> tuple[torch.Tensor, torch.Tensor]:
         if done == 0:
             return images[index][None], torch.eye(K)[LABELS[index]][None]
         name = names[done - 1]
-        image, label = made(index, done - 1)
-        numbers = drawn.random_values[name][index][None]
+        image, label = reference(index, done - 1)
+        random_values = drawn.random_values[name][index][None]
         if name not in drawn.partners:
-            return STEPS[name](image, numbers), label
-        other, other_label = made(int(drawn.partners[name][index]), done - 1)
-        return STEPS[name](torch.cat([image, other]), torch.cat([label, other_label]), numbers)
+            return STEPS[name](image, random_values), label
+        other, other_label = reference(int(drawn.partners[name][index]), done - 1)
+        return STEPS[name](torch.cat([image, other]), torch.cat([label, other_label]), random_values)
 
-    shown, labels, indices = show(drawn, images, torch.tensor([7, 3, 49, 0, 7]))
+    shown, labels, indices = augmented_batch(drawn, images, torch.tensor([7, 3, 49, 0, 7]))
     assert labels.shape == (5, K) and (labels.sum(1) - 1).abs().max() < 1e-6
-    assert (labels > 0).sum() > 5  # mixed at all
-    for ours, label, index in zip(shown, labels, indices.tolist()):
-        image, expected = made(index, len(names))
-        assert torch.equal(ours, image[0]) and torch.equal(label, expected[0])
+    assert (labels > 0).sum() > 5  # some labels are mixed
+    for actual, label, index in zip(shown, labels, indices.tolist()):
+        image, expected = reference(index, len(names))
+        assert torch.equal(actual, image[0]) and torch.equal(label, expected[0])
 
 
-def test_partners_are_all_samples_alike():
+def test_partners_are_uniform_over_all_samples():
     partners = draw({"mixup": STEPS["mixup"]}, samples=20000).partners["mixup"]
     assert partners.min() == 0 and partners.max() == 19999
     counts = torch.bincount(torch.bincount(partners), minlength=4)[:4] / 20000
-    assert (counts - torch.tensor([1, 1, 1 / 2, 1 / 6]) / torch.e).abs().max() < 0.02  # Poisson's
+    assert (counts - torch.tensor([1, 1, 1 / 2, 1 / 6]) / torch.e).abs().max() < 0.02  # Poisson distribution
 
 
-# Transforms from elsewhere
+# Transforms of other packages
 
 
-class Draws:
-    """The three generators that a transform may draw from, as pixels."""
+class RandomTransform:
+    """A transform that returns one value from each of the generators of torch, random and NumPy as pixels."""
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         drawn = [torch.randint(256, ()).item(), random.randrange(256), np.random.randint(256)]
@@ -223,20 +236,20 @@ class Draws:
 
 def test_transform_equals_torchvision_with_the_same_seed():
     images = random_images(30)
-    drawn = draw({"transform": STEPS["transform"], "draws": ASampleAtATime(Draws(), name="draws")})
+    drawn = draw({"transform": STEPS["transform"], "random": ASampleAtATime(RandomTransform(), name="random")})
     shown = STEPS["transform"](images, drawn.random_values["transform"][:30])
-    for ours, image, number in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
+    for actual, image, random_value in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
         with torch.random.fork_rng():
-            torch.manual_seed(int(number * 2**24))
-            assert torch.equal(ours, v2.TrivialAugmentWide()(image))
-    values = drawn.steps["draws"](images, drawn.random_values["draws"][:30])[:, :, 0, 0]
+            torch.manual_seed(int(random_value * 2**24))
+            assert torch.equal(actual, v2.TrivialAugmentWide()(image))
+    values = drawn.steps["random"](images, drawn.random_values["random"][:30])[:, :, 0, 0]
     assert all(len(column.unique()) > 20 for column in values.T)
 
 
-def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
-    keep = ASampleAtATime(lambda image: image, name="keep")
+def test_float_pixels_are_rounded_and_clipped_for_a_transform():
+    identity = ASampleAtATime(lambda image: image, name="keep")
     images = torch.tensor([-3.0, 1.4, 1.6, 254.6, 300.0]).view(1, 1, 1, 5)
-    assert keep(images, torch.zeros(1, 1)).flatten().tolist() == [0, 1, 2, 255, 255]
+    assert identity(images, torch.zeros(1, 1)).flatten().tolist() == [0, 1, 2, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -249,19 +262,19 @@ def test_float_pixels_are_rounded_and_cut_off_for_a_transform():
         (7, "must be a built-in augmentation"),
     ],
 )
-def test_a_transform_that_does_not_fit_is_named(transform, problem):
+def test_transform_with_invalid_output_is_named(transform, problem):
     state = torch.get_rng_state()
     with pytest.raises(ConfigError, match=problem) as caught:
         ASampleAtATime(transform, name="augment.mine").dry_run((3, 8, 8))
     assert caught.value.subject == "augment.mine" and torch.equal(torch.get_rng_state(), state)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # as a worker sends it
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # as sent by a worker
 
 
 # From configs
 
 
-def test_every_option_builds_and_names_its_steps_like_no_other(tmp_path):
-    """Files are combined in a list, and equal names would be merged; `flip` is the same step wherever it stands."""
+def test_all_augment_options_build_together_and_have_unique_step_names(tmp_path):
+    """Files are combined in a list, and steps with equal names would be merged; only `flip` is shared."""
     options = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
     steps: dict[str, dict] = {}
     for option in options:
@@ -300,7 +313,7 @@ def test_builder_fits_steps_to_the_train_split_and_wraps_transforms(tmp_path):
         ("+augment.x._target_=builtins.list", "augment.x", "must be a built-in augmentation"),
     ],
 )
-def test_config_error_names_a_wrong_step(tmp_path, override, subject, problem):
+def test_config_error_names_an_invalid_augmentation_step(tmp_path, override, subject, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         built(tmp_path / "run", override)
     assert caught.value.subject == subject and not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
-"""A run that was stopped, killed or moved ends bit-identical to one that was not, and each step is logged once.
+"""A run that is stopped, killed or moved ends bit-identical to an uninterrupted one, and each step is logged once.
 
-Whether that holds for every feature is test_matrix.py's business.
+test_matrix.py tests this for every feature.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from tensorboard.summary.writer import event_file_writer
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError, as_preceptor_error
 from core.json_lines import read_lines
 from core.options.declarations import TrainConfig
-from core.resume import resumed
+from core.resume import resumed_config
 from models import mlp
 from trainer.monitor import nonfinite
 from trainer.run import Run
@@ -51,45 +51,45 @@ def resume_to_end(folder: Path, *overrides: str) -> Run:
 
 
 @pytest.fixture
-def whole(tmp_path_factory) -> Any:
-    """Uninterrupted runs: their folder."""
+def uninterrupted(tmp_path_factory) -> Any:
+    """Return a function that trains an uninterrupted run and returns its folder."""
 
     def make(*overrides: str) -> Path:
-        return trained(tmp_path_factory.mktemp("whole") / "run", *overrides).folder.path
+        return trained(tmp_path_factory.mktemp("uninterrupted") / "run", *overrides).folder.path
 
     return make
 
 
-def test_other_seeds_and_steps_give_other_states(tmp_path, whole):
-    """The comparison is no tautology."""
-    states = {last_state(whole(*extra))[0] for extra in ((), ("seed=1",), ("trainer.max_steps=11",))}
+def test_last_state_differs_between_seeds_and_steps(tmp_path, uninterrupted):
+    """The compared state is not the same for all runs."""
+    states = {last_state(uninterrupted(*extra))[0] for extra in ((), ("seed=1",), ("trainer.max_steps=11",))}
     assert len(states) == 3
 
 
-def test_stopped_before_the_first_step_and_five_times_in_a_row(tmp_path, whole):
+def test_run_stopped_before_the_first_step_and_five_times_ends_bit_identically(tmp_path, uninterrupted):
     overrides = (
         *("optimizer=nesterov", "augment=affine", "model.batch_norm=true", "trainer.ema_decay=0.9"),
         *("trainer.accumulate=2", "trainer.max_epochs=4", "trainer.weight_decay_on=weights"),
     )
     folder = tmp_path / "run"
-    run = built(folder, *overrides)  # killed before a step: the folder was born with the state of step 0
+    run = built(folder, *overrides)  # killed before the first step: the folder was created with the state of step 0
     run.recorder.tensorboard.close()
     run.folder.close()
     for step in (1, 3, 4, 8, 11):
-        again = reopened(folder)
-        assert again is not None
-        stopped(again, step)
+        resumed = reopened(folder)
+        assert resumed is not None
+        stopped(resumed, step)
     resume_to_end(folder)
-    assert last_state(folder) == last_state(whole(*overrides))
+    assert last_state(folder) == last_state(uninterrupted(*overrides))
     events = read_lines(folder / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "resume"] == [0, 1, 3, 4, 8, 11]
 
 
-# Kills: what is on the disk may be ahead of the checkpoint
+# Kills: the logs on the disk may be ahead of the checkpoint
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """As TensorBoard's own reader shows them; throughput, which is the clock's, without its values."""
+    """Return steps and values of each tag, read by TensorBoard's reader; throughput values are replaced by 0."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {
         tag: [(event.step, 0.0 if tag.startswith("throughput") else event.value) for event in reader.Scalars(tag)]
@@ -98,14 +98,14 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture
-def _event_files_in_order(monkeypatch) -> None:
-    """TensorBoard orders event files by the second in their names; runs made in one process would share it."""
+def _distinct_event_file_times(monkeypatch) -> None:
+    """Give each event file another second: TensorBoard orders the files by the second in their names."""
     seconds = itertools.count(1_800_000_000)
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: float(next(seconds))))
 
 
-def killed_at(source: Path, folder: Path, step: int) -> Path:
-    """A copy of a run as a kill might leave it: checkpoints up to a step, logs that are ahead of them, torn lines."""
+def copy_killed_at(source: Path, folder: Path, step: int) -> Path:
+    """Copy a run as a kill may leave it: checkpoints up to a step, logs ahead of them, incomplete lines."""
     shutil.copytree(source, folder)
     (folder / "summary.json").unlink()
     for file in CheckpointFolder(folder / "checkpoints").files("last", "best", "step"):
@@ -117,10 +117,10 @@ def killed_at(source: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("_event_files_in_order")
-def test_each_step_is_logged_once(tmp_path, whole):
+@pytest.mark.usefixtures("_distinct_event_file_times")
+def test_each_step_is_logged_once_after_a_kill_and_a_resume(tmp_path, uninterrupted):
     overrides = ("trainer.evaluate_every=2 steps", "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
-    reference = whole(*overrides)
+    reference = uninterrupted(*overrides)
     expected = scalars(reference)
     assert [step for step, _ in expected["step/loss"]] == list(range(1, 13))
     assert [step for step, _ in expected["val/loss"]] == [2, 4, 6, 8, 10, 12]
@@ -128,19 +128,19 @@ def test_each_step_is_logged_once(tmp_path, whole):
     for line, (step, value) in zip(read_lines(reference / "metrics.jsonl"), expected["val/loss"]):
         assert line["step"] == step and line["val/loss"] == pytest.approx(value)
     state = last_state(reference)
-    for step in range(1, 12):  # the state of step 0 is gone by then
-        folder = killed_at(reference, tmp_path / str(step), step)
+    for step in range(1, 12):  # the checkpoint of step 0 has been deleted
+        folder = copy_killed_at(reference, tmp_path / str(step), step)
         resume_to_end(folder)
         assert last_state(folder) == state, step
         assert scalars(folder) == expected, step
         assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["start", "resume"]
 
 
-@pytest.mark.usefixtures("_event_files_in_order")
-def test_truncated_event_file_does_not_prevent_a_resume(tmp_path, whole):
+@pytest.mark.usefixtures("_distinct_event_file_times")
+def test_truncated_event_file_does_not_prevent_a_resume(tmp_path, uninterrupted):
     overrides = ("trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
-    reference = whole(*overrides)
-    folder = killed_at(reference, tmp_path / "run", 7)
+    reference = uninterrupted(*overrides)
+    folder = copy_killed_at(reference, tmp_path / "run", 7)
     (events,) = folder.glob("events.out.tfevents.*")
     events.write_bytes(events.read_bytes()[:-9])
     resume_to_end(folder)
@@ -148,19 +148,19 @@ def test_truncated_event_file_does_not_prevent_a_resume(tmp_path, whole):
 
 
 class Killed(BaseException):
-    """Nothing may catch it."""
+    """A kill; as a BaseException it is not caught by the code under test."""
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, moment):
+def test_run_killed_at_any_checkpoint_write_ends_bit_identically(tmp_path, monkeypatch, uninterrupted, moment):
     overrides = ("trainer.evaluate_every=3 steps", "trainer.checkpoint.every_steps=6", "optimizer.lr=0.5")
-    reference = whole(*overrides)
+    reference = uninterrupted(*overrides)
     state, write = last_state(reference), checkpoint.write_durably
     for number in itertools.count():
         folder, calls = tmp_path / str(number), itertools.count()
         run = built(folder, *overrides)
 
-        def write_or_die(path: Path, *content: Any, calls: Any = calls, number: int = number) -> None:
+        def write_or_kill(path: Path, *content: Any, calls: Any = calls, number: int = number) -> None:
             call = next(calls)
             if call == number and moment == "before":
                 raise Killed
@@ -169,7 +169,7 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
                 raise Killed
 
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, "write_durably", write_or_die)
+            patched.setattr(checkpoint, "write_durably", write_or_kill)
             try:
                 run_to_end(run)
             except Killed:
@@ -178,11 +178,11 @@ def test_killed_at_every_write_of_a_checkpoint(tmp_path, monkeypatch, whole, mom
                 break
         resume_to_end(folder)
         assert last_state(folder) == state, number
-    assert number == 4 and last_state(folder) == state  # of four evaluations: whatever else they are is linked
+    assert number == 4 and last_state(folder) == state  # four evaluations: one write each, the other kinds are links
 
 
-@pytest.mark.usefixtures("_event_files_in_order")
-def test_a_signal_during_the_test(tmp_path, whole):
+@pytest.mark.usefixtures("_distinct_event_file_times")
+def test_signal_during_the_test_evaluation_is_resumed_bit_identically(tmp_path, uninterrupted):
     run = built(tmp_path / "run")
     run.state.evaluated_model.register_forward_hook(
         lambda *_: None if run.state.model.training or run.state.settled else os.kill(os.getpid(), signal.SIGTERM)
@@ -190,24 +190,24 @@ def test_a_signal_during_the_test(tmp_path, whole):
     with pytest.raises(StopSignal):
         run_to_end(run)
     resume_to_end(tmp_path / "run")
-    reference = whole()
+    reference = uninterrupted()
     assert last_state(tmp_path / "run") == last_state(reference)
     assert scalars(tmp_path / "run") == scalars(reference)
 
 
-def test_a_damaged_newest_checkpoint(tmp_path, whole):
+def test_resume_uses_the_older_checkpoint_if_the_newest_is_damaged(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     overrides = ("trainer.evaluate_every=3 steps",)
     stopped(built(folder, *overrides), 8)
     newest = CheckpointFolder(folder / "checkpoints").files("last")[0]
     newest.path.write_bytes(newest.path.read_bytes()[:-1])
     resume_to_end(folder)
-    assert last_state(folder) == last_state(whole(*overrides))
+    assert last_state(folder) == last_state(uninterrupted(*overrides))
     _, warning, event = read_lines(folder / "events.jsonl")
     assert newest.path.name in warning["text"] and event["step"] == 6
 
 
-def test_all_checkpoints_damaged(tmp_path):
+def test_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 8)
     for path in (folder / "checkpoints").iterdir():
@@ -221,20 +221,20 @@ def test_all_checkpoints_damaged(tmp_path):
 @pytest.mark.parametrize("number", [3, 5])
 def test_checkpoint_of_another_format_is_refused_by_resume(tmp_path, number):
     folder = trained(tmp_path / "run", "trainer.max_epochs=1").folder
-    found = folder.checkpoints.load("last")[0]
-    other = packed(Snapshot(found.tensors, {**found.values, "format": number, "step": 7}))
-    name = f"last-00000007-{checkpoint.digest(other)}.safetensors"
-    (folder.checkpoints.path / name).write_bytes(other)
+    snapshot = folder.checkpoints.load("last")[0]
+    content = packed(Snapshot(snapshot.tensors, {**snapshot.values, "format": number, "step": 7}))
+    name = f"last-00000007-{checkpoint.digest(content)}.safetensors"
+    (folder.checkpoints.path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"format {number}; this version reads format 4"):
         reopened(folder.path)
 
 
-# Deferred: an evaluation for which there was no time, or that failed
+# Deferred evaluations: interrupted or failed
 
 
-@pytest.mark.usefixtures("_event_files_in_order")
-def test_deferred_evaluation_is_logged_once(tmp_path, whole):
-    """Stopped in the middle of one; killed after it, before the checkpoint that counts it; and resumed."""
+@pytest.mark.usefixtures("_distinct_event_file_times")
+def test_deferred_evaluation_is_logged_once(tmp_path, uninterrupted):
+    """The run is stopped during an evaluation, then killed after it but before its checkpoint, then resumed."""
     overrides = ("trainer.evaluate_every=3 steps", "data.eval_batch_size=4")
     folder = tmp_path / "run"
     run = built(folder, *overrides)
@@ -248,28 +248,28 @@ def test_deferred_evaluation_is_logged_once(tmp_path, whole):
         run_to_end(run)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [3]
     assert CheckpointFolder(folder / "checkpoints").load("last")[0].values["evaluated"] == 3
-    again = reopened(folder)
-    assert again is not None
+    resumed = reopened(folder)
+    assert resumed is not None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(again.loop, "commit", killed)
+        patched.setattr(resumed.loop, "commit", raise_killed)
         with pytest.raises(Killed):
-            run_to_end(again)
+            run_to_end(resumed)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [3, 6]
     assert scalars(folder)["val/loss"][-1][0] == 6
     resume_to_end(folder)
-    reference = whole(*overrides)
+    reference = uninterrupted(*overrides)
     assert last_state(folder) == last_state(reference) and scalars(folder) == scalars(reference)
 
 
-def killed(**_: object) -> None:
+def raise_killed(**_: object) -> None:
     raise Killed
 
 
 @pytest.mark.parametrize("phase", ["training", "validation", "test"])
-def test_failing_data_loses_no_step(tmp_path, whole, phase):
-    """The data root disappears during a run: the last step is saved, and the run resumes when it is back."""
+def test_failing_data_loses_no_step(tmp_path, uninterrupted, phase):
+    """The data root disappears during a run: the last step is saved, and the run resumes when the data is back."""
     run = built(tmp_path / "run", "trainer.evaluate_every=4 steps")
-    run.training.train_loader.batches_at_once = 1  # read step by step
+    run.training.train_loader.batches_at_once = 1  # read one step at a time
     loader = {
         "training": run.training.train_loader,
         "validation": run.training.val_loader,
@@ -291,12 +291,12 @@ def test_failing_data_loses_no_step(tmp_path, whole, phase):
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").load("last")[0].step in (step, step + 1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     resume_to_end(tmp_path / "run")
-    assert last_state(tmp_path / "run") == last_state(whole("trainer.evaluate_every=4 steps"))
+    assert last_state(tmp_path / "run") == last_state(uninterrupted("trainer.evaluate_every=4 steps"))
 
 
 @pytest.mark.parametrize("method", ["add_event", "flush"])
-def test_tensorboard_that_fails_does_not_stop_training(tmp_path, whole, monkeypatch, capfd, method):
-    """told once, by name; the training is the same."""
+def test_tensorboard_that_fails_does_not_stop_training(tmp_path, uninterrupted, monkeypatch, capfd, method):
+    """One warning names TensorBoard; the training is unchanged."""
     run = built(tmp_path / "run")
 
     def fail(*_: object) -> None:
@@ -304,21 +304,21 @@ def test_tensorboard_that_fails_does_not_stop_training(tmp_path, whole, monkeypa
 
     monkeypatch.setattr(run.recorder.tensorboard.events.event_writer, method, fail)
     run_to_end(run)
-    assert last_state(tmp_path / "run") == last_state(whole())
-    (told,) = [line["text"] for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "warning"]
-    assert told.startswith("TensorBoard fails and is disabled: OSError") and "No space left" in told
+    assert last_state(tmp_path / "run") == last_state(uninterrupted())
+    (warning,) = [line["text"] for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "warning"]
+    assert warning.startswith("TensorBoard fails and is disabled: OSError") and "No space left" in warning
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_save_that_fails_is_tried_again_before_a_later_one(tmp_path, monkeypatch, whole):
-    """A `last` must not name a best that is only in the save that failed."""
+def test_failed_save_is_retried_before_the_next_save(tmp_path, monkeypatch, uninterrupted):
+    """A `last` checkpoint must not refer to a best checkpoint that was only in the failed save."""
     folder, real, calls = tmp_path / "run", checkpoint.CheckpointFolder.save, itertools.count()
     overrides = ("optimizer.lr=1e-9", "trainer.max_epochs=3")  # the first evaluation stays the best
 
-    def fail_once(self: Any, *given: Any, **named: Any) -> Any:
-        if next(calls) == 1:  # behind that of step 0
+    def fail_once(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:  # the save after that of step 0
             raise StorageError("disk", "is full for a moment")
-        return real(self, *given, **named)
+        return real(self, *arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint.CheckpointFolder, "save", fail_once)
@@ -329,7 +329,7 @@ def test_a_save_that_fails_is_tried_again_before_a_later_one(tmp_path, monkeypat
         [file.step for file in checkpoints.files("best")] == [6] == [checkpoints.load("last")[0].values["best"]["step"]]
     )
     resume_to_end(folder)
-    assert last_state(folder) == last_state(whole(*overrides))
+    assert last_state(folder) == last_state(uninterrupted(*overrides))
 
 
 def test_second_failure_does_not_hide_the_first(tmp_path, monkeypatch):
@@ -354,26 +354,26 @@ def test_damaged_log_lines_are_reported_and_others_kept(tmp_path):
     (folder / "summary.json").write_text("{")
     resume_to_end(folder)
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [2, 6, 8, 10, 12]
-    (told,) = [line["text"] for line in read_lines(folder / "events.jsonl") if line["event"] == "warning"]
-    assert "metrics.jsonl: line 2 cannot be read" in told
+    (warning,) = [line["text"] for line in read_lines(folder / "events.jsonl") if line["event"] == "warning"]
+    assert "metrics.jsonl: line 2 is not a JSON object" in warning
 
 
-def test_buffer_of_infinities_is_no_divergence(tmp_path):
+def test_buffer_with_infinities_is_not_a_divergence(tmp_path):
     run = built(tmp_path / "run", "model._target_=test_resume.Masked")
     run_to_end(run)
     assert run.state.step == 12
 
 
 class Masked(mlp.MLP):
-    """A network with a constant that is not finite."""
+    """An MLP with a buffer that is not finite."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self.register_buffer("mask", torch.full((3,), -torch.inf))
 
 
 def test_closed_terminal_does_not_end_the_run(tmp_path):
-    """`train.py ... | head -1`: the output is lost, the run is trained and saved."""
+    """With `train.py ... | head -1` the output is lost, but the run is trained and saved."""
     script = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
     command = [
         sys.executable,
@@ -394,18 +394,20 @@ def test_closed_terminal_does_not_end_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "ASGD", "Adam", "NAdam", "RAdam", "Adadelta", "Adamax", "Rprop"])
-def test_every_torch_optimizer_is_resumed(tmp_path, whole, name):
-    """Their states are of any shape: rows and columns, counts, rates."""
+def test_every_torch_optimizer_resumes_bit_identically(tmp_path, uninterrupted, name):
+    """The optimizer states differ in shape: factored rows and columns, counters, learning rates."""
     keys = ("optimizer=adam", f"optimizer._target_=torch.optim.{name}", "schedule=constant")
-    without = {"Adam": [], "NAdam": [], "RAdam": [], "Adamax": []}.get(name, ["~optimizer.betas", "~optimizer.eps"])
-    overrides = (*keys, *without, *(["~optimizer.weight_decay"] if name == "Rprop" else []))
+    removed_keys = {"Adam": [], "NAdam": [], "RAdam": [], "Adamax": []}.get(
+        name, ["~optimizer.betas", "~optimizer.eps"]
+    )
+    overrides = (*keys, *removed_keys, *(["~optimizer.weight_decay"] if name == "Rprop" else []))
     folder = tmp_path / "run"
     stopped(built(folder, *overrides), 7)
     resume_to_end(folder)
-    assert last_state(folder) == last_state(whole(*overrides))
+    assert last_state(folder) == last_state(uninterrupted(*overrides))
 
 
-# Finished, extended, changed
+# Finished, extended and changed runs
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -416,24 +418,24 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize(
     "extra", [(), ("optimizer.lr=2", "trainer.early_stopping.patience=1", "trainer.max_epochs=20")]
 )
-def test_resume_of_a_finished_run_changes_nothing(tmp_path, capfd, extra):
+def test_resume_of_a_finished_run_changes_no_file(tmp_path, capfd, extra):
     folder = trained(tmp_path / "run", *extra).folder.path
-    before, places = contents(folder), folder.stat().st_mtime_ns
+    before, folder_mtime = contents(folder), folder.stat().st_mtime_ns
     for _ in range(2):
         assert reopened(folder) is None
-    assert contents(folder) == before and folder.stat().st_mtime_ns == places
-    told = capfd.readouterr().out
-    assert "nothing to do" in told and ("a larger trainer.max_epochs" in told) == (not extra)
+    assert contents(folder) == before and folder.stat().st_mtime_ns == folder_mtime
+    output = capfd.readouterr().out
+    assert "nothing to do" in output and ("a larger trainer.max_epochs" in output) == (not extra)
     assert ("stopped_early" in before["summary.json"][1].decode()) == bool(extra)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_resume_with_more_epochs_equals_the_longer_run(tmp_path, whole, schedule):
-    """A constant rate gives the longer run; a cosine spans the run, and continues at the step of the longer one."""
+def test_resume_with_more_epochs_continues_the_schedule_of_the_longer_run(tmp_path, uninterrupted, schedule):
+    """A constant learning rate gives the longer run; a cosine continues at the same step of the longer cosine."""
     folder = trained(tmp_path / "run", f"schedule={schedule}", "trainer.max_epochs=1").folder.path
     assert reopened(folder) is None
     resume_to_end(folder, "trainer.max_epochs=2")
-    reference = whole(f"schedule={schedule}")
+    reference = uninterrupted(f"schedule={schedule}")
     assert (last_state(folder) == last_state(reference)) == (schedule == "constant")
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [6, 12]
@@ -469,7 +471,7 @@ def test_resume_refuses_options_that_are_not_free(tmp_path):
     with pytest.raises(ConfigError, match=r"optimizer.lr = -1: must be a number > 0"):
         reopened(folder, "optimizer.lr=-1")
     assert contents(folder) == before
-    resume_to_end(folder, "seed=0", "model.hidden=[16]")  # the same values are no change
+    resume_to_end(folder, "seed=0", "model.hidden=[16]")  # equal values are not a change
 
 
 def test_resume_records_changed_options(tmp_path):
@@ -497,28 +499,35 @@ def test_resume_records_changed_options(tmp_path):
 
 
 def test_resume_applies_lr_weight_decay_and_momentum_from_the_next_step(tmp_path):
-    """A new base rate scales the schedule from the next step on, weight decay and momentum hold; TensorBoard and the
-    run's history tell of it. What comes out is what torch's SGD makes of the same gradients with the same numbers."""
+    """From the next step, a new base learning rate scales the schedule, and new weight decay and momentum apply.
+
+    The changes are logged in TensorBoard and in the run's history. The reference is the update rule of torch's SGD.
+    """
     folder = tmp_path / "run"
-    given = ("schedule=constant", "schedule.warmup_epochs=1", "trainer.max_epochs=2", "trainer.checkpoint.monitor=null")
-    stopped(built(folder, *given), 4)
+    overrides = (
+        "schedule=constant",
+        "schedule.warmup_epochs=1",
+        "trainer.max_epochs=2",
+        "trainer.checkpoint.monitor=null",
+    )
+    stopped(built(folder, *overrides), 4)
     run = reopened(folder, "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.momentum=0.5")
     assert run is not None
     weight = next(run.state.model.parameters())
-    seen: list[tuple[float, torch.Tensor]] = []
+    updates: list[tuple[float, torch.Tensor]] = []
 
-    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def record_update(optimizer: torch.optim.Optimizer, *_: object) -> None:
         assert weight.grad is not None
-        seen.append((optimizer.param_groups[0]["lr"], weight.grad.clone()))
+        updates.append((optimizer.param_groups[0]["lr"], weight.grad.clone()))
 
-    before, velocity = weight.detach().clone(), run.state.optimizer.state[weight]["momentum_buffer"].clone()
-    run.state.optimizer.register_step_pre_hook(look)
+    expected, velocity = weight.detach().clone(), run.state.optimizer.state[weight]["momentum_buffer"].clone()
+    run.state.optimizer.register_step_pre_hook(record_update)
     run_to_end(run)
-    assert [rate for rate, _ in seen] == pytest.approx([0.01 * share for share in (5 / 7, 6 / 7, *[1] * 6)])
-    for rate, gradient in seen:
-        velocity = 0.5 * velocity + gradient + 0.1 * before
-        before = before - rate * velocity
-    torch.testing.assert_close(weight.detach(), before)
+    assert [lr for lr, _ in updates] == pytest.approx([0.01 * share for share in (5 / 7, 6 / 7, *[1] * 6)])
+    for lr, gradient in updates:
+        velocity = 0.5 * velocity + gradient + 0.1 * expected
+        expected = expected - lr * velocity
+    torch.testing.assert_close(weight.detach(), expected)
     assert read_lines(folder / "events.jsonl")[1]["changes"] == {
         "optimizer.lr": [0.05, 0.01],
         "optimizer.weight_decay": [0.0001, 0.1],
@@ -527,27 +536,27 @@ def test_resume_applies_lr_weight_decay_and_momentum_from_the_next_step(tmp_path
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     text = events.Tensors("changes/text_summary")[0]
     assert text.step == 4 and b"optimizer.lr: 0.05 -> 0.01" in text.tensor_proto.string_val[0]
-    rates = {event.step: event.value for event in events.Scalars("lr/all")}
-    assert rates[4] == pytest.approx(0.05 * 4 / 7) and rates[5] == pytest.approx(0.01 * 5 / 7)
+    logged_lrs = {event.step: event.value for event in events.Scalars("lr/all")}
+    assert logged_lrs[4] == pytest.approx(0.05 * 4 / 7) and logged_lrs[5] == pytest.approx(0.01 * 5 / 7)
 
 
-def test_momentum_belongs_to_the_schedule_that_moves_it(tmp_path):
+def test_resume_refuses_momentum_that_the_schedule_sets(tmp_path):
     stopped(built(tmp_path / "run", "schedule=one_cycle"), 4)
-    with pytest.raises(ConfigError, match=r"optimizer.momentum: is what schedule.momentum moves"):
+    with pytest.raises(ConfigError, match=r"optimizer.momentum: cannot be changed: schedule.momentum sets"):
         reopened(tmp_path / "run", "optimizer.momentum=0.5")
 
 
-def test_resume_refuses_flags_and_takes_a_moved_folder(tmp_path):
+def test_resume_refuses_flags_and_accepts_a_moved_folder(tmp_path):
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     with pytest.raises(ConfigError, match="cannot be combined with resume="):
         reopened(folder, "-m")
     with pytest.raises(CheckpointError, match="no such run folder"):
-        resumed(tmp_path / "nowhere", [], TrainConfig)
+        resumed_config(tmp_path / "nowhere", [], TrainConfig)
     moved = tmp_path / "elsewhere" / "run, again=[1]"
     moved.parent.mkdir()
     folder.rename(moved)
-    run = Run.resume(resumed(moved, [], TrainConfig))
+    run = Run.resume(resumed_config(moved, [], TrainConfig))
     assert run is not None
     run_to_end(run)
     assert run.state.step == 12
@@ -558,11 +567,11 @@ def test_resume_refuses_flags_and_takes_a_moved_folder(tmp_path):
 
 @pytest.fixture
 def image_root(tmp_path) -> Path:
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for index in range(36):
         path = tmp_path / "images" / f"class {index % 3}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (9, 8), dtype=np.uint8)).save(path)
+        Image.fromarray(generator.integers(0, 256, (9, 8), dtype=np.uint8)).save(path)
     return tmp_path / "images"
 
 
@@ -572,7 +581,7 @@ FILES = (
 )
 
 
-def test_resume_takes_the_data_root_from_the_environment(tmp_path, monkeypatch, whole, image_root):
+def test_resume_reads_the_data_root_from_the_environment(tmp_path, monkeypatch, uninterrupted, image_root):
     monkeypatch.setenv("PRECEPTOR_DATA", str(image_root))
     folder = tmp_path / "run"
     stopped(built(folder, *FILES, "data.root=${oc.env:PRECEPTOR_DATA}"), 4)
@@ -586,10 +595,10 @@ def test_resume_takes_the_data_root_from_the_environment(tmp_path, monkeypatch, 
     assert contents(folder) == before
     monkeypatch.setenv("PRECEPTOR_DATA", str(moved))
     resume_to_end(folder)
-    assert last_state(folder) == last_state(whole(*FILES, f"data.root={moved}"))
+    assert last_state(folder) == last_state(uninterrupted(*FILES, f"data.root={moved}"))
 
 
-def test_resume_refuses_other_data(tmp_path, image_root):
+def test_resume_refuses_an_added_image_file(tmp_path, image_root):
     folder = tmp_path / "run"
     stopped(built(folder, *FILES, f"data.root={image_root}"), 4)
     shutil.copy(image_root / "class 0" / "0.png", image_root / "class 0" / "99.png")
@@ -600,7 +609,7 @@ def test_resume_refuses_other_data(tmp_path, image_root):
 
 
 def test_failed_resume_releases_the_lock(tmp_path):
-    """Whatever a failed resume raises, this process can try again."""
+    """After any error during a resume, the same process can resume again."""
     folder = tmp_path / "run"
     stopped(built(folder), 4)
     for path in (folder / "checkpoints").iterdir():
@@ -620,34 +629,34 @@ def test_resume_continues_the_clock(tmp_path):
     after = json.loads((folder / "summary.json").read_text())
     assert after["seconds"] > before["seconds"] > 0 and math.isfinite(after["samples_per_second"])
     assert run.state.clock.samples == 88  # each sample once
-    assert composed().record["run_dir"] is None  # what tests share is not changed by them
+    assert composed().record["run_dir"] is None  # the shared cached config is unchanged
 
 
-# What advice after an error names can be done
+# Advice in error messages can be followed
 
 
 @pytest.mark.parametrize("change", ["optimizer.lr=0.01", "trainer.clip_norm=1.0", "trainer.on_nonfinite=skip"])
-def test_the_advice_after_a_step_that_is_not_finite_is_free_on_resume(tmp_path, change):
+def test_advice_after_a_nonfinite_step_is_free_on_resume(tmp_path, change):
     assert change.partition("=")[0] in str(nonfinite.stopped("step 1", "x"))
     stopped(built(tmp_path / "run"), 4)
-    again = reopened(tmp_path / "run", change)
-    assert again is not None
-    run_to_end(again)
+    resumed = reopened(tmp_path / "run", change)
+    assert resumed is not None
+    run_to_end(resumed)
     assert read_lines(tmp_path / "run/events.jsonl")[-1]["changes"].keys() == {change.partition("=")[0]}
 
 
-def test_the_advice_after_exhausted_memory_is_free_on_resume(tmp_path):
-    """Smaller batches with as many samples a step: the weights differ by rounding alone."""
+def test_advice_after_out_of_memory_is_free_on_resume(tmp_path):
+    """Smaller batches with the same number of samples per step: the weights differ only by rounding."""
     assert "smaller data.batch_size with a larger trainer.accumulate" in str(as_preceptor_error(MemoryError()))
-    given = ("trainer.max_epochs=3", "model.batch_norm=false")
-    whole = trained(tmp_path / "whole", *given)
-    stopped(built(tmp_path / "run", *given), 8)
-    again = reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=2")
-    assert again is not None
-    assert [len(batch.labels) for batch in next(iter(again.training.train_loader.steps(0)))] == [4, 4]
-    run_to_end(again)
-    for ours, theirs in zip(again.state.model.parameters(), whole.state.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    overrides = ("trainer.max_epochs=3", "model.batch_norm=false")
+    reference = trained(tmp_path / "uninterrupted", *overrides)
+    stopped(built(tmp_path / "run", *overrides), 8)
+    resumed = reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=2")
+    assert resumed is not None
+    assert [len(batch.labels) for batch in next(iter(resumed.training.train_loader.steps(0)))] == [4, 4]
+    run_to_end(resumed)
+    for parameter, expected in zip(resumed.state.model.parameters(), reference.state.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -667,14 +676,14 @@ def test_resume_refuses_another_number_of_samples_per_step(tmp_path, changes, me
 
 
 def test_resume_refuses_batches_that_change_steps_per_epoch(tmp_path):
-    """44 samples: batches of 20 leave out 4 of them, batches of 4 none."""
+    """Of 44 samples, batches of 20 drop 4 and batches of 4 drop none."""
     stopped(built(tmp_path / "run", "data.batch_size=20", "data.drop_last=true"), 1)
     with pytest.raises(CheckpointError, match=r"data.batch_size.*an epoch would have 3 steps, not 2 as before"):
         reopened(tmp_path / "run", "data.batch_size=4", "trainer.accumulate=5")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_of_clusters_save_and_stop_the_run(tmp_path, whole, number):
+def test_signals_of_clusters_save_and_stop_the_run(tmp_path, uninterrupted, number):
     """SLURM's --signal=USR1@60 and submitit's SIGUSR2: the resumed run ends bit-identical to an uninterrupted one."""
     run = built(tmp_path / "run")
     stop_after(run, 4, number)
@@ -682,4 +691,4 @@ def test_signals_of_clusters_save_and_stop_the_run(tmp_path, whole, number):
         run_to_end(run)
     assert stop.value.exit_code == 128 + number and run.state.step == 4
     resume_to_end(tmp_path / "run")
-    assert last_state(tmp_path / "run") == last_state(whole())
+    assert last_state(tmp_path / "run") == last_state(uninterrupted())

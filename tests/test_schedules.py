@@ -1,4 +1,4 @@
-"""Schedules against torch's own schedulers over whole runs, and durations by table."""
+"""Schedules compared with torch's schedulers over whole runs; durations compared with a table."""
 
 import json
 import math
@@ -28,96 +28,111 @@ from trainer.optim.schedules import (
 )
 from trainer.optim.scheduling import FactorSchedule, Plateau, TorchScheduler, momentum_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")  # nothing is trained
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Detected call of .lr_scheduler.step:UserWarning"
+)  # no optimizer steps here
 
-RATES = [0.3, 0.02]  # two groups
+BASE_LRS = [0.3, 0.02]  # two parameter groups
 close = partial(pytest.approx, rel=1e-9, abs=1e-15)
 
 
-def optimizer(rates: list[float] = RATES, kind: type[Optimizer] = SGD) -> Optimizer:
-    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in rates]
+def make_optimizer(lrs: list[float] = BASE_LRS, kind: type[Optimizer] = SGD) -> Optimizer:
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in lrs]
     return kind(groups, **({"momentum": 0.9} if kind is SGD else {}))
 
 
-def rates(made: Optimizer) -> list[float]:
-    return [group["lr"] for group in made.param_groups]
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
 
 
-def theirs(scheduler: Any, steps: int) -> list[tuple[list[float], list[float | None]]]:
-    """Rates and momenta of each step of a plain torch loop."""
-    seen = []
+def torch_steps(scheduler: Any, steps: int) -> list[tuple[list[float], list[float | None]]]:
+    """Return the learning rates and momenta of each step of a plain torch loop."""
+    values = []
     for _ in range(steps):
-        seen.append((rates(scheduler.optimizer), [momentum_of(group) for group in scheduler.optimizer.param_groups]))
+        momenta = [momentum_of(group) for group in scheduler.optimizer.param_groups]
+        values.append((learning_rates(scheduler.optimizer), momenta))
         scheduler.step()
-    return seen
+    return values
 
 
-def ours(factor: Any, *, steps: int, warmup: int = 0, momentum: Any = None, kind: type[Optimizer] = SGD) -> list[Any]:
-    made = optimizer(kind=kind)
-    schedule = FactorSchedule(factor, base_lrs=RATES, total_steps=steps, warmup_steps=warmup, momentum=momentum)
-    seen = []
+def preceptor_steps(
+    factor: Any, *, steps: int, warmup: int = 0, momentum: Any = None, kind: type[Optimizer] = SGD
+) -> list[Any]:
+    optimizer = make_optimizer(kind=kind)
+    schedule = FactorSchedule(factor, base_lrs=BASE_LRS, total_steps=steps, warmup_steps=warmup, momentum=momentum)
+    values = []
     for step in range(steps):
-        schedule.apply(made, step)
-        seen.append((rates(made), [momentum_of(group) for group in made.param_groups]))
-    return seen
+        schedule.apply(optimizer, step)
+        values.append((learning_rates(optimizer), [momentum_of(group) for group in optimizer.param_groups]))
+    return values
 
 
 def assert_same(first: list[Any], second: list[Any]) -> None:
     assert len(first) == len(second)
-    for step, (one, other) in enumerate(zip(first, second)):
-        assert one[0] == close(other[0]) and one[1] == close(other[1]), step
+    for step, (actual, expected) in enumerate(zip(first, second)):
+        assert actual[0] == close(expected[0]) and actual[1] == close(expected[1]), step
 
 
 # Pure functions
 
 
-def test_constant():
-    assert ours(constant, steps=9) == [(RATES, [0.9, 0.9])] * 9
+def test_constant_keeps_base_lrs_and_momenta():
+    assert preceptor_steps(constant, steps=9) == [(BASE_LRS, [0.9, 0.9])] * 9
 
 
 @pytest.mark.parametrize("every", [4, 10, 7])
-def test_step_decay_is_step_lr(every):
+def test_step_decay_equals_step_lr(every):
     factor = partial(step_decay, every=every / 40, gamma=0.3)
-    assert_same(ours(factor, steps=40), theirs(lr_scheduler.StepLR(optimizer(), every, gamma=0.3), 40))
+    assert_same(
+        preceptor_steps(factor, steps=40), torch_steps(lr_scheduler.StepLR(make_optimizer(), every, gamma=0.3), 40)
+    )
 
 
-def test_step_decay_at_a_share_that_is_no_whole_step_is_multi_step_lr():
-    # Thirds of 31 steps end at 10.33 and 20.67, so the rate falls before steps 11 and 21; thirds of 30 at 10 and 20.
+def test_step_decay_at_fractional_steps_equals_multi_step_lr():
+    # Thirds of 31 steps end at 10.33 and 20.67, so the factor falls at steps 11 and 21; thirds of 30 end at 10 and 20.
     third = partial(step_decay, every=0.3333333333, gamma=0.1)
-    assert_same(ours(third, steps=31), theirs(lr_scheduler.MultiStepLR(optimizer(), [11, 21]), 31))
-    assert_same(ours(third, steps=30), theirs(lr_scheduler.MultiStepLR(optimizer(), [10, 20]), 30))
+    assert_same(preceptor_steps(third, steps=31), torch_steps(lr_scheduler.MultiStepLR(make_optimizer(), [11, 21]), 31))
+    assert_same(preceptor_steps(third, steps=30), torch_steps(lr_scheduler.MultiStepLR(make_optimizer(), [10, 20]), 30))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 333])
-def test_cosine_is_cosine_annealing_lr(steps):
-    assert_same(ours(cosine, steps=steps), theirs(lr_scheduler.CosineAnnealingLR(optimizer(), steps), steps))
+def test_cosine_equals_cosine_annealing_lr(steps):
+    assert_same(
+        preceptor_steps(cosine, steps=steps),
+        torch_steps(lr_scheduler.CosineAnnealingLR(make_optimizer(), steps), steps),
+    )
 
 
-@pytest.mark.parametrize(("steps", "at"), [(40, [10, 22, 30]), (31, [11, 21]), (30, [10, 20]), (40, [])])
-def test_multistep_is_multi_step_lr(steps, at):
-    shares = {31: [0.33333333, 0.66666667], 30: [0.33333333, 0.66666667]}.get(steps, [step / steps for step in at])
+@pytest.mark.parametrize(("steps", "milestones"), [(40, [10, 22, 30]), (31, [11, 21]), (30, [10, 20]), (40, [])])
+def test_multistep_equals_multi_step_lr(steps, milestones):
+    shares = {31: [0.33333333, 0.66666667], 30: [0.33333333, 0.66666667]}.get(
+        steps, [step / steps for step in milestones]
+    )
     factor = partial(multistep, milestones=shares, gamma=0.3)
-    assert_same(ours(factor, steps=steps), theirs(lr_scheduler.MultiStepLR(optimizer(), at, gamma=0.3), steps))
+    assert_same(
+        preceptor_steps(factor, steps=steps),
+        torch_steps(lr_scheduler.MultiStepLR(make_optimizer(), milestones, gamma=0.3), steps),
+    )
 
 
-def test_exponential_is_exponential_lr():
-    reference = theirs(lr_scheduler.ExponentialLR(optimizer(), gamma=0.05 ** (1 / 50)), 50)
-    assert_same(ours(partial(exponential, final=0.05), steps=50), reference)
+def test_exponential_equals_exponential_lr():
+    reference = torch_steps(lr_scheduler.ExponentialLR(make_optimizer(), gamma=0.05 ** (1 / 50)), 50)
+    assert_same(preceptor_steps(partial(exponential, final=0.05), steps=50), reference)
 
 
-def test_inverse_time_is_its_formula():
-    """Bottou's rate / (1 + rate lambda t): with a rate of 0.3 and lambda 2, over 50 steps."""
-    seen = [row[0][0] for row in ours(partial(inverse_time, decay=0.3 * 2 * 50), steps=50)]
-    assert seen == close([0.3 / (1 + 0.3 * 2 * step) for step in range(50)])
+def test_inverse_time_equals_its_formula():
+    """Bottou's lr / (1 + lr lambda t) with lr 0.3 and lambda 2, over 50 steps."""
+    actual = [row[0][0] for row in preceptor_steps(partial(inverse_time, decay=0.3 * 2 * 50), steps=50)]
+    assert actual == close([0.3 / (1 + 0.3 * 2 * step) for step in range(50)])
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
-def test_polynomial_is_polynomial_lr(power):
-    reference = theirs(lr_scheduler.PolynomialLR(optimizer(), total_iters=50, power=power), 50)
-    assert_same(ours(partial(polynomial, power=power), steps=50), reference)
-    raised = ours(partial(polynomial, power=power, final=0.2), steps=50)
-    assert [row[0] for row in raised] == [
-        close([0.2 * top + 0.8 * rate for top, rate in zip(RATES, row[0])]) for row in reference
+def test_polynomial_equals_polynomial_lr(power):
+    reference = torch_steps(lr_scheduler.PolynomialLR(make_optimizer(), total_iters=50, power=power), 50)
+    assert_same(preceptor_steps(partial(polynomial, power=power), steps=50), reference)
+    with_final = preceptor_steps(partial(polynomial, power=power, final=0.2), steps=50)
+    assert [row[0] for row in with_final] == [
+        close([0.2 * base_lr + 0.8 * lr for base_lr, lr in zip(BASE_LRS, row[0])]) for row in reference
     ]
 
 
@@ -125,26 +140,26 @@ def test_polynomial_is_polynomial_lr(power):
     ("steps", "periods", "multiplier", "first"),
     [(70, 3, 2, 10), (700, 3, 2, 100), (30, 3, 1, 10), (40, 1, 2, 40), (93, 5, 2, 3), (80, 4, 3, 2)],
 )
-def test_cosine_restarts_is_cosine_annealing_warm_restarts(steps, periods, multiplier, first):
-    made = optimizer([0.3, 0.3])  # torch's eta_min is one rate for all groups
-    reference = lr_scheduler.CosineAnnealingWarmRestarts(made, first, T_mult=multiplier, eta_min=0.06)
-    seen = [row[0][0] for row in theirs(reference, steps)]
+def test_cosine_restarts_equals_cosine_annealing_warm_restarts(steps, periods, multiplier, first):
+    optimizer = make_optimizer([0.3, 0.3])  # torch's eta_min is the same for all groups
+    reference = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, first, T_mult=multiplier, eta_min=0.06)
+    expected = [row[0][0] for row in torch_steps(reference, steps)]
     factor = partial(cosine_restarts, periods=periods, multiplier=multiplier, final=0.2)
-    found = [row[0][0] for row in ours(factor, steps=steps)]
-    assert found == close(seen)
-    starts = [step for step in range(steps) if step == 0 or found[step] > found[step - 1]]
-    assert len(starts) == periods and all(found[step] == close(0.3) for step in starts)
+    actual = [row[0][0] for row in preceptor_steps(factor, steps=steps)]
+    assert actual == close(expected)
+    starts = [step for step in range(steps) if step == 0 or actual[step] > actual[step - 1]]
+    assert len(starts) == periods and all(actual[step] == close(0.3) for step in starts)
 
 
-def test_periods_that_end_between_steps():
-    """Thirds of 31 steps: each period starts at the first step behind its beginning, and the last ends with the run."""
-    found = [cosine_restarts(step, 31, 0, periods=3, multiplier=1.0) for step in range(31)]
-    assert [step for step in range(1, 31) if found[step] > found[step - 1]] == [11, 21]
-    assert found[11] == close((1 + math.cos(math.pi * (33 / 31 - 1))) / 2) and found[30] < 0.03
+def test_period_of_cosine_restarts_starts_at_the_first_step_after_its_boundary():
+    """Thirds of 31 steps: each period starts at the first step after its boundary; the last ends with the run."""
+    factors = [cosine_restarts(step, 31, 0, periods=3, multiplier=1.0) for step in range(31)]
+    assert [step for step in range(1, 31) if factors[step] > factors[step - 1]] == [11, 21]
+    assert factors[11] == close((1 + math.cos(math.pi * (33 / 31 - 1))) / 2) and factors[30] < 0.03
 
 
-def test_schedule_spans_the_whole_run():
-    """As a run resumed with more epochs continues: at the step of the longer run."""
+def test_schedule_depends_on_the_share_of_the_run():
+    """So a run resumed with more epochs continues at the step of the longer run."""
     factors = {
         "multistep": partial(multistep, milestones=[0.3, 0.6]),
         "exponential": exponential,
@@ -158,46 +173,46 @@ def test_schedule_spans_the_whole_run():
         assert factor(55, 120, 0) > factor(55, 60, 0), name
 
 
-def test_cosine_with_an_end():
-    made = optimizer([0.3, 0.3])  # torch's eta_min is one rate for all groups
-    seen = [row[0][0] for row in theirs(lr_scheduler.CosineAnnealingLR(made, 50, eta_min=0.06), 50)]
-    assert [row[0][0] for row in ours(partial(cosine, final=0.2), steps=50)] == close(seen)
+def test_cosine_with_final_equals_eta_min():
+    optimizer = make_optimizer([0.3, 0.3])  # torch's eta_min is the same for all groups
+    expected = [row[0][0] for row in torch_steps(lr_scheduler.CosineAnnealingLR(optimizer, 50, eta_min=0.06), 50)]
+    assert [row[0][0] for row in preceptor_steps(partial(cosine, final=0.2), steps=50)] == close(expected)
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
 @pytest.mark.parametrize(("steps", "rise", "warmup"), [(10, 0.3, 0), (97, 0.3, 0), (97, 0.17, 0), (60, 0.3, 11)])
-def test_one_cycle_is_one_cycle_lr(kind, steps, rise, warmup):
+def test_one_cycle_equals_one_cycle_lr(kind, steps, rise, warmup):
     momentum = partial(one_cycle_momentum, low=0.8, high=0.97, rise=rise)
     factor = partial(one_cycle, rise=rise, start_divisor=20, final_divisor=500)
     reference = lr_scheduler.OneCycleLR(
-        optimizer(kind=kind),
-        max_lr=RATES,
+        make_optimizer(kind=kind),
+        max_lr=BASE_LRS,
         total_steps=steps,
-        pct_start=(warmup + 1) / steps if warmup else rise,  # torch turns at pct_start x total - 1
+        pct_start=(warmup + 1) / steps if warmup else rise,  # torch's peak is at pct_start x total - 1
         div_factor=20,
         final_div_factor=500,
         base_momentum=0.8,
         max_momentum=0.97,
     )
-    seen = []
+    expected = []
     for step in range(steps):
-        made = reference.optimizer
-        seen.append((rates(made), [momentum_of(group) for group in made.param_groups]))
+        optimizer = reference.optimizer
+        expected.append((learning_rates(optimizer), [momentum_of(group) for group in optimizer.param_groups]))
         if step < steps - 1:
             reference.step()
-    assert_same(ours(factor, steps=steps, warmup=warmup, momentum=momentum, kind=kind), seen)
+    assert_same(preceptor_steps(factor, steps=steps, warmup=warmup, momentum=momentum, kind=kind), expected)
 
 
-def test_warm_up_by_hand():
+def test_warm_up_of_each_schedule_equals_values_computed_by_hand():
     ramp = [0.2, 0.4, 0.6, 0.8]
     assert [constant(step, 10, 4) for step in range(10)] == close([*ramp, 1, 1, 1, 1, 1, 1])
     assert [step_decay(step, 10, 4, every=0.5, gamma=0.1) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
     half_wave = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert [cosine(step, 10, 4) for step in range(10)] == close([*ramp, *half_wave])
-    falls = partial(multistep, milestones=[0.5], gamma=0.1)
-    assert [falls(step, 10, 4) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
-    shrinking = [0.01 ** (step / 6) for step in range(6)]
-    assert [exponential(step, 10, 4) for step in range(10)] == close([*ramp, *shrinking])
+    steps_down = partial(multistep, milestones=[0.5], gamma=0.1)
+    assert [steps_down(step, 10, 4) for step in range(10)] == close([*ramp, 1, 1, 1, *[0.1] * 3])
+    exponential_decay = [0.01 ** (step / 6) for step in range(6)]
+    assert [exponential(step, 10, 4) for step in range(10)] == close([*ramp, *exponential_decay])
     inverse = [1 / (1 + 99 * step / 6) for step in range(6)]
     assert [inverse_time(step, 10, 4) for step in range(10)] == close([*ramp, *inverse])
     line = [1 - step / 6 for step in range(6)]
@@ -243,48 +258,52 @@ def test_config_error_names_the_key_of_a_schedule(factor, name):
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("patience", [0, 3])
-def test_plateau_is_reduce_lr_on_plateau(mode, patience):
-    made, other = optimizer(), optimizer()
+def test_plateau_equals_reduce_lr_on_plateau(mode, patience):
+    optimizer, reference_optimizer = make_optimizer(), make_optimizer()
     settings: dict[str, Any] = {"monitor": "val/loss", "mode": mode, "factor": 0.5, "patience": patience}
-    settings |= {"min_delta": 0.01, "minimum": 0.001, "base_lrs": RATES, "warmup_steps": 0}
+    settings |= {"min_delta": 0.01, "minimum": 0.001, "base_lrs": BASE_LRS, "warmup_steps": 0}
     plateau = Plateau(**settings)
     reference = lr_scheduler.ReduceLROnPlateau(
-        other,
+        reference_optimizer,
         mode=mode,
         factor=0.5,
         patience=patience,
         threshold=0.01,
         threshold_mode="abs",
-        min_lr=[rate * 0.001 for rate in RATES],
+        min_lr=[lr * 0.001 for lr in BASE_LRS],
         eps=0,
     )
-    draw, seen = random.Random(1), set()
+    generator, seen_lrs = random.Random(1), set()
     for step in range(300):
-        value = math.nan if draw.random() < 0.05 else 1 + draw.gauss(0, 0.02) + (0.98**step if mode == "min" else 0)
-        plateau.apply(made, step)
-        assert rates(made) == close(rates(other)), step
-        seen.add(rates(made)[0])
+        value = (
+            math.nan
+            if generator.random() < 0.05
+            else 1 + generator.gauss(0, 0.02) + (0.98**step if mode == "min" else 0)
+        )
+        plateau.apply(optimizer, step)
+        assert learning_rates(optimizer) == close(learning_rates(reference_optimizer)), step
+        seen_lrs.add(learning_rates(optimizer)[0])
         plateau.observe({"val/loss": value, "val/accuracy": 0.0})
         reference.step(value)
-        again = Plateau(**settings)  # the state is all there is
-        again.load_state_dict(json.loads(json.dumps(plateau.state_dict())))
-        plateau = again
-    assert len(seen) == 11 and min(seen) == close(0.3 * 0.001)  # ten falls, to the minimum
+        restored = Plateau(**settings)  # the state dict is complete
+        restored.load_state_dict(json.loads(json.dumps(plateau.state_dict())))
+        plateau = restored
+    assert len(seen_lrs) == 11 and min(seen_lrs) == close(0.3 * 0.001)  # ten reductions, down to the minimum
 
 
-def test_plateau_warms_up():
-    made = optimizer()
-    plateau = Plateau(monitor="a", mode="min", factor=0.5, patience=0, min_delta=0, base_lrs=RATES, warmup_steps=3)
+def test_plateau_applies_warm_up():
+    optimizer = make_optimizer()
+    plateau = Plateau(monitor="a", mode="min", factor=0.5, patience=0, min_delta=0, base_lrs=BASE_LRS, warmup_steps=3)
     for value in (1.0, 2.0):
         plateau.observe({"a": value})
     factors = []
     for step in range(5):
-        plateau.apply(made, step)
-        factors.append(rates(made)[0] / RATES[0])
+        plateau.apply(optimizer, step)
+        factors.append(learning_rates(optimizer)[0] / BASE_LRS[0])
     assert factors == close([0.125, 0.25, 0.375, 0.5, 0.5])
 
 
-# Torch's schedulers
+# torch schedulers
 
 TORCH = {
     "exponential": partial(lr_scheduler.ExponentialLR, gamma=0.93),
@@ -302,7 +321,7 @@ TORCH = {
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_scheduler_equals_a_plain_loop_and_resumes_at_any_step(name, interval):
     every, steps = (1, 14) if interval == "step" else (3, 29)
-    reference, expected = TORCH[name](optimizer()), []
+    reference, expected = TORCH[name](make_optimizer()), []
     for step in range(steps):
         if step and step % every == 0:
             reference.step()
@@ -311,32 +330,37 @@ def test_torch_scheduler_equals_a_plain_loop_and_resumes_at_any_step(name, inter
     assert len({str(row) for row in expected}) > 2
 
     for stop in range(steps):
-        adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
+        adapter = TorchScheduler(TORCH[name](make_optimizer()), interval=interval, steps_per_epoch=3)
         for step in range(steps):
             if step == stop:
                 state = json.loads(json.dumps(adapter.state_dict()))
-                adapter = TorchScheduler(TORCH[name](optimizer()), interval=interval, steps_per_epoch=3)
+                adapter = TorchScheduler(TORCH[name](make_optimizer()), interval=interval, steps_per_epoch=3)
                 adapter.load_state_dict(state)
-            made = adapter.scheduler.optimizer
-            adapter.apply(made, step)
-            assert [(group["lr"], group["momentum"]) for group in made.param_groups] == expected[step], (stop, step)
+            optimizer = adapter.scheduler.optimizer
+            adapter.apply(optimizer, step)
+            assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == expected[step], (
+                stop,
+                step,
+            )
 
 
 @pytest.mark.parametrize("name", ["exponential", "multi_step", "cosine", "restarts"])
 def test_torch_scheduler_continues_with_another_base_lr(name):
-    first = TorchScheduler(TORCH[name](optimizer()), interval="step", steps_per_epoch=3)
+    first = TorchScheduler(TORCH[name](make_optimizer()), interval="step", steps_per_epoch=3)
     for step in range(4):
         first.apply(first.scheduler.optimizer, step)
-    halved = TorchScheduler(TORCH[name](optimizer([rate / 2 for rate in RATES])), interval="step", steps_per_epoch=3)
+    halved = TorchScheduler(
+        TORCH[name](make_optimizer([lr / 2 for lr in BASE_LRS])), interval="step", steps_per_epoch=3
+    )
     halved.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in range(4, 9):
         first.apply(first.scheduler.optimizer, step)
         halved.apply(halved.scheduler.optimizer, step)
-        wanted = [rate / 2 for rate in rates(first.scheduler.optimizer)]
-        assert rates(halved.scheduler.optimizer) == close(wanted)
+        expected = [lr / 2 for lr in learning_rates(first.scheduler.optimizer)]
+        assert learning_rates(halved.scheduler.optimizer) == close(expected)
 
 
-def test_one_cycle_leaves_groups_without_momentum_alone():
+def test_one_cycle_does_not_set_momentum_of_groups_without_it():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = SGD([{"params": [parameter], "momentum": 0.9}, {"params": [], "momentum": 0.0}], lr=1.0)
     momentum = partial(one_cycle_momentum, low=0.8, high=0.95)
@@ -365,12 +389,12 @@ def test_one_cycle_leaves_groups_without_momentum_alone():
         ("0.001 epochs", 1),
     ],
 )
-def test_durations(duration, steps):
+def test_duration_is_converted_to_steps(duration, steps):
     assert to_steps(duration, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600) == steps
 
 
-def test_ten_times_a_tenth_is_the_run():
-    """No evaluation a step or two before the last one, whatever the number of steps."""
+def test_interval_of_ten_percent_is_due_at_most_ten_times():
+    """For any number of steps, there is no extra evaluation one or two steps before the last one."""
     for total in (471, 600, 1001, 7):
         every = to_steps("10%", steps_per_epoch=20, samples_per_epoch=1000, total_steps=total)
         assert len([step for step in range(1, total + 1) if due(step, every, total_steps=total)]) <= 10
@@ -382,13 +406,13 @@ def test_invalid_duration_is_refused():
             to_steps(text, steps_per_epoch=20, samples_per_epoch=1000, total_steps=600)
 
 
-def test_due():
+def test_due_at_every_interval_and_at_the_last_step():
     assert [step for step in range(1, 12) if due(step, 4)] == [4, 8]
     assert [step for step in range(1, 12) if due(step, 4, total_steps=11)] == [4, 8, 11]
     assert not any(due(step, None, total_steps=11) for step in range(1, 12))
 
 
-def test_budgets_and_warm_up():
+def test_total_steps_and_warmup_steps_follow_from_the_budgets():
     assert total_steps(max_epochs=3, max_steps=None, steps_per_epoch=7) == 21
     assert total_steps(max_epochs=3, max_steps=20, steps_per_epoch=7) == 20
     assert total_steps(max_epochs=3, max_steps=22, steps_per_epoch=7) == 21
@@ -398,14 +422,14 @@ def test_budgets_and_warm_up():
 
 
 @pytest.mark.parametrize(("horizon", "fits"), [(5, False), (10, False), (11, True), (12, True)])
-def test_a_torch_scheduler_whose_horizon_is_too_short_is_refused_at_build(horizon, fits):
-    """12 steps need it stepped 11 times; OneCycleLR would raise in the middle of the run."""
-    given = ("schedule=torch", "schedule._target_=torch.optim.lr_scheduler.OneCycleLR", "~schedule.gamma")
-    given += ("+schedule.max_lr=0.1", f"+schedule.total_steps={horizon}", "schedule.interval=step")
+def test_torch_scheduler_with_too_few_total_steps_is_refused_at_build(horizon, fits):
+    """12 steps call the scheduler 11 times; OneCycleLR would raise in the middle of the run."""
+    overrides = ("schedule=torch", "schedule._target_=torch.optim.lr_scheduler.OneCycleLR", "~schedule.gamma")
+    overrides += ("+schedule.max_lr=0.1", f"+schedule.total_steps={horizon}", "schedule.interval=step")
     if fits:
-        training, _ = build(composed(*given))
+        training, _ = build(composed(*overrides))
         for step in range(training.settings.total_steps):
             training.state.schedule.apply(training.state.optimizer, step)
     else:
         with pytest.raises(ConfigError, match=rf"schedule.total_steps = {horizon}: is too short.* steps it 11 times"):
-            build(composed(*given))
+            build(composed(*overrides))

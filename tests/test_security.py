@@ -1,7 +1,7 @@
-"""Files from others cannot run code: checkpoints and configs that come with a run folder are data.
+"""Files from others cannot run code: checkpoints and configs of a run folder are data.
 
-Each attack is made through what users call: resume, load_run (evaluate, predict) and init_from. An audit hook watches
-meanwhile for what none of them may do.
+Each attack uses the entry points of users: resume, load_run (evaluate, predict) and init_from. An audit hook detects
+forbidden events during the attacks.
 """
 
 import bz2
@@ -36,7 +36,7 @@ import yaml
 from conftest import MLP, SYNTHETIC, composed, last_state, packed, reopened, run_to_end, trained
 from omegaconf import OmegaConf
 
-import data.sources.datasets  # noqa: F401  (the tests watch for code that is imported; this module may be)
+import data.sources.datasets  # noqa: F401  (imported before the audit hook watches imports)
 from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError, PreceptorError, SecurityError
 from core.run_config import read_run_config
@@ -51,35 +51,35 @@ ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec")
 SUSPICIOUS = {"import": ("pickle", "shelve", "joblib", "h5py", "numpy.lib.npyio", "attack")}
 
-seen: list[str] = []
-watching = False
+forbidden_events: list[str] = []
+is_watching = False
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if watching and (event in FORBIDDEN or str(arguments[:1]).strip("(',)") in SUSPICIOUS.get(event, ())):
-        seen.append(f"{event} {arguments!r}")
+    if is_watching and (event in FORBIDDEN or str(arguments[:1]).strip("(',)") in SUSPICIOUS.get(event, ())):
+        forbidden_events.append(f"{event} {arguments!r}")
 
 
 sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """AssertionError where code was looked up, made or run meanwhile."""
-    global watching
-    seen.clear()
-    watching = True
+def no_code_execution() -> Iterator[None]:
+    """Raise AssertionError if code is looked up, compiled or run in the `with` block."""
+    global is_watching
+    forbidden_events.clear()
+    is_watching = True
     try:
         yield
     finally:
-        watching = False
-    assert not seen
+        is_watching = False
+    assert not forbidden_events
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run, one epoch long; only its copies are attacked."""
-    import torchvision.models  # noqa: F401  once here, so that its import is no surprise to the hook
+    """Return a finished run of one epoch; the attacks use only copies of it."""
+    import torchvision.models  # noqa: F401  import it before the audit hook watches
 
     folder = tmp_path_factory.mktemp("security") / "run"
     trained(folder, "trainer.max_epochs=1")
@@ -98,18 +98,18 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def put(config: dict[str, Any], name: str, value: Any) -> None:
+def set_key(config: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
     for section in sections:
         config = config[section]
     config[key] = value
 
 
-# payloads in the place of checkpoints
+# Payloads in place of checkpoints
 
 
 class Payload:
-    """A pickle that writes a file when it is opened."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,23 +119,23 @@ class Payload:
 
 
 def payloads(target: Path) -> dict[str, bytes]:
-    """Fifty files that would write `target` if what they hold were loaded as what they are."""
-    bare = {f"pickle-{protocol}": pickle.dumps(Payload(target), protocol) for protocol in range(6)}
+    """Return fifty files that would write `target` if they were loaded in their actual format."""
+    contents = {f"pickle-{protocol}": pickle.dumps(Payload(target), protocol) for protocol in range(6)}
     for name, is_zip in (("torch-zip", True), ("torch-legacy", False)):
         file = io.BytesIO()
         torch.save(Payload(target), file, _use_new_zipfile_serialization=is_zip)
-        bare[name] = file.getvalue()
+        contents[name] = file.getvalue()
     numpy = io.BytesIO()
     np.save(numpy, np.array([Payload(target)], dtype=object), allow_pickle=True)
-    bare["npy"] = numpy.getvalue()
+    contents["npy"] = numpy.getvalue()
     numpy = io.BytesIO()
     np.savez(numpy, weights=np.array([Payload(target)], dtype=object))
-    bare["npz"] = numpy.getvalue()
-    bare["marshal"] = marshal.dumps(compile(f"open({str(target)!r}, 'w')", "weights", "exec"))
-    bare["python"] = f"open({str(target)!r}, 'w')\n".encode()
-    bare["h5"] = b"\x89HDF\r\n\x1a\n" + bare["pickle-4"]
-    # The ninth byte is the brace that safetensors has there: a string of seven bytes is pushed and popped first.
-    bare["brace"] = b"\x80\x02U\x05abcd{0" + bare["pickle-2"][2:]
+    contents["npz"] = numpy.getvalue()
+    contents["marshal"] = marshal.dumps(compile(f"open({str(target)!r}, 'w')", "weights", "exec"))
+    contents["python"] = f"open({str(target)!r}, 'w')\n".encode()
+    contents["h5"] = b"\x89HDF\r\n\x1a\n" + contents["pickle-4"]
+    # The ninth byte is a brace, as in safetensors: the pickle first pushes and pops a string of seven bytes.
+    contents["brace"] = b"\x80\x02U\x05abcd{0" + contents["pickle-2"][2:]
 
     def zipped(content: bytes) -> bytes:
         file = io.BytesIO()
@@ -157,27 +157,27 @@ def payloads(target: Path) -> dict[str, bytes]:
         "gzip": gzip.compress,
         "bz2": bz2.compress,
         "xz": lzma.compress,
-        "zlib": zlib.compress,  # what joblib writes with compress=1
+        "zlib": zlib.compress,  # as written by joblib with compress=1
         "length": lambda content: len(content).to_bytes(8, "little") + content,
         "header": lambda content: (2).to_bytes(8, "little") + b"{}" + content,
         "zeros": lambda content: bytes(8) + content,
     }
     wrapped = {
-        f"{name}-{outer}": wrap(bare[name])
+        f"{name}-{outer}": wrap(contents[name])
         for outer, wrap in wrappers.items()
         for name in ("pickle-0", "pickle-5", "torch-zip", "npy")
     }
-    return bare | wrapped
+    return contents | wrapped
 
 
-def framed(header: str | bytes, body: bytes = b"") -> bytes:
-    """A safetensors file with this header."""
+def safetensors_bytes(header: str | bytes, body: bytes = b"") -> bytes:
+    """Return a safetensors file with this header."""
     text = header.encode() if isinstance(header, str) else header
     return len(text).to_bytes(8, "little") + text + body
 
 
-def routes(folder: Path, file: Path) -> dict[str, Callable[[], object]]:
-    """How a checkpoint in a run folder, or a file of weights, is opened."""
+def entry_points(folder: Path, file: Path) -> dict[str, Callable[[], object]]:
+    """Return all calls that open a checkpoint in a run folder or a file of weights."""
     model = torch.nn.Linear(2, 2)
     return {
         "resume": lambda: reopened(folder),
@@ -189,41 +189,41 @@ def routes(folder: Path, file: Path) -> dict[str, Callable[[], object]]:
 
 def test_payloads_are_refused_before_they_are_parsed(copy, tmp_path, monkeypatch, promise):
     target = tmp_path / "written"
-    made = payloads(target)
+    contents = payloads(target)
     for name in ("pickle-0", "pickle-5", "brace"):
-        pickle.loads(made[name])  # noqa: S301  the payloads work
+        pickle.loads(contents[name])  # noqa: S301  the payload runs if it is unpickled
         assert target.exists()
         target.unlink()
-    for call in routes(copy, next((copy / "checkpoints").glob("last-*"))).values():
+    for call in entry_points(copy, next((copy / "checkpoints").glob("last-*"))).values():
         with contextlib.suppress(PreceptorError):
-            call()  # whatever is imported late is imported now
+            call()  # do late imports before the audit hook watches
 
     def parse(*_: object) -> None:
         raise AssertionError("parsed")
 
     monkeypatch.setattr(safetensors.torch, "load", parse)
     refused = 0
-    for number, (name, content) in enumerate(made.items()):
+    for number, (name, content) in enumerate(contents.items()):
         shutil.rmtree(copy / "checkpoints")
         (copy / "checkpoints").mkdir()
-        for kind in ("last", "best"):  # under its right hash, so that it is no damaged one
+        for kind in ("last", "best"):  # with the correct hash, so that it does not count as damaged
             (copy / "checkpoints" / f"{kind}-00000006-{digest(content)}.safetensors").write_bytes(content)
         suffixes = ("safetensors", "pt", "pth", "ckpt", "pkl", "joblib", "npy", "h5", "zip", "bin")
         file = tmp_path / f"weights.{suffixes[number % len(suffixes)]}"
         file.write_bytes(content)
-        for route, call in routes(copy, file).items():
-            with watched(), pytest.raises((SecurityError, CheckpointError)) as caught:
+        for entry_point, call in entry_points(copy, file).items():
+            with no_code_execution(), pytest.raises((SecurityError, CheckpointError)) as caught:
                 call()
-            assert "weights" in str(caught.value) or "checkpoints" in str(caught.value), (name, route)
+            assert "weights" in str(caught.value) or "checkpoints" in str(caught.value), (name, entry_point)
             refused += 1
         assert not target.exists(), name
         file.unlink()
-    assert len(made) == 50
+    assert len(contents) == 50
     promise(11, "Files from others cannot run code", f"50 payloads, {refused} openings: all refused, none parsed")
 
 
 def test_audit_hook_detects_code_execution(tmp_path):
-    """A loader that opens a pickle, runs a program or makes code is noticed."""
+    """The audit hook detects loading a pickle, running a program and compiling code."""
     content = pickle.dumps(Payload(tmp_path / "x"))
     attacks: list[Callable[[], object]] = [
         lambda: pickle.loads(content),  # noqa: S301
@@ -232,19 +232,19 @@ def test_audit_hook_detects_code_execution(tmp_path):
         lambda: exec("1"),
     ]
     for attack in attacks:
-        with pytest.raises(AssertionError), watched():
+        with pytest.raises(AssertionError), no_code_execution():
             attack()
 
 
-# safetensors that lie
+# Malformed safetensors files
 
 
 def entry(shape: Any = (1,), offsets: Any = (0, 4), dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def one(body: bytes = bytes(4), **given: Any) -> bytes:
-    return framed(json.dumps({"a": entry(**given)}), body)
+def single_tensor(body: bytes = bytes(4), **fields: Any) -> bytes:
+    return safetensors_bytes(json.dumps({"a": entry(**fields)}), body)
 
 
 ENTRY = json.dumps(entry())
@@ -253,81 +253,85 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "8 EiB of header": lambda: (2**63).to_bytes(8, "little") + b"{}",
     "all ones": lambda: b"\xff" * 8 + b"{}",
     "longer than the file": lambda: (10**6).to_bytes(8, "little") + b"{}",
-    "a header of 17 MiB": lambda: framed(b"{" + b" " * LARGEST_HEADER + b"}"),
-    "a million entries": lambda: framed(b"{" + b",".join(MANY % number for number in range(10**6)) + b"}"),
-    "a million lists": lambda: framed(b'{"a":[' + b",".join([b"[]"] * 10**6) + b"]}"),
-    "deep": lambda: framed(b'{"a":' + b"[" * 400_000),
-    "overlapping": lambda: framed(json.dumps({"a": entry((2,), (0, 8)), "b": entry((2,), (4, 12))}), bytes(12)),
-    "twice the same bytes": lambda: framed(json.dumps({"a": entry(), "b": entry()}), bytes(4)),
-    "gap": lambda: framed(json.dumps({"a": entry(), "b": entry((1,), (8, 12))}), bytes(12)),
-    "bytes left over": lambda: one(bytes(400)),
-    "beyond the file": lambda: one(shape=(1000,), offsets=(0, 4000)),
-    "backwards": lambda: one(shape=(1,), offsets=(4, 0)),
-    "negative offset": lambda: one(offsets=(-4, 0)),
-    "negative shape": lambda: one(shape=(-1,)),
-    "two negative sides": lambda: one(shape=(-1, -1)),
-    "shape of text": lambda: one(shape=("1",)),
-    "shape of a fraction": lambda: one(shape=(1.0,)),
-    "shape of true": lambda: one(shape=(True,)),
-    "overflowing shape": lambda: one(shape=(2**32, 2**32, 2**62)),
-    "long shape": lambda: one(shape=(1,) * 10**6),
-    "large number": lambda: framed(
+    "a header of 17 MiB": lambda: safetensors_bytes(b"{" + b" " * LARGEST_HEADER + b"}"),
+    "a million entries": lambda: safetensors_bytes(b"{" + b",".join(MANY % number for number in range(10**6)) + b"}"),
+    "a million lists": lambda: safetensors_bytes(b'{"a":[' + b",".join([b"[]"] * 10**6) + b"]}"),
+    "deep": lambda: safetensors_bytes(b'{"a":' + b"[" * 400_000),
+    "overlapping": lambda: safetensors_bytes(
+        json.dumps({"a": entry((2,), (0, 8)), "b": entry((2,), (4, 12))}), bytes(12)
+    ),
+    "twice the same bytes": lambda: safetensors_bytes(json.dumps({"a": entry(), "b": entry()}), bytes(4)),
+    "gap": lambda: safetensors_bytes(json.dumps({"a": entry(), "b": entry((1,), (8, 12))}), bytes(12)),
+    "bytes left over": lambda: single_tensor(bytes(400)),
+    "beyond the file": lambda: single_tensor(shape=(1000,), offsets=(0, 4000)),
+    "backwards": lambda: single_tensor(shape=(1,), offsets=(4, 0)),
+    "negative offset": lambda: single_tensor(offsets=(-4, 0)),
+    "negative shape": lambda: single_tensor(shape=(-1,)),
+    "two negative sides": lambda: single_tensor(shape=(-1, -1)),
+    "shape of text": lambda: single_tensor(shape=("1",)),
+    "shape of a fraction": lambda: single_tensor(shape=(1.0,)),
+    "shape of true": lambda: single_tensor(shape=(True,)),
+    "overflowing shape": lambda: single_tensor(shape=(2**32, 2**32, 2**62)),
+    "long shape": lambda: single_tensor(shape=(1,) * 10**6),
+    "large number": lambda: safetensors_bytes(
         b'{"a":{"dtype":"F32","shape":[' + b"9" * 10**6 + b'],"data_offsets":[0,4]}}', bytes(4)
     ),
-    "not as long as its shape": lambda: one(shape=(3,)),
-    "unknown type": lambda: one(dtype="O"),
-    "type that is no text": lambda: one(dtype=["F32"]),
-    "no type": lambda: framed('{"a":{"shape":[1],"data_offsets":[0,4]}}', bytes(4)),
-    "more keys": lambda: framed(json.dumps({"a": {**entry(), "code": "x"}}), bytes(4)),
-    "three offsets": lambda: one(offsets=(0, 2, 4)),
-    "entry that is a list": lambda: framed('{"a":[]}'),
-    "duplicate keys": lambda: framed(f'{{"a":{ENTRY},"a":{ENTRY}}}', bytes(4)),
-    "duplicate metadata": lambda: framed('{"__metadata__":{},"__metadata__":{}}'),
-    "metadata of numbers": lambda: framed('{"__metadata__":{"preceptor":1}}'),
-    "metadata in a list": lambda: framed('{"__metadata__":["preceptor"]}'),
-    "not JSON": lambda: framed("{'a': 1}"),
-    "not UTF-8": lambda: framed(b'{"\xff":1}'),
-    "half": lambda: framed('{"a":'),
-    "two objects": lambda: framed("{}{}"),
+    "not as long as its shape": lambda: single_tensor(shape=(3,)),
+    "unknown type": lambda: single_tensor(dtype="O"),
+    "type that is no text": lambda: single_tensor(dtype=["F32"]),
+    "no type": lambda: safetensors_bytes('{"a":{"shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "more keys": lambda: safetensors_bytes(json.dumps({"a": {**entry(), "code": "x"}}), bytes(4)),
+    "three offsets": lambda: single_tensor(offsets=(0, 2, 4)),
+    "entry that is a list": lambda: safetensors_bytes('{"a":[]}'),
+    "duplicate keys": lambda: safetensors_bytes(f'{{"a":{ENTRY},"a":{ENTRY}}}', bytes(4)),
+    "duplicate metadata": lambda: safetensors_bytes('{"__metadata__":{},"__metadata__":{}}'),
+    "metadata of numbers": lambda: safetensors_bytes('{"__metadata__":{"preceptor":1}}'),
+    "metadata in a list": lambda: safetensors_bytes('{"__metadata__":["preceptor"]}'),
+    "not JSON": lambda: safetensors_bytes("{'a': 1}"),
+    "not UTF-8": lambda: safetensors_bytes(b'{"\xff":1}'),
+    "half": lambda: safetensors_bytes('{"a":'),
+    "two objects": lambda: safetensors_bytes("{}{}"),
 }
-NO_CHECKPOINT: dict[str, Callable[[], bytes]] = {  # weights from elsewhere perhaps, but no checkpoint
-    "no metadata": lambda: one(),
-    "other metadata": lambda: framed('{"__metadata__":{"format":"pt"}}'),
-    "metadata that is no JSON": lambda: framed('{"__metadata__":{"preceptor":"x"}}'),
-    "metadata of a list": lambda: framed('{"__metadata__":{"preceptor":"[]"}}'),
-    "deep metadata": lambda: framed(json.dumps({"__metadata__": {"preceptor": "[" * 10**5}})),
-    "no format": lambda: framed('{"__metadata__":{"preceptor":"{}"}}'),
-    "no step": lambda: framed('{"__metadata__":{"preceptor":"{\\"format\\":1}"}}'),
+NO_CHECKPOINT: dict[str, Callable[[], bytes]] = {  # possibly weights of another program, but not a checkpoint
+    "no metadata": lambda: single_tensor(),
+    "other metadata": lambda: safetensors_bytes('{"__metadata__":{"format":"pt"}}'),
+    "metadata that is no JSON": lambda: safetensors_bytes('{"__metadata__":{"preceptor":"x"}}'),
+    "metadata of a list": lambda: safetensors_bytes('{"__metadata__":{"preceptor":"[]"}}'),
+    "deep metadata": lambda: safetensors_bytes(json.dumps({"__metadata__": {"preceptor": "[" * 10**5}})),
+    "no format": lambda: safetensors_bytes('{"__metadata__":{"preceptor":"{}"}}'),
+    "no step": lambda: safetensors_bytes('{"__metadata__":{"preceptor":"{\\"format\\":1}"}}'),
 }
 
 
-def opened_in_a_fork(path: Path, how: Callable[[Path], object]) -> tuple[str, int]:
-    """Open a file in a fork; returns the class of the error, and the bytes by which the peak of memory grew.
+def open_in_a_fork(path: Path, open_file: Callable[[Path], object]) -> tuple[str, int]:
+    """Open a file in a fork; return the class of the error and the growth of peak memory in bytes.
 
-    A file that takes a minute ends the fork: then the error is "killed".
+    The fork is killed after 60 s; then the error is "killed".
     """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         signal.alarm(60)
-        before = peak()
+        peak_before = peak_memory()
         try:
-            how(path)
-            said = "nothing"
+            open_file(path)
+            error_name = "nothing"
         except PreceptorError as error:
-            said = type(error).__name__ if str(path) in str(error) and len(str(error)) < 1000 else f"{error!s:.300}"
+            error_name = (
+                type(error).__name__ if str(path) in str(error) and len(str(error)) < 1000 else f"{error!s:.300}"
+            )
         except BaseException as error:
-            said = f"{error!r:.300}"
-        os.write(writer, json.dumps([said, peak() - before]).encode())
+            error_name = f"{error!r:.300}"
+        os.write(writer, json.dumps([error_name, peak_memory() - peak_before]).encode())
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as answer:
-        said, grown = json.loads(answer.read() or '["killed", 0]')
+    with os.fdopen(reader) as result:
+        error_name, growth = json.loads(result.read() or '["killed", 0]')
     os.waitpid(child, 0)
-    return said, grown
+    return error_name, growth
 
 
-def peak() -> int:
+def peak_memory() -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match
     return 1024 * int(match[1])
@@ -338,16 +342,16 @@ def test_hostile_safetensors_are_refused(tmp_path, name):
     content = (HOSTILE | NO_CHECKPOINT)[name]()
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    ways: list[Callable[[Path], object]] = [lambda path: unpack(path.read_bytes(), source=path)]
+    functions: list[Callable[[Path], object]] = [lambda path: unpack(path.read_bytes(), source=path)]
     if name in HOSTILE:
-        ways.append(load_weights_file)
-    for how in ways:
-        said, grown = opened_in_a_fork(path, how)
-        assert said == "CheckpointError", said
-        assert grown < 200 * 2**20 + len(content), grown
+        functions.append(load_weights_file)
+    for open_file in functions:
+        error_name, growth = open_in_a_fork(path, open_file)
+        assert error_name == "CheckpointError", error_name
+        assert growth < 200 * 2**20 + len(content), growth
 
 
-# what a run's config may name
+# Targets in a run's config
 
 TARGETS = (
     *("os.system", "os.getcwd", "subprocess.run", "shutil.copyfile", "builtins.eval", "builtins.exec", "builtins.open"),
@@ -392,18 +396,18 @@ TARGETS = (
         " os.system",
     ),
 )
-PLACES = ("model._target_", "data._target_", "optimizer._target_", "schedule._target_", "loss._target_")
+TARGET_KEYS = ("model._target_", "data._target_", "optimizer._target_", "schedule._target_", "loss._target_")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_untrusted_targets_in_a_run_config_are_refused(copy, target):
-    for place in PLACES:
+    for key in TARGET_KEYS:
         config = yaml.safe_load((copy / "config.yaml").read_text())
-        edit(copy, lambda config, place=place: put(config, place, target))
-        with watched(), pytest.raises(SecurityError, match=re.escape(place)):
+        edit(copy, lambda config, key=key: set_key(config, key, target))
+        with no_code_execution(), pytest.raises(SecurityError, match=re.escape(key)):
             reopened(copy, "trainer.max_epochs=2")
-        if place in ("model._target_", "loss._target_"):
-            with watched(), pytest.raises(SecurityError):
+        if key in ("model._target_", "loss._target_"):
+            with no_code_execution(), pytest.raises(SecurityError):
                 load_run(copy)
         (copy / "config.yaml").write_text(yaml.safe_dump(config))
 
@@ -419,89 +423,90 @@ HIDDEN = {
     "positional arguments": ("model._args_", [1]),
     "no recursion": ("model._recursive_", False),
     "conversion": ("model._convert_", "none"),
-    "weights from the network": ("optimizer.weights", "DEFAULT"),
+    "weights from the internet": ("optimizer.weights", "DEFAULT"),
 }
 
 
 @pytest.mark.parametrize("case", HIDDEN)
 def test_hidden_targets_in_a_run_config_are_refused(copy, case):
     name, value = HIDDEN[case]
-    edit(copy, lambda config: put(config, name, value))
+    edit(copy, lambda config: set_key(config, name, value))
     calls: list[Callable[[], object]] = [lambda: reopened(copy, "trainer.max_epochs=2"), lambda: load_run(copy)]
     for call in calls:
-        with watched(), pytest.raises((SecurityError, CheckpointError)) as caught:
+        with no_code_execution(), pytest.raises((SecurityError, CheckpointError)) as caught:
             call()
         assert caught.value.exit_code == 7 or name == "model._target_", caught.value
 
 
 @pytest.fixture
-def others_package(tmp_path, monkeypatch) -> str:
-    """A package of another author; a file shows that it was imported."""
-    (tmp_path / "their_losses.py").write_text(
+def foreign_package(tmp_path, monkeypatch) -> str:
+    """Create a package of another author that writes a file when it is imported; return its name."""
+    (tmp_path / "foreign_losses.py").write_text(
         f"from pathlib import Path\nfrom torch import nn\nPath({str(tmp_path / 'imported')!r}).touch()\n"
-        "class Theirs(nn.CrossEntropyLoss): pass\n"
+        "class ForeignLoss(nn.CrossEntropyLoss): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "their_losses", raising=False)
-    return "their_losses"
+    monkeypatch.delitem(sys.modules, "foreign_losses", raising=False)
+    return "foreign_losses"
 
 
-def test_only_the_caller_trusts_a_package(copy, tmp_path, others_package, monkeypatch):
+def test_packages_are_trusted_only_by_the_caller(copy, tmp_path, foreign_package, monkeypatch):
     def attack(config: dict[str, Any]) -> None:
-        config["loss"] = {"_target_": "their_losses.Theirs", "auxiliary_weight": None}
-        config["trust"] = ["their_losses"]
+        config["loss"] = {"_target_": "foreign_losses.ForeignLoss", "auxiliary_weight": None}
+        config["trust"] = ["foreign_losses"]
 
     edit(copy, attack)
     newest = CheckpointFolder(copy / "checkpoints").files("last")[0].path
-    found = unpack(newest.read_bytes(), source=newest)
-    config = read_run_config(copy)  # the checkpoint's own copy is forged too
-    content = packed(replace(found, values={**found.values, "trust": ["their_losses"], "config": config}))
+    snapshot = unpack(newest.read_bytes(), source=newest)
+    config = read_run_config(copy)  # the copy of the config in the checkpoint is forged, too
+    content = packed(replace(snapshot, values={**snapshot.values, "trust": ["foreign_losses"], "config": config}))
     newest.unlink()
-    (newest.parent / f"last-{found.step:08d}-{digest(content)}.safetensors").write_bytes(content)
+    (newest.parent / f"last-{snapshot.step:08d}-{digest(content)}.safetensors").write_bytes(content)
     for name in ("TRUST", "PRECEPTOR_TRUST", "HYDRA_TRUST"):
-        monkeypatch.setenv(name, "their_losses")
+        monkeypatch.setenv(name, "foreign_losses")
     for call in (lambda: reopened(copy, "trainer.max_epochs=2"), lambda: load_run(copy)):
-        with watched(), pytest.raises(SecurityError, match=r"trust=\[their_losses\] allows it"):
+        with no_code_execution(), pytest.raises(SecurityError, match=r"trust=\[foreign_losses\] allows it"):
             call()
     assert not (tmp_path / "imported").exists()
 
     assert (
-        type(reopened(copy, "trainer.max_epochs=2", "trust=[their_losses]").training.loss_function).__name__ == "Theirs"
+        type(reopened(copy, "trainer.max_epochs=2", "trust=[foreign_losses]").training.loss_function).__name__
+        == "ForeignLoss"
     )
-    load_run(copy, trust=["their_losses"])
+    load_run(copy, trust=["foreign_losses"])
     assert (tmp_path / "imported").exists()
 
 
-def test_config_of_the_user_builds_any_class(others_package):
-    config = composed("loss._target_=their_losses.Theirs", "loss.auxiliary_weight=null")
-    assert type(build(config)[0].loss_function).__name__ == "Theirs"
+def test_users_own_config_builds_classes_of_any_package(foreign_package):
+    config = composed("loss._target_=foreign_losses.ForeignLoss", "loss.auxiliary_weight=null")
+    assert type(build(config)[0].loss_function).__name__ == "ForeignLoss"
 
 
-# values from the environment, and interpolation
+# Environment values and interpolation
 
 
-def test_environment_values_are_written_nowhere(tmp_path, run, monkeypatch, capfd):
+def test_environment_values_are_not_written_to_files_or_output(tmp_path, run, monkeypatch, capfd):
     weights = shutil.copytree(run, tmp_path / "hunter2-weights")
     monkeypatch.setenv("SECRET", str(weights))
     folder = tmp_path / "run"
     values = {"init_from": "${oc.env:SECRET}", "loss.label_smoothing": "'${oc.decode:${oc.env:RATE}}'"}
     monkeypatch.setenv("RATE", "0.0123456789")
     config = composed(*(f"{name}={value}" for name, value in values.items()), "trainer.max_epochs=1")
-    place = {"run_dir": str(folder)}
-    run = Run.create(replace(config, values=config.values | place, record=config.record | place))
+    run_dir = {"run_dir": str(folder)}
+    run = Run.create(replace(config, values=config.values | run_dir, record=config.record | run_dir))
     run_to_end(run)
-    said = capfd.readouterr()
+    output = capfd.readouterr()
     for path in folder.rglob("*"):
         for secret in (b"hunter2", b"0.0123456789"):
             assert path.is_dir() or secret not in path.read_bytes(), path.name
-    assert "hunter2" not in said.out + said.err
+    assert "hunter2" not in output.out + output.err
     assert "environment:SECRET" in (folder / "config.yaml").read_text()
     last_state(folder)
-    with pytest.raises(ConfigError, match=r"came from the environment variable \w+; give it again"):
+    with pytest.raises(ConfigError, match=r"came from the environment variable \w+; type it again"):
         reopened(folder, "trainer.max_epochs=2")
 
 
-SPIED = {
+INTERPOLATIONS = {
     "value": ("seed", "${spy:1}"),
     "part of a value": ("data.root", "a${spy:1}b"),
     "list": ("model.hidden", ["${spy:1}"]),
@@ -514,19 +519,19 @@ SPIED = {
 }
 
 
-@pytest.mark.parametrize("case", SPIED)
-def test_no_resolver_runs_for_a_run_config(copy, case):
+@pytest.mark.parametrize("case", INTERPOLATIONS)
+def test_resolvers_do_not_run_for_a_run_config(copy, case):
     calls: list[int] = []
     OmegaConf.register_new_resolver("spy", calls.append, replace=True)
-    name, value = SPIED[case]
-    edit(copy, lambda config: put(config, name, value))
+    name, value = INTERPOLATIONS[case]
+    edit(copy, lambda config: set_key(config, name, value))
     for call in (lambda: reopened(copy), lambda: load_run(copy)):
-        with watched(), pytest.raises(CheckpointError, match="values only"):
+        with no_code_execution(), pytest.raises(CheckpointError, match="values only"):
             call()
     assert not calls
 
 
-# What else a config file may do
+# Hostile YAML
 
 
 @pytest.mark.parametrize(
@@ -550,7 +555,7 @@ def test_no_resolver_runs_for_a_run_config(copy, case):
 def test_hostile_yaml_is_refused(copy, text):
     (copy / "config.yaml").write_text(text)
     for call in (lambda: read_run_config(copy), lambda: reopened(copy), lambda: load_run(copy)):
-        with watched(), pytest.raises(CheckpointError, match="config.yaml"):
+        with no_code_execution(), pytest.raises(CheckpointError, match="config.yaml"):
             call()
 
 
@@ -563,18 +568,18 @@ def test_run_config_without_a_key_is_refused(copy, name):
         del config[key]
 
     edit(copy, drop)
-    with pytest.raises(CheckpointError, match="lacks"):
+    with pytest.raises(CheckpointError, match="missing"):
         load_run(copy)
     with pytest.raises(PreceptorError) as caught:
         reopened(copy)
     assert caught.value.exit_code in (2, 6, 7) and name in str(caught.value)
 
 
-# Hydra's own powers
+# Hydra settings
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         {"searchpath": ["file:///tmp"]},
         {"launcher": {"_target_": "os.system", "command": "true"}},
@@ -582,11 +587,11 @@ def test_run_config_without_a_key_is_refused(copy, name):
         {"callbacks": {"steal": {"_target_": "os.system"}}},
         {"job_logging": {"version": 1, "handlers": {"a": {"()": "os.system"}}}},
     ],
-    ids=lambda given: next(iter(given)),
+    ids=lambda settings: next(iter(settings)),
 )
-def test_hydra_settings_in_a_run_config_are_refused(copy, given):
-    edit(copy, lambda config: put(config, "hydra", given))
-    with watched(), pytest.raises(PreceptorError) as caught:
+def test_hydra_settings_in_a_run_config_are_refused(copy, settings):
+    edit(copy, lambda config: set_key(config, "hydra", settings))
+    with no_code_execution(), pytest.raises(PreceptorError) as caught:
         reopened(copy, "trainer.max_epochs=2")
     assert caught.value.exit_code == 6 and "hydra" in str(caught.value)
 
@@ -594,59 +599,69 @@ def test_hydra_settings_in_a_run_config_are_refused(copy, given):
 # Sockets and files
 
 
-def tree(process: int) -> list[int]:
-    """A process and all below it."""
-    found = [process]
-    for parent in found:
+def process_tree(process: int) -> list[int]:
+    """Return a process and all its descendants."""
+    processes = [process]
+    for parent in processes:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+                processes += [int(child) for child in (task / "children").read_text().split()]
+    return processes
 
 
-def listening(process: int) -> set[str]:
-    """Addresses at which a process and its children listen, as the kernel writes them."""
+def listening_addresses(process: int) -> set[str]:
+    """Return the addresses at which a process and its descendants listen, in the kernel's format."""
     sockets = set()
-    for one_of_them in tree(process):
+    for member in process_tree(process):
         with contextlib.suppress(OSError):
-            for descriptor in Path(f"/proc/{one_of_them}/fd").iterdir():
+            for descriptor in Path(f"/proc/{member}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     sockets.add(str(descriptor.readlink()))
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
             if state == "0A" and f"socket:[{inode}]" in sockets:
-                found.add(local)
-    return found
+                addresses.add(local)
+    return addresses
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory) -> tuple[Path, int, set[str]]:
-    """A training with two workers under umask 000: its folder, its most processes, and where they listened."""
-    place = tmp_path_factory.mktemp("observed")
-    given = (*SYNTHETIC, *MLP, "augment=rand_augment", "data.num_workers=2", "trainer.max_epochs=2", "run_dir=a/run")
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *given, "trainer.device=cpu", "trainer.threads=1"]
-    process = subprocess.Popen(command, cwd=place, umask=0, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    most, found = 0, set()
+def observed_training(tmp_path_factory) -> tuple[Path, int, set[str]]:
+    """Train with two workers and umask 000; return folder, largest number of processes, addresses they listened at."""
+    folder = tmp_path_factory.mktemp("observed")
+    overrides = (
+        *SYNTHETIC,
+        *MLP,
+        "augment=rand_augment",
+        "data.num_workers=2",
+        "trainer.max_epochs=2",
+        "run_dir=a/run",
+    )
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *overrides, "trainer.device=cpu", "trainer.threads=1"]
+    process = subprocess.Popen(command, cwd=folder, umask=0, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    most_processes, addresses = 0, set()
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        most, found = max(most, len(tree(process.pid))), found | listening(process.pid)
+        most_processes, addresses = (
+            max(most_processes, len(process_tree(process.pid))),
+            addresses | listening_addresses(process.pid),
+        )
         time.sleep(0.02)
     process.kill()
     _, error = process.communicate()
     assert process.returncode == 0, error
-    return place / "a", most, found
+    return folder / "a", most_processes, addresses
 
 
-def test_training_opens_no_listening_socket(observed):
-    _, most, found = observed
-    assert most >= 3  # it was seen together with its workers
-    assert not found
+def test_training_opens_no_listening_socket(observed_training):
+    _, most_processes, addresses = observed_training
+    assert most_processes >= 3  # the training was observed together with its workers
+    assert not addresses
 
 
-def test_run_folder_is_writable_by_its_user_only(observed):
-    for path in observed[0].rglob("*"):
+def test_run_folder_is_not_writable_by_other_users(observed_training):
+    for path in observed_training[0].rglob("*"):
         assert not path.stat().st_mode & stat.S_IWOTH, path
 
 
@@ -656,7 +671,7 @@ def test_listening_socket_is_detected():
     try:
         assert process.stdout
         process.stdout.readline()
-        assert listening(process.pid)
+        assert listening_addresses(process.pid)
     finally:
         process.kill()
         process.communicate()
@@ -671,29 +686,29 @@ def test_temporary_names_are_unpredictable_and_links_not_followed(tmp_path, monk
     opened: list[tuple[str, int]] = []
     real = os.open
 
-    def spy(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+    def spy(path: Any, flags: int, *mode: Any, **options: Any) -> int:
         opened.append((str(path), flags))
-        return real(path, flags, *rest, **named)
+        return real(path, flags, *mode, **options)
 
     monkeypatch.setattr(os, "open", spy)
     for _ in range(20):
-        write_durably(tmp_path / "file", b"ours")
+        write_durably(tmp_path / "file", b"original")
     temporary = [(name, flags) for name, flags in opened if name.endswith(".tmp")]
     assert len({name for name, _ in temporary}) == 20
     assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in temporary)
 
     monkeypatch.setattr("secrets.token_hex", lambda *_: "guessed")
-    (tmp_path / "theirs").write_bytes(b"untouched")
-    (tmp_path / ".file.guessed.tmp").symlink_to(tmp_path / "theirs")
+    (tmp_path / "target").write_bytes(b"untouched")
+    (tmp_path / ".file.guessed.tmp").symlink_to(tmp_path / "target")
     with pytest.raises(PreceptorError):
         write_durably(tmp_path / "file", b"new")
-    assert (tmp_path / "theirs").read_bytes() == b"untouched" and (tmp_path / "file").read_bytes() == b"ours"
+    assert (tmp_path / "target").read_bytes() == b"untouched" and (tmp_path / "file").read_bytes() == b"original"
 
 
-def test_link_in_the_place_of_a_result_is_replaced(tmp_path):
-    """evaluate.py and predict.py write by write_durably: a link in a run folder from elsewhere leads nowhere."""
-    (tmp_path / "theirs").write_bytes(b"untouched")
-    (tmp_path / "evaluation-test.json").symlink_to(tmp_path / "theirs")
+def test_link_in_place_of_a_result_file_is_replaced(tmp_path):
+    """evaluate.py and predict.py use write_durably, so that a link in a foreign run folder is not followed."""
+    (tmp_path / "target").write_bytes(b"untouched")
+    (tmp_path / "evaluation-test.json").symlink_to(tmp_path / "target")
     write_durably(tmp_path / "evaluation-test.json", b"{}")
-    assert (tmp_path / "theirs").read_bytes() == b"untouched"
+    assert (tmp_path / "target").read_bytes() == b"untouched"
     assert not (tmp_path / "evaluation-test.json").is_symlink()

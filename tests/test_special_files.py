@@ -1,6 +1,6 @@
-"""Files that are not what they seem: FIFOs, sockets, devices and links in the place of a file, and hostile YAML.
+"""Special files (FIFOs, sockets, devices, links) in place of regular files, and hostile YAML.
 
-Each is refused at once, with one line; nothing is read without end, waited for, followed or replaced.
+Each is refused at once, with one line. The program does not read endlessly, wait for, follow or replace any of them.
 """
 
 import csv
@@ -9,14 +9,17 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import built, composed, packed, reopened, trained
+from conftest import built, composed, fork_script, packed, reopened, trained, wait_for_exit
 from PIL import Image
 
 from analysis.predict import image_paths
@@ -24,11 +27,15 @@ from analysis.runs_table import read_row
 from core.durable import write_output
 from core.errors import CheckpointError, ConfigError, DataError, PreceptorError, SecurityError, StorageError, printable
 from core.json_lines import read_lines
+from core.options.declarations import TrainConfig
+from core.options.files import _expanded_size
 from core.regular_files import IrregularFile, append_regular, open_regular, read_regular
+from core.resume import resumed_config
 from core.run_config import read_run_config
 from data.sources.decode import BadImage, decode
 from sweeps.execute.database import _without_password, sqlite_url
 from trainer.inference.load_run import load_run
+from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.state import load_optimizer_state
 from trainer.storage.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
@@ -36,9 +43,9 @@ from trainer.storage.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
-def _no_wait() -> Iterator[None]:
-    """End a test that waits for a FIFO or a device."""
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("it waits")))
+def _limit_test_time() -> Iterator[None]:
+    """Abort a test that blocks on a FIFO or a device."""
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("the test blocks")))
     signal.alarm(20)
     yield
     signal.alarm(0)
@@ -50,10 +57,10 @@ def fifo(path: Path) -> None:
 
 def unix_socket(path: Path) -> None:
     server = socket.socket(socket.AF_UNIX)
-    here = Path.cwd()
-    os.chdir(path.parent)  # a socket's name has at most 107 bytes
+    working_directory = Path.cwd()
+    os.chdir(path.parent)  # the path of a socket has at most 107 bytes
     server.bind(path.name)
-    os.chdir(here)
+    os.chdir(working_directory)
     server.close()
 
 
@@ -79,7 +86,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
             append_regular(path, "text")
 
 
-def test_links_are_followed_only_outside_of_run_folders(tmp_path):
+def test_links_are_followed_only_if_requested(tmp_path):
     (tmp_path / "file").write_text("content")
     (tmp_path / "link").symlink_to("file")
     assert read_regular(tmp_path / "link") == b"content"
@@ -93,8 +100,8 @@ def test_links_are_followed_only_outside_of_run_folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_file_in_the_place_of_a_file_of_a_run(tmp_path, kind):
-    """The previous generation takes the place of a checkpoint; another file that is needed is a CheckpointError."""
+def test_special_file_in_place_of_a_checkpoint_or_config_is_refused(tmp_path, kind):
+    """For a checkpoint the previous generation is used; for any other required file a CheckpointError is raised."""
     trained(tmp_path / "run", "trainer.max_epochs=2")
     checkpoints = CheckpointFolder(tmp_path / "run/checkpoints")
     newest, *_ = checkpoints.files("last", "best")
@@ -111,7 +118,7 @@ def test_special_file_in_the_place_of_a_file_of_a_run(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_file_in_the_place_of_weights_or_an_image(tmp_path, kind):
+def test_special_file_in_place_of_weights_or_an_image_is_refused(tmp_path, kind):
     path = tmp_path / "file.png"
     KINDS[kind](path)
     with pytest.raises(CheckpointError, match=f"cannot be read: is {kind}"):
@@ -120,7 +127,7 @@ def test_special_file_in_the_place_of_weights_or_an_image(tmp_path, kind):
         decode(path, image_size=8, channels=1)
 
 
-def test_predict_refuses_a_special_file(tmp_path):
+def test_predict_refuses_a_special_file_and_skips_them_in_folders(tmp_path):
     fifo(tmp_path / "input")
     with pytest.raises(DataError, match="neither a folder nor a regular file"):
         image_paths(tmp_path / "input")
@@ -147,7 +154,7 @@ def test_checkpoints_of_another_run_are_not_deleted_through_a_link(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])
-def test_no_log_is_written_through_a_link(tmp_path, name):
+def test_logs_are_not_written_through_a_link(tmp_path, name):
     (tmp_path / "bashrc").write_text("precious\n")
     trained(tmp_path / "run", "trainer.max_epochs=1")
     (tmp_path / "run" / name).unlink()
@@ -167,7 +174,7 @@ def test_no_log_is_written_through_a_link(tmp_path, name):
 # Output
 
 
-def test_output_into_a_device_or_fifo_does_not_replace_it(tmp_path):
+def test_output_to_a_device_or_fifo_does_not_replace_it(tmp_path):
     write_output(Path("/dev/null"), b"text")
     assert Path("/dev/null").is_char_device()
     fifo(tmp_path / "pipe")
@@ -190,7 +197,7 @@ def test_output_is_written_through_a_link(tmp_path):
 # Text for terminals
 
 
-def test_control_characters_reach_no_terminal():
+def test_control_characters_are_escaped_in_messages():
     assert printable("a\x1b]0;title\x07b\u202ec\u2028d é 漢\n") == "a\\x1b]0;title\\x07b\\u202ec\\u2028d é 漢\n"
     assert str(ConfigError("run_dir", "exists", value="r\x1b[2J")) == "error[config] run_dir = r\\x1b[2J: exists"
 
@@ -208,14 +215,14 @@ def test_merge_keys_in_a_run_config_are_refused_unread(tmp_path):
     (tmp_path / "run").mkdir()
     lines = ["q0: &q0 {a: 1}", *(f"q{n}: &q{n} {{<<: [{', '.join([f'*q{n - 1}'] * 9)}]}}" for n in range(1, 40))]
     (tmp_path / "run/config.yaml").write_text("\n".join(lines))
-    with pytest.raises(CheckpointError, match="holds a YAML alias"):
+    with pytest.raises(CheckpointError, match="contains a YAML alias"):
         read_run_config(tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text("#" * 2**21)
     with pytest.raises(CheckpointError, match="must be at most 1,048,576"):
         read_run_config(tmp_path / "run")
 
 
-def test_config_that_a_run_writes_has_no_aliases(tmp_path):
+def test_config_written_by_a_run_has_no_yaml_aliases(tmp_path):
     run = built(tmp_path / "run", "optimizer=adamw", "schedule=one_cycle")
     assert "&id" not in (tmp_path / "run/config.yaml").read_text()
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == run.training.record
@@ -224,7 +231,7 @@ def test_config_that_a_run_writes_has_no_aliases(tmp_path):
 # Checkpoints
 
 
-def framed(header: str, data: bytes = b"") -> bytes:
+def safetensors_bytes(header: str, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header.encode() + data
 
 
@@ -233,11 +240,13 @@ def framed(header: str, data: bytes = b"") -> bytes:
     [
         (b"", "it has 0 bytes"),
         (
-            framed('{"a":{"dtype":"F32","shape":[0,4611686018427387904,4611686018427387904],"data_offsets":[0,0]}}'),
+            safetensors_bytes(
+                '{"a":{"dtype":"F32","shape":[0,4611686018427387904,4611686018427387904],"data_offsets":[0,0]}}'
+            ),
             "has a shape that overflows",
         ),
         (
-            framed(
+            safetensors_bytes(
                 "{" + ",".join(f'"{n}":{{"dtype":"F32","shape":[],"data_offsets":[0,0]}}' for n in range(60000)) + "}"
             ),
             "too many entries",
@@ -253,8 +262,8 @@ def test_hostile_header_is_a_checkpoint_error(tmp_path, content, message):
         load_weights_file(path)
 
 
-def forged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, object]], None]) -> None:
-    """Replace the newest checkpoint by one with a right hash and other tensors or values."""
+def forge_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, object]], None]) -> None:
+    """Replace the newest checkpoint by one with a correct hash and changed tensors or values."""
     checkpoints = CheckpointFolder(folder / "checkpoints")
     snapshot = checkpoints.load("last")[0]
     tensors, values = dict(snapshot.tensors), dict(snapshot.values)
@@ -290,13 +299,13 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor], dict[str, object]], object
 @pytest.mark.parametrize("case", CHANGES)
 def test_checkpoint_with_other_values_shapes_or_dtypes_is_refused(tmp_path, case):
     trained(tmp_path / "run", "trainer.max_epochs=1")
-    forged(tmp_path / "run", CHANGES[case])  # type: ignore[arg-type]
+    forge_checkpoint(tmp_path / "run", CHANGES[case])  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
         reopened(tmp_path / "run", "trainer.max_epochs=2")
     assert caught.value.exit_code == 6
 
 
-def test_optimizer_states_of_rows_and_columns_are_taken():
+def test_factored_optimizer_states_are_loaded():
     model = {"model": torch.nn.Linear(4, 3)}
     optimizer = torch.optim.Adafactor(model["model"].parameters())
     states = {"model.weight.row_var": torch.ones(3, 1), "model.weight.col_var": torch.ones(1, 4)}
@@ -304,7 +313,7 @@ def test_optimizer_states_of_rows_and_columns_are_taken():
     assert optimizer.state[model["model"].weight]["row_var"].shape == (3, 1)
 
 
-def test_reader_lists_again_when_a_save_replaces_what_it_has_listed(tmp_path, monkeypatch):
+def test_load_lists_the_folder_again_if_a_listed_checkpoint_was_replaced(tmp_path, monkeypatch):
     run = built(tmp_path / "run")
     checkpoints = run.folder.checkpoints
     files, stale = checkpoints.files, [checkpoints.files("last")]
@@ -318,17 +327,17 @@ def test_reader_lists_again_when_a_save_replaces_what_it_has_listed(tmp_path, mo
     assert checkpoints.load("last")[0].step == 3
 
 
-# Configs from elsewhere
+# Configs of run folders
 
 
-def test_run_config_downloads_nothing_and_creates_no_cache(tmp_path, caplog):
+def test_run_config_creates_no_cache_unless_the_user_sets_cache_dir(tmp_path, caplog):
     for index, name in enumerate(("cat", "dog")):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(12):
             Image.new("L", (9, 9), 20 * number + index).save(tmp_path / "images" / name / f"{number}.png")
-    given = ("data=image_folder", f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.batch_size=4")
-    given += ("data.num_workers=0", "data.channels=1", "data.cache_dir=null")
-    trained(tmp_path / "run", *given, "trainer.max_epochs=1")
+    overrides = ("data=image_folder", f"data.root={tmp_path / 'images'}", "data.image_size=8", "data.batch_size=4")
+    overrides += ("data.num_workers=0", "data.channels=1", "data.cache_dir=null")
+    trained(tmp_path / "run", *overrides, "trainer.max_epochs=1")
     config = read_run_config(tmp_path / "run")
     config["data"]["cache_dir"] = str(tmp_path / "home")
     (tmp_path / "home").mkdir()
@@ -341,11 +350,11 @@ def test_run_config_downloads_nothing_and_creates_no_cache(tmp_path, caplog):
     assert [path.name for path in (tmp_path / "home").iterdir()] == [".precious.tmp"]
     assert "a run's config creates none" in caplog.text
     run = reopened(tmp_path / "run", "trainer.max_epochs=2", f"data.cache_dir={tmp_path / 'mine'}")
-    assert run is not None and list((tmp_path / "mine").glob("*.npy"))  # the user asks for it
+    assert run is not None and list((tmp_path / "mine").glob("*.npy"))  # set by the user
     run._closing.close()
 
 
-def test_run_config_downloads_no_default_weights():
+def test_run_config_downloads_neither_data_nor_default_weights():
     from trainer.build.trust import restricted
 
     config = composed("model=torchvision", "model.network._target_=torchvision.models.segmentation.fcn_resnet50").values
@@ -362,10 +371,10 @@ def test_run_config_downloads_no_default_weights():
 # Tables and databases
 
 
-def test_one_damaged_run_does_not_end_the_table(tmp_path):
+def test_damaged_run_does_not_end_the_runs_table(tmp_path):
     run = trained(tmp_path / "run", "trainer.max_epochs=1").folder.path
-    good = read_row(run, tmp_path)
-    assert good is not None and good["metrics"]["test/accuracy"] >= 0
+    intact_row = read_row(run, tmp_path)
+    assert intact_row is not None and intact_row["metrics"]["test/accuracy"] >= 0
     for content in ("[]", "{", '{"best": 3, "test": {"accuracy": "high"}}', '{"best": {"metrics": [1]}}'):
         (run / "summary.json").write_text(content)
         row = read_row(run, tmp_path)
@@ -380,8 +389,111 @@ def test_passwords_in_the_query_of_a_database_url_are_hidden():
     assert "sslmode=require" in _without_password("postgresql://me:hunter2@host/base?sslmode=require")
 
 
-def test_sweep_folder_that_no_database_url_can_hold_is_refused(tmp_path):
+def test_sweep_folder_that_does_not_fit_into_a_database_url_is_refused(tmp_path):
     assert sqlite_url(tmp_path / "a % # b" / "sweep.db").startswith("sqlite:///")
     with pytest.raises(ConfigError, match=r"sweep\.dir = .*: holds a character"):
         sqlite_url(tmp_path / "a?b" / "sweep.db")
     assert issubclass(ConfigError, PreceptorError)
+
+
+# Names, umask, full standard output, YAML of the user
+
+
+@pytest.mark.parametrize("length", [230, 242, 255])
+def test_run_folder_may_have_every_name_that_the_file_system_allows(tmp_path, length):
+    name = "ä" * 100 + "x" * (length - 200)  # in UTF-8
+    assert len(os.fsencode(name)) == length
+    trained(tmp_path / name, "trainer.max_epochs=1")
+    assert Run.resume(resumed_config(tmp_path / name, [], TrainConfig)) is None  # finished
+    write_output(tmp_path / ("y" * length), b"content")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "y" * length])
+
+
+def test_folder_named_like_a_temporary_file_does_not_block_a_resume(tmp_path):
+    run = trained(tmp_path / "run", "trainer.max_epochs=1")
+    for parent in (run.folder.path, run.folder.path / "checkpoints"):
+        (parent / ".metrics.jsonl.01234567.tmp").mkdir()
+        (parent / ".train.log.01234567.tmp").write_text("left by a kill")
+        (parent / ".link.01234567.tmp").symlink_to(tmp_path)
+    resumed = reopened(tmp_path / "run", "trainer.max_epochs=2")
+    assert resumed is not None
+    resumed.folder.close()
+    for parent in (run.folder.path, run.folder.path / "checkpoints"):
+        assert [path.name for path in parent.glob(".*.tmp")] == [".metrics.jsonl.01234567.tmp"]
+    assert tmp_path.exists()
+
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SMALL_RUN = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.threads=1", "trainer.device=cpu")
+
+
+def run_script(name: str, *arguments: str, output: Path, umask: int = 0o022) -> int:
+    """Run a script in a forked process and return its exit code. Its standard streams go to `output`."""
+
+    def prepare(_: pytest.MonkeyPatch) -> None:
+        os.chdir(output.parent)
+        os.umask(umask)
+
+    return wait_for_exit(fork_script(SCRIPTS / f"{name}.py", *arguments, output=output, patch=prepare), within=60)
+
+
+def test_umask_without_rights_for_the_owner_does_not_end_a_run(tmp_path):
+    """A user other than root could not enter the new folder, and a temporary folder would remain."""
+    output = tmp_path / "out"
+    output.touch()
+    assert run_script("train", *SMALL_RUN, "run_dir=run", output=output, umask=0o777) == 0, output.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").glob("*.*")} == {0o600}
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["sweep.py", "--help"], ["runs.py", "folder=."]])
+def test_full_standard_output_is_a_storage_error(tmp_path, arguments):
+    trained(tmp_path / "run", "trainer.max_epochs=1")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, SCRIPTS / arguments[0], *arguments[1:]]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+MERGES = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 6)}]" for n in range(1, 40))]
+LISTS = ["l0: &l0 [x]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 6)}]" for n in range(1, 40))]
+
+
+@pytest.mark.parametrize("lines", [MERGES, LISTS], ids=["merge keys", "lists"])
+def test_aliases_that_expand_without_bound_are_refused_in_the_users_configs(tmp_path, lines):
+    path = tmp_path / "configs/model/bomb.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines) + "\n")
+    assert path.stat().st_size < 3000
+    output = tmp_path / "out"
+    output.touch()
+    assert run_script("train", "--config-dir", "configs", "model=mlp", output=output) == 2
+    assert "bomb.yaml: its aliases (*name) expand to more than 100,000 values" in output.read_text()
+
+
+def test_expanded_size_counts_each_alias_as_what_it_refers_to():
+    assert _expanded_size(b"a: 1\nb: [x, y]") == 7  # the mapping, two keys, a number, the list and its items
+    assert _expanded_size(b"a: &a [x, y]\nb: *a\nc: {<<: {d: *a}}") == 1 + (1 + 3) + (1 + 3) + (1 + 1 + 1 + 1 + 1 + 3)
+    for text in (b"", b"- 1\n- &x {a: b}\n- *x", b"a: &r [1, *r]"):  # the last one refers to itself
+        assert _expanded_size(text) < 20
+
+
+def test_second_signal_ends_a_process_that_still_explains_an_error(tmp_path):
+    """While an error is explained, which may take long, the process must not ignore signals."""
+    output = tmp_path / "out"
+    output.touch()
+
+    def slow(patched: pytest.MonkeyPatch) -> None:
+        def explain(_: BaseException) -> PreceptorError:
+            print("explaining", flush=True)
+            time.sleep(60)
+            raise AssertionError
+
+        patched.setattr("core.command_line.error_to_report", explain)
+
+    child = fork_script(SCRIPTS / "train.py", "model=nothing", output=output, patch=slow)
+    while "explaining" not in output.read_text():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert wait_for_exit(child, within=10) == 1

@@ -1,4 +1,4 @@
-"""What a user waits for before anything happens: help and configs come without torch."""
+"""Start-up time: scripts print help and configs without importing torch."""
 
 import re
 import subprocess
@@ -11,14 +11,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": [], "evaluate": ["run=x"], "predict": ["run=x", "input=x"], "runs": [], "sweep": []}
-LIMIT = 1.0  # seconds, with -X importtime; the best of several tries
+LIMIT = 1.0  # seconds, with -X importtime; the fastest of several tries
 
 
 def start(*arguments: str) -> tuple[float, str, set[str]]:
-    """Run Python with -X importtime: seconds, stdout, and the modules it imported."""
-    begun = time.perf_counter()
+    """Run Python with -X importtime and return (seconds, stdout, imported modules)."""
+    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, cwd=ROOT)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr[-500:]
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     return seconds, done.stdout, modules
@@ -26,7 +26,7 @@ def start(*arguments: str) -> tuple[float, str, set[str]]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
-def test_answers_without_torch(script, flag):
+def test_help_and_config_are_printed_without_importing_torch(script, flag):
     _, out, modules = start(f"scripts/{script}.py", *SCRIPTS[script], *flag.split("="))
     assert not modules & {"torch", "torchvision", "sklearn", "numpy", "tensorboard", "optuna", "sqlalchemy"}
     assert {"train": "max_epochs", "runs": "folder", "sweep": "sweep"}.get(script, "checkpoint") in out
@@ -38,34 +38,34 @@ def test_help_takes_less_than_a_second():
     assert min(tries) < LIMIT, f"{tries} s"
 
 
-def test_version_is_that_of_preceptor():
+def test_version_flag_prints_the_versions_without_importing_torch():
     _, out, modules = start("scripts/train.py", "--version")
     assert re.fullmatch(r"preceptor \d+\.\d+\.\d+ \(torch [\w.+]+, torchvision .*, Python 3\.\d+\.\d+\)\n", out)
     assert "torch" not in modules
 
 
-def test_help_lists_all_that_can_be_chosen_and_the_keys_as_they_are_chosen(tmp_path):
+def test_help_lists_all_options_and_the_keys_with_the_given_overrides(tmp_path):
     for name in ("mine", "_part"):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / f"{name}.yaml").write_text("_target_: torch.nn.Identity\nnumber: 7\n")
-    given = ("--help", "-m", "--config-dir", str(tmp_path), "model=mine", "optimizer.lr=0.3", "data=image_folder")
-    _, out, _ = start("scripts/train.py", *given)
+    arguments = ("--help", "-m", "--config-dir", str(tmp_path), "model=mine", "optimizer.lr=0.3", "data=image_folder")
+    _, out, _ = start("scripts/train.py", *arguments)
     choices, keys = out.partition("Choices")[2].split("Keys")
-    listed = dict(line.split(": ") for line in choices.replace("\n  ", " ").splitlines() if ": " in line)
+    listed_options = dict(line.split(": ") for line in choices.replace("\n  ", " ").splitlines() if ": " in line)
     for group in (ROOT / "configs").glob("[!_]*/"):
         options = {path.stem for path in group.glob("[!_]*.yaml")} | ({"mine"} if group.name == "model" else set())
         if group.name != "hydra":
-            assert listed[group.name].split(", ") == sorted(options)
+            assert listed_options[group.name].split(", ") == sorted(options)
     keys = yaml.safe_load(keys.partition("\n")[2])
     assert (keys["model"]["number"], keys["optimizer"]["lr"], keys["data"]["root"]) == (7, 0.3, "???")
     command = f"{sys.executable} scripts/train.py --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "Trains an image classifier and leaves a run folder.\n" and done.stderr == ""
-    _, out, _ = start("scripts/train.py", "--help", "--cfg", "job")  # Hydra's own
+    assert done.stdout == "Trains an image classifier and writes a run folder.\n" and done.stderr == ""
+    _, out, _ = start("scripts/train.py", "--help", "--cfg", "job")  # Hydra's built-in help
     assert "Choices" in out and "max_epochs" in out
 
 
-def test_training_imports_nothing_that_it_does_not_need(tmp_path):
+def test_training_does_not_import_unneeded_packages(tmp_path):
     arguments = ("data=synthetic", "data.train_samples=40", "data.test_samples=10", "data.image_size=8")
     arguments += ("data.batch_size=8", "model=mlp", "model.hidden=[]", "trainer.max_steps=1", f"run_dir={tmp_path}/run")
     _, _, modules = start("scripts/train.py", *arguments)
@@ -73,7 +73,7 @@ def test_training_imports_nothing_that_it_does_not_need(tmp_path):
     assert not modules & {"sklearn", "torchvision", "scipy", "pandas", "matplotlib"}
 
 
-def test_a_config_is_read_without_hydra():
-    """A notebook that loads a run needs no more of a config than this."""
+def test_run_config_is_read_without_hydra():
+    """A notebook that loads a run needs only `core.run_config` to read the config."""
     _, _, modules = start("-c", "import core.run_config")
     assert "yaml" in modules and not modules & {"hydra", "omegaconf", "rich", "tensorboard"}

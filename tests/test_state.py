@@ -1,4 +1,4 @@
-"""TrainState: all that survives a restart is in it, also with several models and optimizers."""
+"""TrainState contains the complete state for a resume, also with several models and optimizers."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from trainer.storage.checkpoint import unpack
 CPU = torch.device("cpu")
 
 
-def adversarial(seed: int) -> TrainState:
-    """A generator with a moving average, a critic, and an optimizer of another kind for each."""
+def generator_and_critic(seed: int) -> TrainState:
+    """Return the state of a generator with a moving average and a critic, each with a different optimizer."""
     torch.manual_seed(seed)
     generator, critic = nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     optimizers = {
@@ -54,7 +54,7 @@ def adversarial(seed: int) -> TrainState:
     )
 
 
-def one_step(state: TrainState) -> None:
+def train_step(state: TrainState) -> None:
     values = torch.arange(12.0).view(4, 3) / 12 + state.step
     state.unsettle()
     state.models["critic"](state.model(values)).square().mean().backward()
@@ -68,46 +68,46 @@ def one_step(state: TrainState) -> None:
 
 
 def stopped_and_resumed(folder: Path, *, steps: int) -> TrainState:
-    """The state of another seed, loaded from a checkpoint after some steps of the first."""
-    stopped, resumed = adversarial(0), adversarial(1)
+    """Train some steps with seed 0 and return a state of seed 1 that loaded the checkpoint."""
+    stopped, resumed = generator_and_critic(0), generator_and_critic(1)
     for _ in range(steps):
-        one_step(stopped)
+        train_step(stopped)
     resumed.load_state_dict(unpack(packed(stopped.state_dict()), source=folder))
     return resumed
 
 
 def test_several_models_and_optimizers_continue_bit_identically_from_a_checkpoint(tmp_path):
-    whole, resumed = adversarial(0), stopped_and_resumed(tmp_path, steps=3)
+    uninterrupted, resumed = generator_and_critic(0), stopped_and_resumed(tmp_path, steps=3)
     for _ in range(6):
-        one_step(whole)
+        train_step(uninterrupted)
     for _ in range(3):
-        one_step(resumed)
-    expected, found = whole.state_dict(), resumed.state_dict()
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in found.tensors.items())
-    assert found.values | {"clock": None} == expected.values | {"clock": None}
-    assert found.weights.keys() == {"weight", "bias"} and found.step == 6
+        train_step(resumed)
+    expected, actual = uninterrupted.state_dict(), resumed.state_dict()
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in actual.tensors.items())
+    assert actual.values | {"clock": None} == expected.values | {"clock": None}
+    assert actual.weights.keys() == {"weight", "bias"} and actual.step == 6
     kinds = {"model.weight", "critic.1.running_mean", "ema.bias", "optimizer.model.weight.momentum_buffer"}
-    assert kinds | {"critic_optimizer.critic.0.weight.exp_avg", "data.mean"} <= found.tensors.keys()
+    assert kinds | {"critic_optimizer.critic.0.weight.exp_avg", "data.mean"} <= actual.tensors.keys()
 
 
-def test_an_optimizer_that_is_not_restored_is_noticed(tmp_path):
-    """The mutant of the test above: with one optimizer from step 0, the weights differ."""
-    whole, resumed = adversarial(0), stopped_and_resumed(tmp_path, steps=3)
+def test_optimizer_that_is_not_restored_is_detected(tmp_path):
+    """Mutant of the test above: if one optimizer starts from step 0, the weights differ."""
+    uninterrupted, resumed = generator_and_critic(0), stopped_and_resumed(tmp_path, steps=3)
     for _ in range(4):
-        one_step(whole)
+        train_step(uninterrupted)
     resumed.optimizers["critic_optimizer"].state.clear()
-    one_step(resumed)
-    assert not torch.equal(resumed.models["critic"][0].weight, whole.models["critic"][0].weight)
+    train_step(resumed)
+    assert not torch.equal(resumed.models["critic"][0].weight, uninterrupted.models["critic"][0].weight)
 
 
-def test_a_checkpoint_holds_the_state_and_nothing_else(tmp_path):
-    """The file of step 0 is what the state of the run returns, byte for byte but for the clock."""
+def test_checkpoint_equals_the_state_dict_of_the_run(tmp_path):
+    """The checkpoint of step 0 equals the state dict of the run, except for the clock."""
     run = built(tmp_path / "run", "trainer.ema_decay=0.9", "model.batch_norm=true")
-    found = run.folder.checkpoints.load("last")[0]
-    now = run.state.state_dict()
-    assert found.values | {"clock": None} == now.values | {"clock": None, "format": 4}
-    assert found.tensors.keys() == now.tensors.keys()
-    assert all(torch.equal(tensor, now.tensors[name]) for name, tensor in found.tensors.items())
+    saved = run.folder.checkpoints.load("last")[0]
+    state = run.state.state_dict()
+    assert saved.values | {"clock": None} == state.values | {"clock": None, "format": 4}
+    assert saved.tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(tensor, state.tensors[name]) for name, tensor in saved.tensors.items())
     with run:
         pass

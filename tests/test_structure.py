@@ -41,11 +41,11 @@ SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
 
 MOST_LINES, MOST_LINES_OF_SCRIPT, MOST_LINES_OF_FUNCTION = 300, 40, 60
 MOST_FILES, MOST_MODELS = 15, 20
-OF_OTHERS = {"bias", "state"}  # attributes of torch's modules and Optuna's tables that a built-in class has too
+SHARED_ATTRIBUTES = {"bias", "state"}  # attributes of torch's modules and Optuna's tables that a built-in class has too
 
 
-def place_of(path: Path) -> str:
-    """A file's path below `src`, or below the repository's root for scripts and benchmarks."""
+def relative_path(path: Path) -> str:
+    """Return a file's path relative to `src`, or to the repository for scripts and benchmarks."""
     return path.relative_to(SRC if path.is_relative_to(SRC) else ROOT).as_posix()
 
 
@@ -55,8 +55,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 @cache
-def imported(tree: ast.AST) -> set[str]:
-    """Every module that is imported anywhere below a node, in functions and under TYPE_CHECKING too."""
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Return all modules imported below a node, including in functions and under TYPE_CHECKING."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def module_of(module: str, name: str) -> str:
-    """What `from module import name` imports: the module of that name if there is one."""
+    """Return the module that `from module import name` imports: `module.name` if it exists, else `module`."""
     return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
 
 
@@ -76,63 +76,63 @@ def is_in(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def each(paths: list[Path]) -> Callable[[Any], Any]:
-    return pytest.mark.parametrize("path", paths, ids=place_of)
+def for_each(paths: list[Path]) -> Callable[[Any], Any]:
+    return pytest.mark.parametrize("path", paths, ids=relative_path)
 
 
 # Imports
 
 
-@each(SOURCES)
-def test_import_directions(path):
-    place, modules = place_of(path), imported(tree_of(path))
-    allowed = set(ALLOWED[place.partition("/")[0]])
-    if place.startswith(MAY_IMPORT_DATA):
+@for_each(SOURCES)
+def test_packages_import_only_allowed_packages(path):
+    file, modules = relative_path(path), imported_modules(tree_of(path))
+    allowed = set(ALLOWED[file.partition("/")[0]])
+    if file.startswith(MAY_IMPORT_DATA):
         allowed.add("data")
     assert {module.partition(".")[0] for module in modules} & (PACKAGES | {"scripts", "bench"}) <= allowed
-    if place.startswith("trainer/") and not place.startswith("trainer/build/"):
+    if file.startswith("trainer/") and not file.startswith("trainer/build/"):
         assert not [module for module in modules if is_in(module, *LOADERS)]
-    if place == "trainer/loop.py":
+    if file == "trainer/loop.py":
         assert not [module for module in modules if is_in(module, "trainer.build", "trainer.storage", "trainer.run")]
 
 
-@each(SOURCES + SCRIPTS + BENCH)
-def test_hydra_only_where_configs_are_composed(path):
-    if not place_of(path).startswith(MAY_IMPORT_HYDRA):
-        assert not [module for module in imported(tree_of(path)) if is_in(module, "hydra", "omegaconf")]
+@for_each(SOURCES + SCRIPTS + BENCH)
+def test_hydra_is_imported_only_by_the_files_that_compose_configs(path):
+    if not relative_path(path).startswith(MAY_IMPORT_HYDRA):
+        assert not [module for module in imported_modules(tree_of(path)) if is_in(module, "hydra", "omegaconf")]
 
 
-@each(list(MODULES.values()))
-def test_no_import_circle(path):
-    """No module imports itself through others; the shortest circle is reported."""
+@for_each(list(MODULES.values()))
+def test_there_is_no_import_cycle(path):
+    """No module imports itself through other modules; the shortest cycle is reported."""
     (start,) = (name for name, file in MODULES.items() if file == path)
     chains, reached = [[start]], {start}
-    for chain in chains:  # grows: breadth first
-        for module in sorted(imported(tree_of(MODULES[chain[-1]])) & set(MODULES)):
-            assert module != start, f"import circle: {' -> '.join([*chain, start])}"
+    for chain in chains:  # the list grows in the loop: breadth-first search
+        for module in sorted(imported_modules(tree_of(MODULES[chain[-1]])) & set(MODULES)):
+            assert module != start, f"import cycle: {' -> '.join([*chain, start])}"
             if module not in reached:
                 reached.add(module)
                 chains.append([*chain, module])
 
 
-@each([path for path in SOURCES if place_of(path).startswith("core/")])
-def test_core_needs_no_torch(path):
-    assert not {module.partition(".")[0] for module in imported(tree_of(path))} & {
+@for_each([path for path in SOURCES if relative_path(path).startswith("core/")])
+def test_core_does_not_import_torch(path):
+    assert not {module.partition(".")[0] for module in imported_modules(tree_of(path))} & {
         *("torch", "torchvision", "numpy", "sklearn", "rich", "matplotlib", "tensorboard"),
     }
 
 
-@each(SCRIPTS + BENCH)
-def test_scripts_import_only_core_at_their_top(path):
-    """Torch takes seconds: help and mistakes in a command line come before it is imported."""
+@for_each(SCRIPTS + BENCH)
+def test_scripts_import_only_core_at_module_level(path):
+    """Importing torch takes seconds; help and command-line errors must be printed before."""
     allowed = {"core", *sys.stdlib_module_names, *(sibling.stem for sibling in path.parent.glob("*.py"))}
     top = [node for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert {module.partition(".")[0] for node in top for module in imported(node)} <= allowed
+    assert {module.partition(".")[0] for node in top for module in imported_modules(node)} <= allowed
 
 
-@each(SCRIPTS)
-def test_scripts_call_analysis_sweeps_and_the_run(path):
-    modules = [module for module in imported(tree_of(path)) if module.partition(".")[0] in PACKAGES]
+@for_each(SCRIPTS)
+def test_scripts_call_only_core_analysis_sweeps_and_trainer_run(path):
+    modules = [module for module in imported_modules(tree_of(path)) if module.partition(".")[0] in PACKAGES]
     for call in ast.walk(tree_of(path)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "launch":
             module, _, name = ast.literal_eval(call.args[0]).rpartition(".")
@@ -144,7 +144,7 @@ def test_scripts_call_analysis_sweeps_and_the_run(path):
 # Sizes
 
 
-@each(SOURCES + SCRIPTS + BENCH)
+@for_each(SOURCES + SCRIPTS + BENCH)
 def test_files_and_functions_are_short(path):
     limit = MOST_LINES_OF_SCRIPT if path in SCRIPTS else MOST_LINES
     lines = len(path.read_text().splitlines())
@@ -155,7 +155,7 @@ def test_files_and_functions_are_short(path):
             assert lines <= MOST_LINES_OF_FUNCTION, f"{node.name}: {lines} lines; at most {MOST_LINES_OF_FUNCTION}"
 
 
-@each(FOLDERS)
+@for_each(FOLDERS)
 def test_folders_are_small(path):
     files = [file.name for file in path.glob("*.py") if file.name != "__init__.py"]
     assert len(files) <= (MOST_MODELS if path.name == "models" else MOST_FILES), files
@@ -164,46 +164,46 @@ def test_folders_are_small(path):
 # Packages
 
 
-@each(FOLDERS)
-def test_package_init_is_a_map_and_imports_nothing(path):
-    """Its docstring names every file and folder of the package, and no file that does not exist."""
+@for_each(FOLDERS)
+def test_package_init_names_its_files_and_imports_nothing(path):
+    """The docstring names every file and folder of the package, and only files that exist."""
     tree = tree_of(path / "__init__.py")
     assert [type(node) for node in tree.body] in ([], [ast.Expr])
     text = ast.get_docstring(tree) or ""
     files = {file.name for file in path.glob("*.py")} - {"__init__.py"}
-    named = set(re.findall(r"\b\w+\.py\b", text))
-    assert files <= named, f"not in the docstring: {sorted(files - named)}"
-    assert named <= {file.name for file in path.rglob("*.py")}, "names files that do not exist"
+    named_files = set(re.findall(r"\b\w+\.py\b", text))
+    assert files <= named_files, f"not in the docstring: {sorted(files - named_files)}"
+    assert named_files <= {file.name for file in path.rglob("*.py")}, "names files that do not exist"
     folders = {folder.name for folder in FOLDERS if folder.parent == path}
     assert folders <= set(re.findall(r"\b(\w+)/", text)), f"the docstring must name each of {sorted(folders)} as NAME/"
 
 
 def test_no_file_shadows_a_module():
-    taken = set(sys.stdlib_module_names) | PACKAGES
+    module_names = set(sys.stdlib_module_names) | PACKAGES
     for folder in ("scripts", "bench", "tests"):
-        assert not {path.stem for path in (ROOT / folder).glob("*.py")} & taken
+        assert not {path.stem for path in (ROOT / folder).glob("*.py")} & module_names
     assert not [path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name in PACKAGES]
 
 
 # Objects
 
 
-def targets(node: ast.AST) -> Iterator[ast.Attribute]:
-    """The attributes that a statement assigns or deletes, in tuples too."""
+def assigned_attributes(node: ast.AST) -> Iterator[ast.Attribute]:
+    """Yield the attributes that a statement assigns or deletes, also within tuples."""
     if isinstance(node, ast.Assign | ast.Delete):
-        waiting = list(node.targets)
+        pending = list(node.targets)
     elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor | ast.NamedExpr):
-        waiting = [node.target]
+        pending = [node.target]
     elif isinstance(node, ast.withitem) and node.optional_vars is not None:
-        waiting = [node.optional_vars]
+        pending = [node.optional_vars]
     else:
         return
-    while waiting:
-        target = waiting.pop()
+    while pending:
+        target = pending.pop()
         if isinstance(target, ast.Tuple | ast.List):
-            waiting += target.elts
+            pending += target.elts
         elif isinstance(target, ast.Starred):
-            waiting.append(target.value)
+            pending.append(target.value)
         elif isinstance(target, ast.Attribute):
             yield target
 
@@ -212,61 +212,65 @@ def is_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-def assigned_to_others(path: Path) -> list[tuple[str, int]]:
-    """Name and line of each attribute that a file assigns to an object other than `self`; setattr counts."""
-    found = []
+def foreign_assignments(path: Path) -> list[tuple[str, int]]:
+    """Return name and line of each attribute assigned to an object other than `self`, including by setattr."""
+    assignments = []
     for node in ast.walk(tree_of(path)):
-        found += [(target.attr, target.lineno) for target in targets(node) if not is_self(target.value)]
+        assignments += [
+            (target.attr, target.lineno) for target in assigned_attributes(node) if not is_self(target.value)
+        ]
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr", "object.__setattr__"):
             owner, name = node.args[:2]
             if not is_self(owner) and isinstance(name, ast.Constant):
-                found.append((str(name.value), node.lineno))
-    return found
+                assignments.append((str(name.value), node.lineno))
+    return assignments
 
 
 @cache
-def defined(path: Path) -> dict[str, str]:
-    """Each attribute that a file's classes define, with its class: fields, `self.x = ...`, parameters and buffers."""
-    found = {}
+def defined_attributes(path: Path) -> dict[str, str]:
+    """Return {attribute: class} of a file: fields, `self.x = ...`, parameters and buffers."""
+    attributes = {}
     for owner in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)):
-        if path.name == "declarations.py":  # of keys
+        if path.name == "declarations.py":  # its fields declare config keys
             continue
         for node in owner.body:
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 names = node.targets if isinstance(node, ast.Assign) else [node.target]
-                found |= {name.id: owner.name for name in names if isinstance(name, ast.Name)}
+                attributes |= {name.id: owner.name for name in names if isinstance(name, ast.Name)}
         for node in ast.walk(owner):
-            found |= {target.attr: owner.name for target in targets(node) if is_self(target.value)}
+            attributes |= {target.attr: owner.name for target in assigned_attributes(node) if is_self(target.value)}
             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
                 "self.register_buffer",
                 "self.register_parameter",
                 "self.add_module",
             ):
-                found |= {name.value: owner.name for name in node.args[:1] if isinstance(name, ast.Constant)}
-    return found
+                attributes |= {name.value: owner.name for name in node.args[:1] if isinstance(name, ast.Constant)}
+    return attributes
 
 
-@each(SOURCES)
+@for_each(SOURCES)
 def test_attributes_are_assigned_only_in_the_file_of_their_class(path):
-    """An object changes its own state: another file calls a method."""
+    """Only a class changes its state; code in other files calls a method."""
     owners: dict[str, list[str]] = {}
     for other in SOURCES:
         if other != path:
-            for name, owner in defined(other).items():
-                owners.setdefault(name, []).append(f"{owner} ({place_of(other)})")
-    names = [(name, line) for name, line in assigned_to_others(path) if name in owners and name not in OF_OTHERS]
-    wrong = [f"line {line}: {name} of {owners[name]}" for name, line in names]
-    assert not wrong, "; ".join(wrong)
+            for name, owner in defined_attributes(other).items():
+                owners.setdefault(name, []).append(f"{owner} ({relative_path(other)})")
+    names = [
+        (name, line) for name, line in foreign_assignments(path) if name in owners and name not in SHARED_ATTRIBUTES
+    ]
+    violations = [f"line {line}: {name} of {owners[name]}" for name, line in names]
+    assert not violations, "; ".join(violations)
 
 
 # Configs
 
 
 def test_every_yaml_key_has_a_comment():
-    """Beside the key, or in the line above it; Hydra's own section and lists of defaults explain themselves."""
+    """The comment is beside the key or in the line above; Hydra's section and lists of defaults need none."""
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         lines = path.read_text().splitlines()
-        assert lines[0].startswith("#"), f"{path.name} does not say what it is"
+        assert lines[0].startswith("#"), f"{path.name} does not start with a comment"
         for number, line in enumerate(lines):
             if line.startswith("hydra:"):
                 break
@@ -279,13 +283,13 @@ def test_every_yaml_key_has_a_comment():
             assert "#" in line or above.startswith("#") or opens_section, f"{path.name}: {key} has no comment"
 
 
-# Frames
+# Stack frames
 
 
 def test_at_most_four_frames_lead_from_a_command_to_the_loop(tmp_path, monkeypatch):
-    """`Loop.fit` is entered from `execute`, of a new run, of a resumed one and of the jobs of a grid."""
+    """`execute` calls `Loop.fit` for a new run, a resumed run and the jobs of a grid."""
     monkeypatch.chdir(tmp_path)
-    seen: list[list[str]] = []
+    stacks: list[list[str]] = []
 
     def fit(loop: Loop, real: Any = Loop.fit) -> str:
         frame, names = sys._getframe(1), []
@@ -294,7 +298,7 @@ def test_at_most_four_frames_lead_from_a_command_to_the_loop(tmp_path, monkeypat
             if path.is_relative_to(SRC) or path.parent == ROOT / "scripts":
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
-        seen.append(names[::-1])
+        stacks.append(names[::-1])
         return real(loop)
 
     def train(*arguments: str) -> None:
@@ -302,24 +306,25 @@ def test_at_most_four_frames_lead_from_a_command_to_the_loop(tmp_path, monkeypat
         runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
 
     monkeypatch.setattr(Loop, "fit", fit)
-    small = ("data.limit_train=40", "data.limit_eval=20", "model=mlp", "data.batch_size=20", "trainer.threads=1")
-    train(*small, "trainer.max_epochs=1", "run_dir=run")
+    small_run = ("data.limit_train=40", "data.limit_eval=20", "model=mlp", "data.batch_size=20", "trainer.threads=1")
+    train(*small_run, "trainer.max_epochs=1", "run_dir=run")
     train("resume=run", "trainer.max_epochs=2")
-    train(*small, "trainer.max_epochs=1", "run_dir=grid", "-m", "seed=1,2")
-    single, job = ["<module>", "launch", "execute"], ["<module>", "launch", "job", "execute"]
-    assert seen == [single, single, job, job]
+    train(*small_run, "trainer.max_epochs=1", "run_dir=grid", "-m", "seed=1,2")
+    single_run, grid_job = ["<module>", "launch", "execute"], ["<module>", "launch", "job", "execute"]
+    assert stacks == [single_run, single_run, grid_job, grid_job]
 
 
-# CONTRIBUTING's walks
+# Walks in CONTRIBUTING
 
 
 @pytest.mark.parametrize("walk", ["one batch", "`optimizer.lr`"])
 def test_walks_of_contributing_name_existing_code(walk):
     """At most twelve stops; each names a file, and the code words after it occur in that file."""
-    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## The walk of {walk}\n")[2].partition("\n## ")[0]
+    heading = f"## Path of {walk} through the code\n"
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(heading)[2].partition("\n## ")[0]
     stops = re.findall(r"^(\d+)\. `([^`]+)`: (.*)$", text, re.MULTILINE)
     assert [int(number) for number, _, _ in stops] == list(range(1, len(stops) + 1)) and 8 <= len(stops) <= 12
-    for _, name, told in stops:
+    for _, name, description in stops:
         content = (ROOT / name).read_text()
-        for word in re.findall(r"`([A-Za-z_.]+)`", told):
+        for word in re.findall(r"`([A-Za-z_.]+)`", description):
             assert word.rpartition(".")[2] in content, f"{name} has no {word}"

@@ -1,4 +1,4 @@
-"""Test-time augmentation: every figure is that of the mean over an image and its mirror image."""
+"""Test-time augmentation: all metrics use the mean logits of an image and its mirror image."""
 
 import copy
 import json
@@ -16,16 +16,16 @@ from trainer.inference.tta import with_tta
 
 
 @pytest.mark.parametrize("average", [(), ("trainer.ema_decay=0.9",)])
-def test_metrics_are_those_of_the_mean_logits_of_both_sides(tmp_path, average):
+def test_metrics_use_the_mean_logits_of_image_and_mirror_image(tmp_path, average):
     folder = tmp_path / "run"
     run = trained(folder, "trainer.tta=mirror", "trainer.checkpoint.monitor=null", *average)
-    network = run.state.models["ema"] if average else run.state.model
-    network.eval()
+    model = run.state.models["ema"] if average else run.state.model
+    model.eval()
 
     def measured(loader):
-        (images, labels, _), *_ = loader  # one batch holds all
+        (images, labels, _), *_ = loader  # one batch contains all samples
         with torch.no_grad():
-            logits = (network(images) + network(torch.flip(images, dims=[-1]))) / 2
+            logits = (model(images) + model(torch.flip(images, dims=[-1]))) / 2
         hits = (logits.argmax(1) == labels).double().mean().item()
         return logits, functional.cross_entropy(logits, labels).item(), hits
 
@@ -35,24 +35,24 @@ def test_metrics_are_those_of_the_mean_logits_of_both_sides(tmp_path, average):
     )
     line = read_lines(folder / "metrics.jsonl")[-1]
     assert (line["val/loss"], line["val/accuracy"]) == pytest.approx(measured(run.training.val_loader)[1:], rel=1e-6)
-    # evaluate.py, predict.py and notebooks use the run as it is loaded.
+    # evaluate.py, predict.py and notebooks use `load_run`.
     assert torch.equal(predict(load_run(folder).model, run.training.test_loader)[0], logits)
     with torch.no_grad():
-        plain = network(next(iter(run.training.test_loader)).images)
-    assert (plain - logits).abs().max() > 0.01  # it makes a difference
+        plain = model(next(iter(run.training.test_loader)).images)
+    assert (plain - logits).abs().max() > 0.01  # the mirror image changes the logits
 
 
-def test_training_is_the_same_with_and_without(tmp_path):
-    given = ("model.dropout=0.3", "model.batch_norm=true")
-    runs = [trained(tmp_path / tta, f"trainer.tta={tta}", *given) for tta in ("none", "mirror")]
+def test_training_does_not_depend_on_tta(tmp_path):
+    overrides = ("model.dropout=0.3", "model.batch_norm=true")
+    runs = [trained(tmp_path / tta, f"trainer.tta={tta}", *overrides) for tta in ("none", "mirror")]
     states = [run.state.model.state_dict() for run in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_stays_as_it_was(training):
-    network = nn.Sequential(nn.Dropout(0.5)).train(training)
-    both = with_tta(network, "mirror")
-    assert both.training == network.training == training
-    assert with_tta(network, "none") is network
-    assert set(both.state_dict()) == set(copy.deepcopy(network).state_dict())
+def test_with_tta_keeps_the_training_mode_and_the_state_names(training):
+    model = nn.Sequential(nn.Dropout(0.5)).train(training)
+    averaged = with_tta(model, "mirror")
+    assert averaged.training == model.training == training
+    assert with_tta(model, "none") is model
+    assert set(averaged.state_dict()) == set(copy.deepcopy(model).state_dict())

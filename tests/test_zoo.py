@@ -1,7 +1,7 @@
-"""Every model of configs/model overfits a batch, at its own input size, with the optimizer of its recipe.
+"""Every model of configs/model overfits a batch at its input size, with the optimizer of its recipe.
 
-Through the trainer, from the command line's config to the checkpoint; in a process of its own each, so that the peak of
-memory is its own. Those that take more than seconds are marked slow and print it.
+Each model runs through the trainer, from the composed config to the checkpoint, in a separate process, so that its peak
+memory is measured. Models that take more than seconds are marked slow and print their measurements.
 """
 
 import json
@@ -24,8 +24,8 @@ from trainer.run import Run
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "goldens.json").read_text())
 
-# Which card trains a network that none names: that of its nearest relative.
-RELATIVES = {
+# Recipe of a model that no recipe names: that of the most similar model.
+RECIPES_OF_SIMILAR_MODELS = {
     "vgg16_small": "cifar10_vgg",
     "vgg": "imagenet_vgg16",
     "resnet18": "imagenet_resnet50",
@@ -42,48 +42,48 @@ RELATIVES = {
 
 
 def recipes() -> dict[str, str]:
-    """The card of each network: one that names it, if possible one that was run here, or else its relative's."""
-    found: dict[str, str] = {}
+    """Return {model: recipe}: one that names it, preferably one that was run here, else that of a similar model."""
+    recipe_of: dict[str, str] = {}
     cards = (ROOT / "configs" / "experiment").glob("*.yaml")
     for path in sorted(cards, key=lambda path: (path.stem.startswith("imagenet_"), path)):
         for default in yaml.safe_load(path.read_text()).get("defaults", []):
             if "override /model" in default:
-                found.setdefault(default["override /model"], path.stem)
-    for name in set(GOLDENS) - set(found):
-        found[name] = next(card for start, card in RELATIVES.items() if name.startswith(start))
-    return found
+                recipe_of.setdefault(default["override /model"], path.stem)
+    for name in set(GOLDENS) - set(recipe_of):
+        recipe_of[name] = next(card for start, card in RECIPES_OF_SIMILAR_MODELS.items() if name.startswith(start))
+    return recipe_of
 
 
 RECIPES = recipes()
 CLASSES = 10
-# 110 layers without shortcuts stand still under SGD, which is what they are there to show; Adam can move them. And
-# from the paper's first weights the deepest VGGs stand still: their authors began with those of VGG-11, and found later
-# that others do without (section 3.1).
+# 110 layers without shortcuts do not train with SGD, which they are meant to demonstrate; they train with Adam. The
+# deepest VGGs do not train from the paper's initial weights. Their authors started from the weights of VGG-11 and
+# later found that other initial weights make this unnecessary (section 3.1).
 OPTIMIZERS = {"plain110": ("optimizer=adam", "optimizer.lr=0.001")}
 WEIGHTS = {"vgg16": ("model.init=he_normal",), "vgg19": ("model.init=he_normal",)}
 QUICK = {name for name, golden in GOLDENS.items() if golden["multiply_adds"] < 50e6}
 
 
-def rate_of(card: str) -> float:
-    """The learning rate of a recipe: its own, or its optimizer's default."""
+def learning_rate_of(card: str) -> float:
+    """Return the learning rate of a recipe: the one it sets, or the default of its optimizer."""
     content = yaml.safe_load((ROOT / "configs" / "experiment" / f"{card}.yaml").read_text())
     chosen = [default["override /optimizer"] for default in content["defaults"] if "override /optimizer" in default]
     default = ROOT / "configs" / "optimizer" / f"{chosen[0] if chosen else 'sgd'}.yaml"
     return content.get("optimizer", {}).get("lr", yaml.safe_load(default.read_text())["lr"])
 
 
-def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
-    """Train on two images until the loss is a tenth of what guessing costs; tells what it took.
+def overfit_a_batch(name: str, folder: Path) -> dict[str, Any]:
+    """Train on two images until the loss is a tenth of the chance level; return the measurements.
 
-    Without what hinders overfitting: augmentation, dropout, smoothed labels. The gradient is clipped, as a
-    recipe's rate is not meant for so small a batch from the first step on.
+    Augmentation, dropout and label smoothing are off, as they hinder overfitting. The gradient is clipped, because the
+    learning rate of a recipe is too large for such a small batch at the first step.
     """
     golden = GOLDENS[name]
     channels, size, _ = golden["input"]
-    rate = f"optimizer.lr={min(rate_of(RECIPES[name]), 0.05)}"  # 0.1 is for batches of 128
+    lr = f"optimizer.lr={min(learning_rate_of(RECIPES[name]), 0.05)}"  # 0.1 is meant for batches of 128
     config = composed(
         *(
-            rate,
+            lr,
             f"experiment={RECIPES[name]}",
             f"model={name}",
             *golden["overrides"],
@@ -116,10 +116,10 @@ def learn_a_batch(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def tell(name: str, folder: Path, pipe: Any) -> None:
-    """What it took, or what went wrong."""
+def send_result(name: str, folder: Path, pipe: Any) -> None:
+    """Send the measurements, or the traceback of an error, through the pipe."""
     try:
-        pipe.send(learn_a_batch(name, folder))
+        pipe.send(overfit_a_batch(name, folder))
     except BaseException:
         pipe.send({"reason": traceback.format_exc()})
         raise
@@ -128,20 +128,19 @@ def tell(name: str, folder: Path, pipe: Any) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(GOLDENS)]
 )
-def test_model_overfits_a_batch(name, tmp_path, capsys):
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(target=tell, args=(name, tmp_path / "run", theirs))
+def test_model_of_each_config_overfits_a_batch(name, tmp_path, capsys):
+    receiver, sender = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=send_result, args=(name, tmp_path / "run", sender))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        told = ours.recv()
+        result = receiver.recv()
     finally:
         process.join()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)  # gigabytes of checkpoints
-    assert told["reason"] == "learnt", told
+    assert result["reason"] == "learnt", result
     if name not in QUICK:
         with capsys.disabled():
-            figures = (
-                f"{told['step']:4} steps  {told['seconds']:6.1f} s  {told['GiB']:5.1f} GiB  loss {told['loss']:.3f}"
-            )
-            print(f"\n{name:16} {RECIPES[name]:22} {figures}", end="", flush=True)
+            memory = f"{result['GiB']:5.1f} GiB"
+            summary = f"{result['step']:4} steps  {result['seconds']:6.1f} s  {memory}  loss {result['loss']:.3f}"
+            print(f"\n{name:16} {RECIPES[name]:22} {summary}", end="", flush=True)

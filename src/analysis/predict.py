@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -11,8 +12,7 @@ from core.config import Config
 from core.durable import write_output
 from core.errors import DataError
 from core.options.declarations import PredictConfig
-from data.sources.decode import SUFFIXES
-from data.sources.image_folder import image_files_in
+from data.sources.listing import SUFFIXES, Skipped, image_files
 from trainer.device import configure_tf32
 from trainer.inference.load_run import LoadedRun, load_run
 
@@ -33,7 +33,7 @@ def predict_images(config: Config[PredictConfig]) -> None:
             name = path.relative_to(source) if source.is_dir() else path.name
             top = max(range(len(row)), key=row.__getitem__)
             table.writerow([name, run.class_names[top], f"{row[top]:.6f}", *(f"{value:.6f}" for value in row)])
-    write_output(output, content.getvalue().encode())
+    write_output(output, content.getvalue().encode(errors="surrogateescape"))
     print(f"{len(paths):,} images -> {output}")
 
 
@@ -43,7 +43,10 @@ def image_paths(source: Path) -> list[Path]:
         raise DataError(str(source), "no such file or folder (input)")
     if not source.is_dir() and not source.is_file():
         raise DataError(str(source), "is neither a folder nor a regular file (input)")
-    paths = image_files_in(source) if source.is_dir() else [source]
+    skipped = Skipped()
+    paths = image_files(source, skipped) if source.is_dir() else [source]
+    if skipped.counts:
+        print(f"{source}: {skipped}", file=sys.stderr)
     if not paths:
         raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
     return paths

@@ -1,10 +1,10 @@
-"""Configs made by Hydra: composed, resolved, checked; and what fails on the way, in one line.
+"""Compose configs with Hydra, resolve and check them, and explain composition errors in one line.
 
-overrides, parsed and checked -> composed by Hydra -> resolved, and resolved again without the environment's values
--> checked against the declarations -> Config
+parse and check overrides -> Hydra composes -> resolve; resolve again without the environment's values
+-> check against the declarations -> Config
 
-What can only be known of the composed config is explained afterwards, by applying the overrides one by one: none of
-Hydra's messages is matched.
+Some errors depend on the composed config. They are explained after composition fails, by applying the overrides one by
+one. No text of Hydra's messages is matched.
 """
 
 import contextlib
@@ -25,8 +25,16 @@ from omegaconf.resolvers import oc
 from core.config import CONFIGS, FROM_ENVIRONMENT, Config, leaves
 from core.errors import ConfigError, PreceptorError, internal_error
 from core.options.files import first_unreadable_file, options_of_group
-from core.options.overrides import check_overrides, key_hint, no_such_option, options_in, parse_overrides, values_of
-from core.options.schema import Schema, check, options_of
+from core.options.overrides import (
+    check_overrides,
+    expanded_home,
+    key_hint,
+    no_such_option,
+    options_in,
+    parse_overrides,
+    values_of,
+)
+from core.options.schema import Option, Schema, check, options_of
 
 
 def compose_config(
@@ -41,41 +49,43 @@ def compose_config(
     """Compose a config as the command line does, without the sections `without`, and check it.
 
     If `config_name` is None, only the groups that the overrides add are composed. If `schema` is None, nothing is
-    checked. `folders` are those of --config-dir. Mandatory keys without a value get the value `missing`; by default
-    they are an error.
+    checked. `folders` are the folders of --config-dir. Mandatory keys without a value are set to `missing`; with the
+    default `missing`, they are an error.
     """
     overrides = parse_overrides(arguments)
     check_overrides(overrides, schema, folders=folders)
-    with explained(overrides, config_name, schema, folders=folders):
+    with hydra_errors_explained(overrides, config_name, schema, folders=folders):
         composed = _compose(config_name, arguments, folders, return_hydra_config=True)
-    facts = facts_of(composed.hydra)
+    facts = hydra_facts(composed.hydra)
     with open_dict(composed):
         for section in ("hydra", *without):
             del composed[section]
     for key in OmegaConf.missing_keys(composed) if missing != "???" else ():
         OmegaConf.update(composed, key, missing)
-    return settle(composed, schema, **facts)
+    return resolve_and_check(composed, schema, **facts)
 
 
 def _compose(
     config_name: str | None, arguments: Sequence[str], folders: Sequence[Path], *, return_hydra_config: bool = False
 ) -> DictConfig:
-    GlobalHydra.instance().clear()  # the command line's own composition is done and no longer needed
+    GlobalHydra.instance().clear()  # the composition of the command line is no longer needed
     path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(config_name, [*path, *arguments], return_hydra_config=return_hydra_config)
 
 
-def facts_of(hydra_config: Any) -> dict[str, Any]:
-    """Return the arguments of `settle` that Hydra's own section of a composed config knows."""
+def hydra_facts(hydra_config: Any) -> dict[str, Any]:
+    """Return the arguments of `resolve_and_check` that come from Hydra's section of a composed config."""
     return {
         "choices": dict(hydra_config.runtime.choices),
-        "overrides": OmegaConf.to_container(hydra_config.overrides.task),  # as typed: an interpolation stays one
-        "config_dirs": [each.path for each in hydra_config.runtime.config_sources if each.provider == "command-line"],
+        "overrides": OmegaConf.to_container(hydra_config.overrides.task),  # as typed, with interpolations unresolved
+        "config_dirs": [
+            source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"
+        ],
     }
 
 
-def settle(
+def resolve_and_check(
     composed: DictConfig,
     schema: Schema | None,
     *,
@@ -92,24 +102,37 @@ def settle(
         values = _plain(composed)
     except InterpolationResolutionError:
         if cycle := _cycle(cast(dict[str, Any], OmegaConf.to_container(composed))):
-            explanation = f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; give one of them a value"
+            explanation = f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; set one of these keys to a value"
             raise ConfigError(cycle[0], explanation) from None
         raise
     record = _without_environment(composed)
     if schema is not None:
         declared = options_of(schema)
-        if "augment" in declared:  # augment=[] chooses no file at all
+        if "augment" in declared:  # augment=[] chooses no file, so the section is absent
             values.setdefault("augment", {})
             record.setdefault("augment", {})
         if "choices" in declared:
             named = {group: str(option) for group, option in choices.items() if group in values}
             values["choices"] = record["choices"] = named
-        check(values, schema, shown=record)
+        check(values, schema, record=record)
+        for section in (values, record):
+            _expand_paths(section, declared)
     return Config(values=values, record=record, job=job, overrides=list(overrides), config_dirs=list(config_dirs))
 
 
+def _expand_paths(config: dict[str, Any], options: Mapping[str, Option]) -> None:
+    """Expand `~` in each path of a config, in place."""
+    for name, option in options.items():
+        *parents, key = name.split(".")
+        section: Any = config
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if option.is_path and isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = expanded_home(section[key])
+
+
 def _without_environment(composed: DictConfig) -> dict[str, Any]:
-    """Return the config resolved once more, with a marker in place of each value of an environment variable."""
+    """Return the config resolved again, with a marker in place of the value of each environment variable."""
 
     def marker(name: str, default: Any = None) -> Any:
         return f"{FROM_ENVIRONMENT}{name}" if name in os.environ else default
@@ -127,29 +150,29 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
-# What fails
+# Errors
 
 
 def _cycle(unresolved: Mapping[str, Any]) -> list[str]:
-    """Return the first keys that are interpolated from one another in a circle."""
+    """Return the first cycle of keys whose interpolations refer to one another."""
     references = {key: re.findall(r"\$\{([\w.]+)\}", str(value)) for key, value in leaves(unresolved)}
 
     def follow(path: list[str]) -> list[str]:
         for name in references.get(path[-1], ()):
             if name in path:
                 return path[path.index(name) :]
-            if found := follow([*path, name]):
-                return found
+            if cycle := follow([*path, name]):
+                return cycle
         return []
 
     return next(filter(None, (follow([key]) for key in references)), [])
 
 
 @contextlib.contextmanager
-def explained(
+def hydra_errors_explained(
     overrides: Sequence[Override], config_name: str | None, schema: Schema | None, *, folders: Sequence[Path] = ()
 ) -> Iterator[None]:
-    """Within `with`, turn what Hydra's composition fails with into one line: the key or file, and what is allowed."""
+    """Turn composition errors within `with` into a PreceptorError that names the key or file and what is allowed."""
     try:
         yield
     except PreceptorError:
@@ -169,56 +192,56 @@ def _explanation(
         group, _, option = str(exception.missing_cfg_file).rpartition("/")
         options = sorted(name for name in exception.options or options_of_group(group) if not name.startswith("_"))
         if group == "hydra/launcher":
-            explanation = "its plugin is not installed; type: .venv/bin/uv pip install --editable '.[joblib,submitit]'"
+            explanation = "its plugin is not installed; type .venv/bin/uv pip install --editable '.[joblib,submitit]'"
             return ConfigError(group, explanation, value=option)
         return no_such_option(group, option, options)
     if error := first_unreadable_file(list(folders)):
         return error
     if schema is not None and (error := _first_misfit(overrides, config_name, schema, folders)):
         return error
-    return as_error(exception)
+    return error_to_report(exception)
 
 
 def _first_misfit(
     overrides: Sequence[Override], config_name: str | None, schema: Schema, folders: Sequence[Path]
 ) -> ConfigError | None:
     """Return the error of the first override that does not fit the config that the chosen options compose."""
-    chosen = [each for each in overrides if each.is_hydra_override() or options_in(each.key_or_group, folders)]
+    choices = [item for item in overrides if item.is_hydra_override() or options_in(item.key_or_group, folders)]
     with contextlib.suppress(HydraException, OmegaConfBaseException):
-        composed = _compose(config_name, [str(override.input_line) for override in chosen], folders)
+        composed = _compose(config_name, [str(override.input_line) for override in choices], folders)
         for override in overrides:
-            if override not in chosen and (error := _misfit(composed, override, schema)):
+            if override not in choices and (error := _misfit(composed, override, schema)):
                 return error
     return None
 
 
 def _misfit(composed: DictConfig, override: Override, schema: Schema) -> ConfigError | None:
-    """Apply an override to a composed config; returns the error if it does not fit."""
+    """Apply an override to a composed config; return the error if it does not fit."""
     name, adds = override.key_or_group, override.is_add() or override.is_force_add()
-    given = {} if override.is_delete() else {"value": next(values_of(override), None)}
+    value_argument = {} if override.is_delete() else {"value": next(values_of(override), None)}
     exists = name in dict(leaves(cast(dict[str, Any], OmegaConf.to_container(composed))))
     if not exists and not adds:
-        return ConfigError(name, f"unknown key; {key_hint(name, schema)}", **given)
+        return ConfigError(name, f"unknown key; {key_hint(name, schema)}", **value_argument)
     if override.is_delete():
         return None
-    value = given["value"]
+    value = value_argument["value"]
     if exists and override.is_add() and not isinstance(value, dict | list):
         return ConfigError(name, "exists already; leave out the +", value=value)
     try:
         OmegaConf.update(composed, name, value, merge=True, force_add=True)
     except (OmegaConfBaseException, TypeError, ValueError) as exception:
-        return ConfigError(name, f"does not fit there: {str(exception).partition(chr(10))[0]}", value=value)
+        return ConfigError(name, f"does not fit the config: {str(exception).partition(chr(10))[0]}", value=value)
     return None
 
 
-def as_error(exception: BaseException) -> PreceptorError:
-    """Return an exception as one of our errors: OmegaConf's names a key; any other is an internal error."""
+def error_to_report(exception: BaseException) -> PreceptorError:
+    """Return the PreceptorError for an exception: a ConfigError for Hydra's and OmegaConf's, else an internal error."""
     if isinstance(exception, PreceptorError):
         return exception
     if not isinstance(exception, HydraException | OmegaConfBaseException):
         return internal_error(exception)
     while not str(exception) and (cause := exception.__cause__ or exception.__context__) is not None:
-        exception = cause  # Hydra wraps some of OmegaConf's errors in one without a message
+        exception = cause  # Hydra wraps some OmegaConf errors in an error without a message
     key = getattr(exception, "full_key", None)
     text = (str(exception).partition("\n")[0] if key else str(exception)).strip()
     return ConfigError(key or "command line", text or f"cannot be read ({type(exception).__name__})")

@@ -1,4 +1,4 @@
-"""A checked config as plain values. Needs neither Hydra nor OmegaConf."""
+"""A checked config as plain values. Imports neither Hydra nor OmegaConf."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FROM_ENVIRONMENT = "environment:"  # in config.yaml, in place of an environment variable's value
+FROM_ENVIRONMENT = "environment:"  # in config.yaml, marks a value that came from an environment variable
 
 Values = TypeVar("Values", bound=Mapping[str, Any])  # TrainConfig, EvaluateConfig, ...: core.options.declarations
 
 
 @dataclass(frozen=True)
 class Config(Generic[Values]):
-    """A checked config: plain dicts and lists, no interpolation left."""
+    """A checked config: plain dicts and lists without interpolations."""
 
     values: Values
-    record: dict[str, Any]  # the values that may be written: a marker in place of each environment variable's value
-    job: int | None  # the number within a grid (-m)
-    from_run: bool = False  # it comes with a run folder, so it builds only classes that are trusted
-    overrides: list[str] = field(default_factory=list)  # as given on the command line
+    record: dict[str, Any]  # the values for files, with a marker in place of each value of an environment variable
+    job: int | None  # the job's number in a grid (-m); None for a single run
+    from_run: bool = False  # read from a run folder, so only trusted classes may be built
+    overrides: list[str] = field(default_factory=list)  # as typed on the command line
     config_dirs: list[str] = field(default_factory=list)  # the folders of --config-dir
 
 

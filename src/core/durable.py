@@ -1,8 +1,8 @@
-"""Files that are whole or not there, whatever ends the process while they are written.
+"""Write files atomically: after a crash, a file is complete or has its previous content.
 
     temporary file in the same folder -> write -> fsync -> replace -> fsync of the folder
 
-Every step is one system call of `os`, so that a test can stop at each of them.
+Each step is one system call of `os`, so that a test can stop the process at every step.
 """
 
 import os
@@ -17,16 +17,16 @@ TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
 
 
 def write_durably(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file, given in parts, so that a crash leaves the whole of it, or what was there before.
+    """Write the pieces of `content` to a file; after a crash it is complete or has its previous content.
 
-    Raises StorageError when it cannot be written.
+    Raises StorageError if it cannot be written.
     """
     temporary = _temporary(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            for part in content:
-                rest = memoryview(part)
+            for piece in content:
+                rest = memoryview(piece)
                 while len(rest) > 0:
                     rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
@@ -35,14 +35,14 @@ def write_durably(path: Path, *content: bytes | memoryview) -> None:
         os.replace(temporary, path)  # noqa: PTH105  one system call
         sync_folder(path.parent)
     except OSError as exception:
-        raise StorageError(str(path), _told(path, sum(map(len, content)), exception)) from exception
+        raise StorageError(str(path), _write_failure(path, sum(map(len, content)), exception)) from exception
     finally:
         with suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file that the user names: durably, through a link, and into a device or FIFO without replacing it.
+    """Write a file that the user names: durably if it is a regular file; follow links; never replace a device or FIFO.
 
     Raises StorageError if it cannot be written.
     """
@@ -58,7 +58,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def link_durably(existing: Path, path: Path) -> None:
-    """A second name for a file that is written; OSError where the file system has no links."""
+    """Give an existing file a second name (hard link). Raises OSError if the file system has no hard links."""
     temporary = _temporary(path)
     try:
         os.link(existing, temporary)
@@ -66,11 +66,11 @@ def link_durably(existing: Path, path: Path) -> None:
         sync_folder(path.parent)
     finally:
         with suppress(OSError):
-            os.unlink(temporary)  # noqa: PTH108  also there when both were one file already
+            os.unlink(temporary)  # noqa: PTH108  it still exists if both names already were one file
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed in a folder is on the disk."""
+    """Wait until the renames in a folder are on the disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -79,20 +79,29 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files that a killed process left. Only for who holds the folder's lock."""
+    """Delete temporary files of a killed process. The caller must hold the folder's lock."""
     for path in folder.iterdir():
-        if TEMPORARY.match(path.name):
+        if TEMPORARY.match(path.name) and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(hidden_name(path.name, "tmp"))
 
 
-def _told(path: Path, needed: int, exception: OSError) -> str:
-    """What happened, how many bytes were wanted and how many are free."""
+def hidden_name(name: str, ending: str) -> str:
+    """Return a new hidden name for a file or folder that will be renamed to `name`, such as `.name.01234567.tmp`.
+
+    It is at most as long as a name may be (255 bytes), even if `name` is.
+    """
+    short = os.fsdecode(os.fsencode(name)[:200])
+    return f".{short}.{secrets.token_hex(4)}.{ending}"
+
+
+def _write_failure(path: Path, needed: int, exception: OSError) -> str:
+    """Return an error text: the reason, the number of bytes to write and the number of free bytes."""
     free = "unknown"
     with suppress(OSError):
-        found = os.statvfs(path.parent)
-        free = f"{found.f_bavail * found.f_frsize:,}"
-    return f"cannot write {needed:,} bytes ({free} are free there): {exception.strerror or exception}"
+        status = os.statvfs(path.parent)
+        free = f"{status.f_bavail * status.f_frsize:,}"
+    return f"cannot write {needed:,} bytes ({free} bytes are free): {exception.strerror or exception}"

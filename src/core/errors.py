@@ -3,20 +3,21 @@
     error[config] optimizer.lr = -0.1: must be > 0
           ^kind   ^subject       ^value ^what is allowed
 
-The user can correct each of these, so no traceback is shown. Any other exception is an internal error (exit 1).
+The user can correct these errors, so no traceback is printed. Any other exception is an internal error (exit code 1).
 """
 
 import difflib
+import errno
 import signal
 import unicodedata
 from collections.abc import Iterable
 
 UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of control, format and line-breaking characters
-_NO_VALUE = ...  # the same object also in an error that a worker sends
+_NO_VALUE = ...  # unlike object(), it stays the same object when an error is pickled by a worker
 
 
 class PreceptorError(Exception):
-    """An error with a subject (a config key or a file), the value found there and what is allowed instead."""
+    """An error with a subject (a config key or a file), its value, and an explanation of what is allowed."""
 
     kind = "bug"
     exit_code = 1
@@ -29,39 +30,39 @@ class PreceptorError(Exception):
 
     @property
     def described(self) -> str:
-        """The error without its kind: `optimizer.lr = -0.1: must be > 0`."""
-        shown = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
-        return printable(" ".join(f"{self.subject}{shown}: {self.explanation}".split()))
+        """Return the error without its kind: `optimizer.lr = -0.1: must be > 0`."""
+        value = "" if self.value is _NO_VALUE else f" = {spell(self.value)}"
+        return printable(" ".join(f"{self.subject}{value}: {self.explanation}".split()))
 
     def __str__(self) -> str:
         return f"error[{self.kind}] {self.described}"
 
     def under(self, section: str) -> "PreceptorError":
-        """Return the same error with its subject in a config section: `hidden` becomes `model.hidden`."""
+        """Prefix the subject with a config section, `hidden` -> `model.hidden`, and return this error."""
         self.subject = f"{section}.{self.subject}"
         return self
 
 
 class ConfigError(PreceptorError):
-    """A config value, key or combination that cannot work; found before the first step."""
+    """A config value, key or combination that is not allowed; reported before the first step."""
 
     kind, exit_code = "config", 2
 
 
 class DataError(PreceptorError):
-    """The data is missing, broken or does not fit the config."""
+    """The data is missing, corrupt or does not match the config."""
 
     kind, exit_code = "data", 3
 
 
 class NumericalError(PreceptorError):
-    """NaN, divergence or exhausted memory."""
+    """NaN, divergence or out of memory."""
 
     kind, exit_code = "numerical", 4
 
 
 class StorageError(PreceptorError):
-    """A folder that exists already, is locked, cannot be written, or a full disk."""
+    """A folder that already exists, is locked or cannot be written, or a full disk."""
 
     kind, exit_code = "storage", 5
 
@@ -71,19 +72,19 @@ class InUse(StorageError):
 
 
 class CheckpointError(PreceptorError):
-    """A checkpoint that is damaged or does not fit, or a resume that would change what may not change."""
+    """A checkpoint that is damaged or does not match, or a resume with a change that is not allowed."""
 
     kind, exit_code = "checkpoint", 6
 
 
 class SecurityError(PreceptorError):
-    """A file from elsewhere names code that the user has not trusted."""
+    """A file names code that is not in a trusted package (trust=)."""
 
     kind, exit_code = "security", 7
 
 
 class TrialError(PreceptorError):
-    """A trial of a sweep failed; the exit code is the one of its training."""
+    """A trial of a sweep failed; the exit code is that of its training."""
 
     kind = "trial"
 
@@ -92,13 +93,13 @@ class TrialError(PreceptorError):
         self.exit_code = exit_code
 
 
-# SIGHUP: the terminal or the connection is gone. SIGUSR1 and SIGUSR2: a cluster announces the end of a job (SLURM's
-# --signal=USR1@60, submitit).
+# SIGHUP: the terminal or the connection was closed. SIGUSR1 and SIGUSR2: a cluster announces the end of a job
+# (SLURM's --signal=USR1@60, submitit).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal(BaseException):
-    """A signal ended the run after its state was saved. No `Exception`, so that a grid of runs stops too."""
+    """A signal ended the run after its state was saved. Not an `Exception`, so that it also stops a grid of runs."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -111,16 +112,21 @@ def sighup_is_ignored(number: signal.Signals) -> bool:
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Return whether memory is exhausted: an error of Python, torch.cuda (by name: it may not be loaded) or torch."""
-    named = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator" in str(exception)
+    """Return whether an error means out of memory, in Python, torch.cuda (by name: it may not be imported) or torch."""
+    has_known_type = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
+    return has_known_type or "DefaultCPUAllocator" in str(exception)
 
 
-def as_preceptor_error(exception: Exception, *, place: str = "storage", step: str | None = None) -> Exception:
-    """Return an exception of the system or of torch as a PreceptorError if the user can act on it, or unchanged."""
+def as_preceptor_error(exception: Exception, *, subject: str = "storage", step: str | None = None) -> Exception:
+    """Return a system or torch exception as a PreceptorError if the user can act on it, else unchanged.
+
+    `subject` is used if the exception has no file name; `step` names the operation that failed.
+    """
     if isinstance(exception, OSError):
         reason = exception.strerror or str(exception)
-        return StorageError(str(exception.filename or place), f"{step}: {reason}" if step else reason)
+        if exception.errno in (errno.EMFILE, errno.ENFILE):
+            reason += "; set a smaller data.num_workers, or raise the limit, for example: ulimit -n 4096"
+        return StorageError(str(exception.filename or subject), f"{step}: {reason}" if step else reason)
     if is_out_of_memory(exception):
         advice = "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
         return NumericalError(step or "memory", advice)
@@ -128,13 +134,13 @@ def as_preceptor_error(exception: Exception, *, place: str = "storage", step: st
 
 
 def internal_error(exception: BaseException) -> PreceptorError:
-    """Return the error for an exception that is a bug in Preceptor: exit code 1."""
-    what = f"{type(exception).__name__}: {exception}"
-    return PreceptorError("internal", f"{what}; traceback=true shows where. Please report it")
+    """Return the error for an exception that is a bug in Preceptor (exit code 1)."""
+    description = f"{type(exception).__name__}: {exception}"
+    return PreceptorError("internal", f"{description}; add traceback=true to see where. Please report it")
 
 
 def printable(text: str) -> str:
-    """Return a text for a terminal or log: control characters, which could move the cursor, are written as `\\x1b`."""
+    """Return a text that is safe for a terminal or log: control characters are escaped, as in `\\x1b`."""
     is_harmless = all(character.isprintable() or character in "\n\t" for character in text)
     return text if is_harmless else "".join(map(_printable, text))
 
@@ -145,7 +151,7 @@ def _printable(character: str) -> str:
 
 
 def spell(value: object) -> str:
-    """Return a value as YAML's users write it: `null`, `true`, `[1, 2]`, text without quotes."""
+    """Return a value as it is written in YAML: `null`, `true`, `[1, 2]`, text without quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -161,7 +167,7 @@ SYNONYMS = {"gpu": "cuda"}  # what users type -> the name of the option
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice nearest to a misspelt word, if one is near."""
+    """Return the choice that is most similar to a misspelt word; None if no choice is similar."""
     choices = list(choices)
     near = [choice for choice in [SYNONYMS.get(word.lower())] if choice in choices]
     near = near or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
@@ -169,6 +175,6 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
-    """`did you mean X?` for the choice nearest to a misspelt word, or nothing when none is near."""
+    """Return `did you mean X?` for the choice most similar to a misspelt word; "" if no choice is similar."""
     near = nearest(word, choices)
     return "" if near is None else f"did you mean {near}?"

@@ -40,12 +40,12 @@ from typing import Any, NoReturn
 from core.processes import (
     Fork,
     can_fork,
-    die_with,
     exit_now,
+    exit_with_parent,
     flush_output,
-    release_descriptors,
-    release_handlers,
+    release_inherited_descriptors,
     reopen_output,
+    reset_signal_handlers,
     signals_blocked,
 )
 from core.server_process import LENGTH, NUMBER, send_message, serve
@@ -166,13 +166,13 @@ class ForkServer:
         """What the fork does."""
         code = 1
         try:
-            die_with(parent)
+            exit_with_parent(parent)
             os.environ["OPENBLAS_NUM_THREADS"] = "1"
             sys.path[:] = [folder for folder in sys.path if folder]
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the terminal belongs to the parent
-            release_handlers()
+            reset_signal_handlers()
             reopen_output()
-            release_descriptors(keep={0, 1, 2, control.fileno(), *self.pass_fds})
+            release_inherited_descriptors(keep={0, 1, 2, control.fileno(), *self.pass_fds})
             serve(control, self.preload)
             code = 0
         except BaseException:

@@ -11,7 +11,10 @@ LOGGER = logging.getLogger("preceptor.json_lines")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file. An incomplete last line is dropped; any other bad line is logged."""
+    """Return the objects of a JSON-lines file.
+
+    An incomplete last line is dropped. Other unreadable lines are logged and skipped.
+    """
     lines: list[dict[str, Any]] = []
     texts = read_regular(path).decode(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
@@ -22,5 +25,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
         elif number < len(texts):
-            LOGGER.warning("%s: line %d cannot be read and is left out", path, number)
+            LOGGER.warning("%s: line %d is not a JSON object and is skipped", path, number)
     return lines

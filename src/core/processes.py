@@ -16,7 +16,7 @@ from core.errors import STOP_SIGNALS
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def die_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Have the system kill this process when its parent is gone, even if that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -24,10 +24,10 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def death(exit_code: int | None) -> str:
-    """How a process went that has said nothing: `killed by SIGKILL`, `gone, with exit code 1`; None where unknown."""
-    names = {-number: f"killed by {number.name}" for number in signal.Signals}
-    return names.get(exit_code or 0, "gone" if exit_code is None else f"gone, with exit code {exit_code}")
+def describe_exit(exit_code: int | None) -> str:
+    """Return how a process ended: `was killed by SIGKILL`, `exited with code 1`, `exited` if the code is unknown."""
+    names = {-number: f"was killed by {number.name}" for number in signal.Signals}
+    return names.get(exit_code or 0, "exited" if exit_code is None else f"exited with code {exit_code}")
 
 
 def can_fork() -> bool:
@@ -80,14 +80,14 @@ class Fork:
             time.sleep(0.001)
 
 
-def release_handlers() -> None:
+def reset_signal_handlers() -> None:
     """Give up the Python signal handlers that a fork has inherited, as a process that is executed does."""
     for number in signal.valid_signals():
         if callable(handler := signal.getsignal(number)) and handler is not signal.default_int_handler:
             signal.signal(number, signal.SIG_DFL)
 
 
-def release_descriptors(*, keep: set[int]) -> None:
+def release_inherited_descriptors(*, keep: set[int]) -> None:
     """Give up what a fork has inherited: locks and sockets of its parent, which must not stay open in the server.
 
     Each number is kept, as /dev/null: an object that still holds it cannot close a file that is opened later.

@@ -1,8 +1,7 @@
-"""Opening files of a run or of the user: only regular files, and never a wait.
+"""Opening of regular files only, without blocking.
 
-A FIFO, socket or device in the place of a file would block the process, or yield bytes without end. `open_regular`
-refuses it with an OSError, as if it could not be read. With `follow=False` a link is refused too: the files of a run
-folder are real ones, so that a link in a folder from elsewhere cannot lead a command to another run or file.
+A FIFO, socket or device can block the process or yield endless bytes. `open_regular` refuses these with an OSError.
+With `follow=False` it refuses links too: a link in a run folder of another person could lead a command to any file.
 """
 
 import errno
@@ -22,7 +21,7 @@ KINDS = {
 
 
 class IrregularFile(OSError):
-    """A FIFO, socket, device, folder or link in the place of a regular file; `strerror` says which."""
+    """A FIFO, socket, device, folder or link instead of a regular file; `strerror` names the kind."""
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
@@ -31,7 +30,7 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     descriptor = os.open(path, flags)
     try:
-        _refuse_irregular(path, os.fstat(descriptor))  # again: the name may lead to another file by now
+        _refuse_irregular(path, os.fstat(descriptor))  # again: the name may refer to another file by now
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -39,7 +38,7 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
 
 
 def read_regular(path: Path, *, follow: bool = True, limit: int | None = None) -> bytes:
-    """Return the content of a regular file; IrregularFile for another kind, OSError for more than `limit` bytes."""
+    """Return the content of a regular file. Raises IrregularFile for another kind, OSError above `limit` bytes."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
@@ -48,7 +47,7 @@ def read_regular(path: Path, *, follow: bool = True, limit: int | None = None) -
 
 
 def append_regular(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append to a regular file that is no link, and create it if it does not exist; `sync`: it is then on the disk."""
+    """Append to a regular file that is not a link, and create it if missing; `sync` writes it through to the disk."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o644)

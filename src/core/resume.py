@@ -1,7 +1,7 @@
-"""The config of a run to resume: that of its folder, with the command line's overrides if their keys are free.
+"""Config of a run to resume: the config of its folder, with overrides of the command line for options that are free.
 
-Which options are free is part of their declaration. The checkpoint holds the config that it was trained with, so that a
-config.yaml that was edited by hand is compared with it (`changes_between`).
+The declaration of an option states whether it is free on resume. Each checkpoint holds the config that it was trained
+with. It is compared with config.yaml (`changes_between`), because that file may have been edited by hand.
 """
 
 import copy
@@ -12,24 +12,24 @@ from typing import Any, cast
 
 from core.config import Config, leaves
 from core.errors import CheckpointError, ConfigError, spell, suggest
-from core.options.declarations import BATCHES, SweepConfig, TrainConfig
+from core.options.declarations import BATCH_SIZE_KEYS, SweepConfig, TrainConfig
 from core.options.overrides import parse_overrides
 from core.options.schema import Schema, check, names_of
 from core.run_config import checked_run_config, fill_environment
 
-OF_A_START = {*names_of(TrainConfig, free_on_resume=False, compared=False)}
+COMMAND_ONLY = {*names_of(TrainConfig, free_on_resume=False, compared=False)}
 Changes = dict[str, list[Any]]  # key -> [before, now]
 
 
 def resumed_folder(arguments: Sequence[str]) -> Path | None:
-    """Return the folder of a `resume=` among the arguments; it is needed before anything is composed."""
-    values = [item.partition("=")[2] for item in arguments if item.partition("=")[0].lstrip("+") == "resume"]
-    named = [value.strip("'\"") for value in values if value.strip("'\"") not in ("", "null")]
-    return Path(named[-1]) if named else None
+    """Return the folder of `resume=` in the arguments, or None. It is needed before the config is composed."""
+    overrides = parse_overrides([item for item in arguments if item.partition("=")[0].lstrip("+") == "resume"])
+    folders = [override.value() for override in overrides if not override.is_sweep_override()]
+    return Path(folders[-1]) if folders and isinstance(folders[-1], str) and folders[-1] else None
 
 
-def resumed(folder: Path, arguments: Sequence[str], schema: Schema = TrainConfig) -> Config[TrainConfig]:
-    """Return the config of a run to resume: the run's own, with the command line's overrides.
+def resumed_config(folder: Path, arguments: Sequence[str], schema: Schema = TrainConfig) -> Config[TrainConfig]:
+    """Return the config of a run to resume: the config in its folder, with the overrides of the command line.
 
     Raises CheckpointError if an override changes a key that is not free.
     """
@@ -37,24 +37,26 @@ def resumed(folder: Path, arguments: Sequence[str], schema: Schema = TrainConfig
     if flags:
         raise ConfigError(flags[0], "cannot be combined with resume=")
     if schema is SweepConfig:
-        raise ConfigError("resume", "is for train.py; the same command line resumes a sweep", value=str(folder))
+        raise ConfigError(
+            "resume", "is an option of train.py; to resume a sweep, repeat its command line", value=str(folder)
+        )
     record = cast(dict[str, Any], checked_run_config(folder))
     values = copy.deepcopy(record)
-    own: dict[str, Any] = {"resume": str(folder), "trust": [], "traceback": False}
+    start_options: dict[str, Any] = {"resume": str(folder), "trust": [], "traceback": False}
     known, changes = dict(leaves(record)), Changes()
     for override in parse_overrides(arguments):
         name, value = override.key_or_group, override.value()
         if override.is_sweep_override():
-            raise ConfigError(name, "takes one value on resume", value=override.get_value_string())
-        if name in own:
-            own[name] = value
+            raise ConfigError(name, "must be a single value on resume", value=override.get_value_string())
+        if name in start_options:
+            start_options[name] = value
         elif name not in known:
             raise ConfigError(name, f"unknown key; {suggest(name, known)}", value=value)
         elif known[name] != value:
             changes[name] = [known[name], value]
     refuse_changes(changes, known, source=f"resume={folder}")
     if "optimizer.momentum" in changes and values["schedule"].get("momentum") is not None:
-        raise ConfigError("optimizer.momentum", "is what schedule.momentum moves, from its own lowest to its highest")
+        raise ConfigError("optimizer.momentum", "cannot be changed: schedule.momentum sets the momentum of each step")
     for name, (_, value) in changes.items():
         parent, _, key = name.rpartition(".")
         for config in (values, record):
@@ -62,18 +64,18 @@ def resumed(folder: Path, arguments: Sequence[str], schema: Schema = TrainConfig
             for part in filter(None, parent.split(".")):
                 section = section[part]
             section[key] = value
-    filled = {**fill_environment(cast(TrainConfig, values)), **own}
-    check(filled, TrainConfig, shown=record | own)
+    filled = {**fill_environment(cast(TrainConfig, values)), **start_options}
+    check(filled, TrainConfig, record=record | start_options)
     return Config(values=cast(TrainConfig, filled), record=record, job=None, from_run=True, overrides=list(arguments))
 
 
 def refuse_changes(changes: Changes, before: Mapping[str, Any], *, source: str) -> None:
-    """Raise CheckpointError, with a diff, if a change is of a key that is not free on resume.
+    """Raise CheckpointError with a diff if a changed key is not free on resume.
 
-    `before` are the values of all keys before the changes, by dotted name.
+    `before` maps the dotted name of each key to its value before the changes.
     """
     free = names_of(TrainConfig, free_on_resume=True)
-    allowed = {*free, *(BATCHES if _same_samples_per_step(before, changes) else ())}
+    allowed = {*free, *(BATCH_SIZE_KEYS if _same_samples_per_step(before, changes) else ())}
     refused = {name: change for name, change in changes.items() if name not in allowed}
     if refused:
         diff = "; ".join(f"{name}: {_brief(then)} -> {_brief(now)}" for name, (then, now) in refused.items())
@@ -86,24 +88,24 @@ def refuse_changes(changes: Changes, before: Mapping[str, Any], *, source: str) 
 
 
 def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the options that differ between two configs of a run; "absent" stands for a key that one lacks.
+    """Return the options that differ between two configs of a run; "absent" stands for a missing key.
 
-    Sections, and what belongs to a single start (`run_dir`, `trust`, ...), are left out.
+    Sections are left out, and so are options of a single start (`run_dir`, `trust`, ...).
     """
     old, new = dict(leaves(before)), dict(leaves(now))
     changes = Changes()
     for name in {**old, **new}:
         then, value = old.get(name, "absent"), new.get(name, "absent")
         is_section = isinstance(then, Mapping) or isinstance(value, Mapping)
-        if then != value and not is_section and name not in OF_A_START:
+        if then != value and not is_section and name not in COMMAND_ONLY:
             changes[name] = [then, value]
     return changes
 
 
 def _same_samples_per_step(before: Mapping[str, Any], changes: Mapping[str, list[Any]]) -> bool:
-    """Return whether a step has as many samples as before, in batches of another size perhaps."""
-    then = [before.get(name) for name in BATCHES]
-    now = [changes[name][1] if name in changes else before.get(name) for name in BATCHES]
+    """Return whether the number of samples per step stays equal."""
+    then = [before.get(name) for name in BATCH_SIZE_KEYS]
+    now = [changes[name][1] if name in changes else before.get(name) for name in BATCH_SIZE_KEYS]
     numbers = [number for number in (*then, *now) if type(number) is int]
     return len(numbers) == 4 and math.prod(numbers[:2]) == math.prod(numbers[2:])
 

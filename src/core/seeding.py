@@ -1,13 +1,14 @@
-"""All randomness is a pure function of the seed and of what it is for.
+"""Seeds as a pure function of the run's seed and a purpose.
 
-`fold(seed, "order", epoch)` gives the seed of an epoch's sample order, `fold(seed, "dropout", step)` that of a step's
-dropout. Nothing is drawn from a stream that must be carried on, so a resumed run needs no saved generator state.
+`fold(seed, "order", epoch)` is the seed of the sample order of an epoch, and `fold(seed, "dropout", step)` the seed of
+the dropout masks of a step. No generator lives longer than its purpose, so no generator state is
+saved for a resumed run.
 """
 
 import hashlib
 
 
 def fold(seed: int, *names: int | str) -> int:
-    """A 63-bit seed from a seed and the names of what it is for; equal arguments give equal seeds on every machine."""
+    """Return a 63-bit seed for a purpose, given as names. Equal arguments give equal seeds on every machine."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

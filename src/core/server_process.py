@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from core.processes import can_fork, die_with, exit_now
+from core.processes import can_fork, exit_now, exit_with_parent
 
 LENGTH = struct.Struct("!Q")  # of a message's content
 NUMBER = struct.Struct("!i")  # a pid or an exit code
@@ -49,7 +49,7 @@ def receive_message(connection: socket.socket) -> tuple[bytes, list[int]] | None
 
 def main(settings: dict[str, Any]) -> None:
     """Serve in a Python that `ForkServer` has executed."""
-    die_with(settings["parent"])
+    exit_with_parent(settings["parent"])
     serve(socket.socket(fileno=settings["control"]), settings["preload"])
 
 
@@ -113,7 +113,7 @@ def _start_child(control: socket.socket, selector: selectors.BaseSelector, child
 def _run_child(target: str, payload: bytes, descriptors: list[int], parent: int) -> NoReturn:
     code = 1
     try:
-        die_with(parent)
+        exit_with_parent(parent)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         module, _, name = target.rpartition(".")

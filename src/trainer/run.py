@@ -209,7 +209,7 @@ class Run:
     def fail(self, exception: Exception) -> None:
         """Save the last step and record the failure; raises the error that the user can act on, if it is another."""
         step = step_name(self.state.step + 1, self.state.steps_per_epoch)
-        error = as_preceptor_error(exception, place=str(self.folder.path), step=step)
+        error = as_preceptor_error(exception, subject=str(self.folder.path), step=step)
         with suppress(Exception):  # the first error is the one to report
             self._keep_last_step(exception)
         with suppress(Exception):

@@ -1,10 +1,10 @@
-"""Options: their declarations, and what follows from them. Nothing here imports Hydra, but for `overrides`.
+"""Options: their declarations, checks, help and override parsing. Only `overrides` imports Hydra.
 
     declarations.py   every option of every script: type, range, free on resume or not, compared between runs or not
-    rules.py          checks of single values: `whole`, `number`, `one_of`, ...
+    rules.py          checks of single values: `integer`, `number`, `one_of`, ...
     schema.py         the declarations by dotted name, and the check of a whole config
     files.py          the YAML files: which options have a key, the comment of each key
-    overrides.py      the command line's overrides, checked before and explained after Hydra composes
+    overrides.py      overrides of the command line: parsed and checked before Hydra composes the config
     help.py           what `--help` prints
 
 To add an option: its line with a comment in configs/, its declaration, and the code that uses it.

@@ -1,21 +1,21 @@
-"""The options of every script: each is declared once, here, with its type, its range and what may change it.
+"""Declarations of all options: type, range, and whether a resumed run may change it.
 
-The declaration of an option is a key of a TypedDict, so a type checker knows the type of every value that is read from
-a config. The default and the comment of the option are the YAML line in configs/. What follows from a declaration:
+Each option is a key of a TypedDict, so a type checker knows the type of every value that is read from a config. The
+default and the comment of an option are its YAML line in configs/. These follow from a declaration:
 
     validation and its error messages             core.options.schema
     which keys a resumed run may change           FREE_ON_RESUME
     which keys two comparable runs may differ in  NOT_COMPARED
 
-A section with a `_target_` also holds the arguments of that class or function. Its keys that are declared here are
-checked before torch is imported; the builder checks the others against the signature.
+A section with a `_target_` also holds arguments of that class or function. Keys declared here are checked before torch
+is imported; the builder checks the other arguments against the signature.
 """
 
 import re
 from enum import Enum
 from typing import Annotated, Any, Literal, Required, TypedDict
 
-from core.options.rules import duration, like, list_of, number, switched_off_by, whole
+from core.options.rules import duration, file_path, integer, like, list_of, number, switched_off_by
 
 
 class Mark(Enum):
@@ -23,15 +23,16 @@ class Mark(Enum):
 
     FREE_ON_RESUME = "a resumed run may change it"
     NOT_COMPARED = "runs with other values are comparable: it changes no result"
+    IS_PATH = "a path: `~` is expanded, and Hydra's quotes are added where they are needed"
 
 
-FREE_ON_RESUME, NOT_COMPARED = Mark.FREE_ON_RESUME, Mark.NOT_COMPARED
+FREE_ON_RESUME, NOT_COMPARED, IS_PATH = Mark.FREE_ON_RESUME, Mark.NOT_COMPARED, Mark.IS_PATH
 
 # Types with a range
 
-Count = Annotated[int, whole(1)]
-CountOrZero = Annotated[int, whole(0)]
-Pixels = Annotated[int, whole(1, 2**14)]
+Count = Annotated[int, integer(1)]
+CountOrZero = Annotated[int, integer(0)]
+Pixels = Annotated[int, integer(1, 2**14)]
 Positive = Annotated[float, number(0, without="low")]
 NonNegative = Annotated[float, number(0)]
 Share = Annotated[float, number(0, 1)]
@@ -39,6 +40,7 @@ ShareBelowOne = Annotated[float, number(0, 1, without="high")]
 ShareAboveZero = Annotated[float, number(0, 1, without="low")]
 OpenShare = Annotated[float, number(0, 1, without="low high")]
 Duration = Annotated[str, duration]
+FilePath = Annotated[str, IS_PATH, file_path]
 Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
 Mode = Literal["auto", "min", "max"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -56,7 +58,7 @@ class ModelOptions(TypedDict, total=False):
     """Section `model`."""
 
     _target_: Required[str]
-    num_classes: Annotated[int, whole(2)] | None
+    num_classes: Annotated[int, integer(2)] | None
     in_channels: Count
 
 
@@ -67,12 +69,12 @@ class DataOptions(TypedDict, total=False):
     image_size: Required[Pixels]
     stored_size: Required[Pixels | None]
     channels: Required[Literal[1, 3]]
-    num_classes: Required[Annotated[int, whole(2)] | None]
+    num_classes: Required[Annotated[int, integer(2)] | None]
     fit: Required[Literal["resize", "pad"]]
     val_fraction: Required[ShareBelowOne]
     limit_train: Required[Count | None]
     limit_eval: Required[Count | None]
-    batch_size: Required[Count]  # free on resume together with trainer.accumulate: see BATCHES
+    batch_size: Required[Count]  # free on resume together with trainer.accumulate: see BATCH_SIZE_KEYS
     eval_batch_size: Required[Count]
     drop_last: Required[Switch]
     num_workers: Required[Annotated[CountOrZero, FREE_ON_RESUME, NOT_COMPARED]]
@@ -81,12 +83,12 @@ class DataOptions(TypedDict, total=False):
     normalise: Required[Literal["none", "per_channel", "pca", "zca"]]
     whitening_epsilon: Required[Positive]
 
-    root: Annotated[str | None, FREE_ON_RESUME, NOT_COMPARED]
+    root: Annotated[FilePath | None, FREE_ON_RESUME, NOT_COMPARED]
     download: Annotated[bool, FREE_ON_RESUME, NOT_COMPARED]
     test_fraction: ShareBelowOne
     on_bad_image: Annotated[Literal["error", "skip"], FREE_ON_RESUME, NOT_COMPARED]
     max_pixels: Count
-    cache_dir: Annotated[str | None, FREE_ON_RESUME, NOT_COMPARED]
+    cache_dir: Annotated[FilePath | None, FREE_ON_RESUME, NOT_COMPARED]
 
 
 class OptimizerOptions(TypedDict, total=False):
@@ -117,7 +119,7 @@ class ScheduleOptions(TypedDict, total=False):
     final: Share
     decay: NonNegative
     power: Positive
-    periods: Annotated[int, whole(1, 100)]
+    periods: Annotated[int, integer(1, 100)]
     multiplier: Annotated[float, number(1, 1000)]
     start_divisor: Annotated[float, number(1)]
     final_divisor: Annotated[float, number(1)]
@@ -165,13 +167,13 @@ class TrainerOptions(TypedDict):
     max_steps: Annotated[Count | None, FREE_ON_RESUME]
     max_minutes: Annotated[Positive | None, FREE_ON_RESUME]
     device: Annotated[Device, FREE_ON_RESUME, NOT_COMPARED]
-    threads: Annotated[Annotated[int, whole(1, 4096)] | None, FREE_ON_RESUME, NOT_COMPARED]
+    threads: Annotated[Annotated[int, integer(1, 4096)] | None, FREE_ON_RESUME, NOT_COMPARED]
     precision: Literal["fp32", "bf16", "fp16"]
     tf32: Switch
     compile: bool
     channels_last: Switch
     deterministic: bool
-    accumulate: Count  # free on resume together with data.batch_size: see BATCHES
+    accumulate: Count  # free on resume together with data.batch_size: see BATCH_SIZE_KEYS
     clip_norm: Annotated[Positive | None, FREE_ON_RESUME]
     l1: NonNegative
     on_nonfinite: Annotated[Literal["stop", "skip"], FREE_ON_RESUME]
@@ -188,8 +190,8 @@ class TrainerOptions(TypedDict):
     checkpoint: CheckpointOptions
 
 
-# Free on resume too, as long as their product stays: what did not fit into memory may continue in smaller batches.
-BATCHES = ("data.batch_size", "trainer.accumulate")
+# Also free on resume if their product stays equal, so a run that was out of memory can continue in smaller batches.
+BATCH_SIZE_KEYS = ("data.batch_size", "trainer.accumulate")
 
 
 # The config of each script
@@ -199,9 +201,9 @@ class TrainConfig(TypedDict):
     """The config of train.py, and of a run folder."""
 
     seed: CountOrZero
-    run_dir: Annotated[str | None, NOT_COMPARED]
-    resume: Annotated[str | None, NOT_COMPARED]
-    init_from: str | None
+    run_dir: Annotated[FilePath | None, NOT_COMPARED]
+    resume: Annotated[FilePath | None, NOT_COMPARED]
+    init_from: FilePath | None
     trust: Annotated[list[str], NOT_COMPARED]
     traceback: Annotated[bool, NOT_COMPARED]
     choices: dict[str, str]  # group -> the name of the option that was chosen; not a key of any YAML file
@@ -217,12 +219,12 @@ class TrainConfig(TypedDict):
 class SweepOptions(TypedDict):
     """Section `sweep`."""
 
-    dir: str | None
+    dir: FilePath | None
     name: str | None
     storage: str | None
     trials: Count | None
-    parallel: Annotated[int, whole(1, 1000)]
-    seeds: Annotated[int, whole(1, 1000)]
+    parallel: Annotated[int, integer(1, 1000)]
+    seeds: Annotated[int, integer(1, 1000)]
     minutes: Positive | None
     objectives: list[Annotated[str, like(OBJECTIVE, "max METRIC or min METRIC")]]
     constraints: list[Annotated[str, like(CONSTRAINT, "METRIC < NUMBER, or with >, <= or >=")]]
@@ -230,24 +232,24 @@ class SweepOptions(TypedDict):
     startup: CountOrZero
     pruner: Literal["none", "median", "asha", "hyperband"]
     grace: Count
-    reduction: Annotated[int, whole(2, 100)]
-    retries: Annotated[int, whole(0, 100)]
+    reduction: Annotated[int, integer(2, 100)]
+    retries: Annotated[int, integer(0, 100)]
     on_error: Literal["continue", "stop"]
     warm: bool
-    stale_after: Annotated[int, whole(10)]
+    stale_after: Annotated[int, integer(10)]
     space: dict[str, Any]
 
 
 class SweepConfig(TrainConfig):
-    """The config of sweep.py: that of all its trials, and the section `sweep`."""
+    """The config of sweep.py: the config of its trials, and the section `sweep`."""
 
     sweep: SweepOptions
 
 
 class RunConfig(TypedDict):
-    """What evaluate.py and predict.py have in common."""
+    """Options that evaluate.py and predict.py share."""
 
-    run: str
+    run: FilePath
     checkpoint: Literal["best", "last"]
     device: Device
     trust: list[str]
@@ -258,22 +260,22 @@ class EvaluateConfig(RunConfig):
     """The config of evaluate.py."""
 
     split: Literal["train", "val", "test"]
-    root: str | None
+    root: FilePath | None
 
 
 class PredictConfig(RunConfig):
     """The config of predict.py."""
 
-    input: str
-    output: str
+    input: FilePath
+    output: FilePath
     batch_size: Count
 
 
 class RunsConfig(TypedDict):
     """The config of runs.py."""
 
-    folder: str
+    folder: FilePath
     sort: str
-    output: str | None
-    curves: str | None
+    output: FilePath | None
+    curves: FilePath | None
     traceback: bool

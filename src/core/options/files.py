@@ -1,5 +1,6 @@
-"""The YAML files in configs/, read for errors and help: keys of each option, comments of each key."""
+"""Keys and comments in the YAML files of configs/, for error messages and `--help`."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,39 +11,77 @@ import yaml
 
 from core.config import CONFIGS, leaves
 from core.errors import ConfigError
+from core.regular_files import read_regular
 
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's reads ten times as fast
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader of libyaml is ten times as fast
+MAX_BYTES = 2**24  # of a YAML file of the user
+MAX_VALUES = 100_000  # in a YAML file of the user, after expansion of its aliases
 COMMENT = re.compile(r"^\s*#\s?(.*)$")
 
 
 def options_of_group(group: str) -> list[str]:
-    """Return the options of a group, such as ["lenet", "mlp", ...] of `model`; a base of options is none."""
+    """Return the options of a group, such as ["lenet", "mlp", ...] of `model`, without base files (`_*.yaml`)."""
     return sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
 
 
 @cache
 def keys_of_options() -> dict[str, list[str]]:
-    """Return the options of its group that have a key, as {"model.hidden": ["mlp"]}; a base of options is none."""
-    found: dict[str, list[str]] = {}
+    """Return for each key the options that have it, such as {"model.hidden": ["mlp"]}."""
+    options_by_key: dict[str, list[str]] = {}
     for path in sorted(CONFIGS.glob("*/*.yaml")):
         group = path.parent.name
         for file in [path, *_bases(path)]:
             for key, _ in leaves(_read(file)):
-                options = found.setdefault(f"{group}.{key}", [])
+                options = options_by_key.setdefault(f"{group}.{key}", [])
                 if not path.stem.startswith("_") and path.stem not in options:
                     options.append(path.stem)
-    return found
+    return options_by_key
 
 
 def options_with(key: str) -> str:
-    """Return the options of its group that have a key as a text such as `optimizer=muon, nesterov`; "" if none has."""
+    """Return the options that have a key, as text such as `optimizer=muon, nesterov`; "" if no option has it."""
     options = keys_of_options().get(key, [])
     names = ", ".join(options[:6]) + (", ..." if len(options) > 6 else "")
     return f"{key.partition('.')[0]}={names}" if options else ""
 
 
+def check_yaml_files(folders: list[Path]) -> None:
+    """Raise ConfigError for a YAML file in the folders whose aliases expand to more than MAX_VALUES values.
+
+    With aliases and merge keys, two kilobytes can expand to 2^1000 values. The expanded size is computed from the
+    events of the parser, without constructing a value. Files that are not YAML are reported when they are used.
+    """
+    for folder in folders:
+        for path in folder.rglob("*.yaml"):
+            with contextlib.suppress(OSError, yaml.YAMLError, ValueError):
+                if _expanded_size(read_regular(path, limit=MAX_BYTES)) > MAX_VALUES:
+                    raise ConfigError(str(path), f"its aliases (*name) expand to more than {MAX_VALUES:,} values")
+
+
+def _expanded_size(content: bytes) -> int:
+    """Return how many values a YAML document contains when each alias is replaced by what it refers to."""
+    sizes: dict[str, int] = {}  # by anchor
+    stack: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of each open collection
+    for event in yaml.parse(content, Loader):
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            stack.append((event.anchor, 1))
+            continue
+        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            anchor, size = stack.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        elif isinstance(event, yaml.AliasEvent):
+            anchor, size = None, sizes.get(event.anchor or "", 1)
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        stack[-1] = (stack[-1][0], stack[-1][1] + size)
+    return stack[0][1]
+
+
 def first_unreadable_file(folders: list[Path]) -> ConfigError | None:
-    """Return the error of the first YAML file in the folders or in configs/ that cannot be read."""
+    """Return the error of the first unreadable YAML file in the folders or in configs/; None if all are readable."""
     for folder in (*folders, CONFIGS):
         for path in sorted(folder.rglob("*.yaml")):
             try:
@@ -58,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _bases(path: Path) -> list[Path]:
-    """Return the files of the same group that a file takes over, nearest first."""
+    """Return the files of the same group that a file lists in its `defaults`, nearest first."""
     names = [name for name in _read(path).get("defaults", ()) if isinstance(name, str) and name != "_self_"]
     nearest = [path.parent / f"{name}.yaml" for name in names if (path.parent / f"{name}.yaml").exists()]
     return [file for base in nearest for file in (base, *_bases(base))]
@@ -70,8 +109,8 @@ def _bases(path: Path) -> list[Path]:
 def comments_of(path: Path) -> dict[str, str]:
     """Return the comment of each key of a YAML file and its bases, by dotted name.
 
-    It is the comment at the end of the key's line, or else the lines above it. "" is the name of the comment that
-    begins the file.
+    A key's comment is at the end of its line, or in the lines above it. The key "" holds the comment at the start of
+    the file.
     """
     comments: dict[str, str] = {}
     for file in reversed([path, *_bases(path)]):
@@ -82,32 +121,32 @@ def comments_of(path: Path) -> dict[str, str]:
 def _comments_in(text: str) -> dict[str, str]:
     root, lines = yaml.compose(text, Loader), text.splitlines()
     comments = {"": _block_at(lines, 0)}
-    for name, line, column in _places(root, ""):
+    for name, line, column in _key_positions(root, ""):
         match = COMMENT.match(lines[line][column:])
         if comment := match[1] if match else _block_above(lines, line):
             comments[name] = comment
     return comments
 
 
-def _places(node: Any, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Yield each key with the line and column after which its comment may begin."""
+def _key_positions(node: Any, prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Yield each key with the line and column after which its comment can start."""
     if isinstance(node, yaml.SequenceNode) and not node.flow_style:
         for item in node.value:
-            yield from _places(item, prefix)  # the list of defaults: its items are mappings of one key
+            yield from _key_positions(item, prefix)  # the list `defaults`: each item is a mapping with one key
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         is_block = value.style in ("|", ">") if isinstance(value, yaml.ScalarNode) else not value.flow_style
         end = key.end_mark if is_block else value.end_mark
         yield f"{prefix}{key.value}", end.line, end.column + is_block  # after the colon
-        yield from _places(value, f"{prefix}{key.value}.")
+        yield from _key_positions(value, f"{prefix}{key.value}.")
 
 
 def _block_above(lines: list[str], line: int) -> str:
     start = line
     while start and COMMENT.match(lines[start - 1]):
         start -= 1
-    return _joined(lines[start:line]) if start else ""  # the comment of the file is no key's
+    return _joined(lines[start:line]) if start else ""  # the comment at the start of the file belongs to no key
 
 
 def _block_at(lines: list[str], line: int) -> str:

@@ -1,7 +1,7 @@
-"""What `--help` prints: the template of the script's config with all choices, and every key with its comment.
+"""Text of `--help`: the template of the script's config, the options of each group, and every key with its comment.
 
-The comments are those of the YAML files, so an option is explained in one place. Hydra's own help prints no comments,
-and takes half as long again: it searches all groups again for each of them.
+The comments come from the YAML files, so each option is explained in one place. Hydra's built-in help prints no
+comments and takes 1.5 times as long, because it searches all groups once per group.
 """
 
 import textwrap
@@ -16,7 +16,7 @@ from core.config import CONFIGS
 from core.options.files import comments_of
 from core.options.schema import Schema, names_of
 
-WIDTH, COLUMN = 120, 44  # of a line; where comments begin
+WIDTH, COLUMN = 120, 44  # length of a line; column at which comments start
 
 
 def help_text(
@@ -28,9 +28,10 @@ def help_text(
     config_name: str,
     folders: Sequence[Path],
 ) -> str:
-    """Return the help: `composed` is the config without Hydra's section, `choices` the option chosen in each group.
+    """Return the help text.
 
-    `folders` are all that options are taken from, the user's own first.
+    `composed` is the config without Hydra's section, and `choices` holds the chosen option of each group. `folders` are
+    all folders with options; folders of the user come first.
     """
     comments = _comments(choices, config_name, folders)
     for name in names_of(schema, free_on_resume=True):
@@ -40,7 +41,7 @@ def help_text(
 
 
 def _groups(folders: Sequence[Path]) -> Iterator[str]:
-    """Yield a line for each group, with its options."""
+    """Yield lines with the name and the options of each group."""
     groups: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.glob("**/[!_]*.yaml"):
@@ -55,22 +56,22 @@ def _comments(choices: Mapping[str, Any], config_name: str, folders: Sequence[Pa
     """Return the comment of each key of a composed config, by dotted name."""
     comments: dict[str, str] = {}
     for name in {"train": ["train"], "sweep": ["train", "sweep"]}.get(config_name, [config_name]):
-        own = comments_of(CONFIGS / f"{name}.yaml")
-        groups = {key.removeprefix("defaults."): text for key, text in own.items() if key.startswith("defaults.")}
-        comments |= groups | {key: text for key, text in own.items() if key and not key.startswith("defaults.")}
+        top_level = comments_of(CONFIGS / f"{name}.yaml")
+        groups = {key.removeprefix("defaults."): text for key, text in top_level.items() if key.startswith("defaults.")}
+        comments |= groups | {key: text for key, text in top_level.items() if key and not key.startswith("defaults.")}
     for group, option in choices.items():
         for name in option if isinstance(option, list) else [option]:
             files = (folder / group / f"{name}.yaml" for folder in folders)
             if name is not None and (path := next((file for file in files if file.exists()), None)):
                 keys = comments_of(path)
-                begins = "package _global_" in path.read_text(encoding="utf-8").partition("\n")[0]
-                prefix = "" if begins else f"{group}."
+                is_global = "package _global_" in path.read_text(encoding="utf-8").partition("\n")[0]
+                prefix = "" if is_global else f"{group}."
                 comments |= {f"{prefix}{key}": text for key, text in keys.items() if key and not key.startswith("def")}
     return comments
 
 
 def _lines(section: Mapping[str, Any], comments: Mapping[str, str], parent: str = "") -> Iterator[str]:
-    """Yield the lines of a section, each key with its value and, from a fixed column on, its comment."""
+    """Yield one line per key of a section, with its value and, at a fixed column, its comment."""
     indent = "  " * parent.count(".")
     for key, value in section.items():
         is_section = isinstance(value, Mapping) and value

@@ -1,35 +1,67 @@
 """Overrides of a command line: parsed by Hydra's own parser, and checked before Hydra composes them."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 
 from core.errors import ConfigError, nearest, suggest
 from core.options.files import keys_of_options, options_of_group, options_with
-from core.options.schema import Schema, options_of
+from core.options.schema import Option, Schema, options_of
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
-    """Return the overrides among which a command line's arguments are; ConfigError for one that is no override."""
+    """Return the parsed overrides of a command line. Raises ConfigError for an argument that is not KEY=VALUE."""
     overrides = []
     for argument in arguments:
         try:
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException as exception:
             problem = str(exception).partition("\n")[0]
-            raise ConfigError(argument, f"is not KEY=VALUE as Hydra reads it: {problem}") from None
+            raise ConfigError(argument, f"must be KEY=VALUE in Hydra's syntax: {problem}") from None
     return overrides
 
 
-def check_overrides(overrides: Sequence[Override], schema: Schema | None, *, folders: Sequence[Path] = ()) -> None:
-    """Raise ConfigError for the first override that no config could take.
+def with_quoted_paths(arguments: Sequence[str], schema: Schema) -> list[str]:
+    """Return the arguments with `~` expanded in paths, and with quotes around paths that Hydra would read otherwise.
 
-    That is an option that its group does not have, a key that is not declared, and a value in place of a section.
-    `folders` are those of --config-dir.
+    So `data.root=~/photos`, `run_dir=a=b` and `resume=Läufe/[1]` can be typed like any other path. Values in quotes,
+    interpolations and grids stay as they are.
+    """
+    options = options_of(schema)
+    is_grid = bool({"-m", "--multirun"} & set(arguments))
+    return [_with_quoted_path(argument, options, is_grid=is_grid) for argument in arguments]
+
+
+def _with_quoted_path(argument: str, options: Mapping[str, Option], *, is_grid: bool) -> str:
+    key, equals, value = argument.partition("=")
+    option = options.get(key.lstrip("+"))
+    if not equals or option is None or not option.is_path or value == "null" or "${" in value or value[:1] in "'\"":
+        return argument
+    path = expanded_home(value)
+    try:
+        (override,) = OverridesParser.create().parse_overrides([f"{key}={path}"])
+        if is_grid if override.is_sweep_override() else override.value() == path:
+            return f"{key}={path}"
+    except HydraException:
+        pass  # a character that Hydra's grammar does not allow outside quotes
+    return f"{key}={QuotedString(path, Quote.single).with_quotes()}"
+
+
+def expanded_home(path: str) -> str:
+    """Return a path with the home folder of the user in place of a leading `~`."""
+    return os.path.expanduser(path)  # noqa: PTH111  keeps an unknown user's name, where Path raises
+
+
+def check_overrides(overrides: Sequence[Override], schema: Schema | None, *, folders: Sequence[Path] = ()) -> None:
+    """Raise ConfigError for the first override that is invalid for every config.
+
+    Such overrides choose an option that the group does not have, set a key that is not declared, or set a section to a
+    single value. `folders` are the folders of --config-dir.
     """
     for override in overrides:
         name = override.key_or_group
@@ -43,9 +75,9 @@ def check_overrides(overrides: Sequence[Override], schema: Schema | None, *, fol
 
 
 def options_in(group: str, folders: Sequence[Path]) -> list[str]:
-    """Return the options of a group in configs/ and the user's own folders; none if it is no group."""
-    own = {path.stem for folder in folders for path in (folder / group).glob("[!_]*.yaml")}
-    return sorted({*options_of_group(group), *own})
+    """Return the options of a group in configs/ and in the folders of the user; empty if it is not a group."""
+    from_user = {path.stem for folder in folders for path in (folder / group).glob("[!_]*.yaml")}
+    return sorted({*options_of_group(group), *from_user})
 
 
 def _check_choice(group: str, override: Override, options: Sequence[str], schema: Schema) -> None:
@@ -57,7 +89,7 @@ def _check_choice(group: str, override: Override, options: Sequence[str], schema
         if isinstance(value, str) and "${" in value:
             continue
         if any(not isinstance(name, str) for name in names) and (is_section or value is not None):
-            raise ConfigError(group, f"must name one of {', '.join(options)}", value=value)
+            raise ConfigError(group, f"must be one of {', '.join(options)}", value=value)
         for name in names:
             if name is not None and name not in options:
                 raise no_such_option(group, name, options)
@@ -65,7 +97,10 @@ def _check_choice(group: str, override: Override, options: Sequence[str], schema
 
 def no_such_option(group: str, name: str, options: Sequence[str]) -> ConfigError:
     """Return the error for an option that a group does not have."""
-    return ConfigError(group, f"no such option; {suggest(name, options)} One of: {', '.join(options)}", value=name)
+    hint = suggest(name, options)
+    known = ", ".join(options)
+    text = f"no such option; {hint} One of: {known}" if hint else f"no such option; one of: {known}"
+    return ConfigError(group, text, value=name)
 
 
 def _check_key(name: str, override: Override, schema: Schema) -> None:
@@ -82,7 +117,7 @@ def _check_key(name: str, override: Override, schema: Schema) -> None:
             if not (isinstance(value, str) and "${" in value) and (allowed := option.rule(value)):
                 raise ConfigError(name, allowed, value=value)
     if not parent and override.package is not None:
-        raise ConfigError(name, "is a key, not a group: leave out @", value=override.package)
+        raise ConfigError(name, "is a key, not a group: type it without @", value=override.package)
 
 
 def values_of(override: Override) -> Iterator[Any]:
@@ -94,13 +129,13 @@ def values_of(override: Override) -> Iterator[Any]:
 
 
 def key_hint(name: str, schema: Schema) -> str:
-    """Return what an unknown key may have been meant for: another spelling, section, or option of its group."""
+    """Return a hint for an unknown key: another spelling, section, or option of its group."""
     declared = options_of(schema)
     known = {*declared, *keys_of_options()}
     if name in known:
         options = options_with(name)
-        where = f"not in the option chosen, but in {options}; " if options else ""
-        return f"{where}+{name}=... adds it if the class takes it"
+        where = f"the chosen option does not have it, but {options} does; " if options else ""
+        return f"{where}to pass it to the class: +{name}=..."
     section = name.rpartition(".")[0]
     near = sorted(key for key in known if key.startswith(section + ".") or (not section and "." not in key))
     if hint := suggest(name, near):
@@ -112,4 +147,4 @@ def key_hint(name: str, schema: Schema) -> str:
         by_last = {key.rpartition(".")[2]: key for key in sorted(known, reverse=True) if key in declared}
         if near_key := nearest(name, by_last):
             return f"did you mean {by_last[near_key]}?"
-    return f"known there: {', '.join(key for key in near if key in declared)}"
+    return f"known keys: {', '.join(key for key in near if key in declared)}"

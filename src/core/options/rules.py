@@ -15,21 +15,21 @@ Rule = Callable[[Any], str | None]
 DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(steps?|epochs?|samples?|%)\s*$")
 
 
-def whole(low: int, high: int = 2**53) -> Rule:
-    """An integer in [low, high]."""
+def integer(low: int, high: int = 2**53) -> Rule:
+    """Return the rule of an integer in [low, high]."""
     allowed = f"must be an integer >= {low}" + (f" and <= {high}" if high < 2**53 else "")
     return lambda value: None if type(value) is int and low <= value <= high else allowed
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, without: str = "") -> Rule:
-    """A finite number in an interval; `without` names the ends that are not in it: `low`, `high` or `low high`."""
+    """Return the rule of a finite number in an interval. `without` excludes ends: `low`, `high` or `low high`."""
     above, below = ("low" in without), ("high" in without)
 
     def rule(value: Any) -> str | None:
         real = type(value) in (int, float) and math.isfinite(value)
         if real and (value > low if above else value >= low) and (value < high if below else value <= high):
             return None
-        quoted = "; this is text: write it without quotes" if isinstance(value, str) and _is_number(value) else ""
+        quoted = "; this is text: type it without quotes" if isinstance(value, str) and _is_number(value) else ""
         if high == math.inf:
             return f"must be a number {'>' if above else '>='} {low:g}{quoted}"
         return f"must be a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}{quoted}"
@@ -45,7 +45,7 @@ def _is_number(text: str) -> bool:
 
 
 def one_of(*choices: Any) -> Rule:
-    """One of a few values."""
+    """Return the rule of a value that is one of a few."""
     spelled = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
 
     def rule(value: Any) -> str | None:
@@ -58,7 +58,7 @@ def one_of(*choices: Any) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Null, or what the rule allows."""
+    """Return a rule that allows null as well."""
 
     def checked(value: Any) -> str | None:
         allowed = None if value is None else rule(value)
@@ -68,10 +68,10 @@ def optional(rule: Rule) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """What one of several rules allows."""
+    """Return a rule that allows every value that at least one of several rules allows."""
 
     def rule(value: Any) -> str | None:
-        refusals = [each(value) for each in rules]
+        refusals = [option(value) for option in rules]
         if None in refusals:
             return None
         return "must be " + ", or ".join(str(refusal).removeprefix("must be ") for refusal in refusals)
@@ -80,7 +80,7 @@ def either(*rules: Rule) -> Rule:
 
 
 def list_of(rule: Rule, *, length: int | None = None) -> Rule:
-    """A list whose items obey a rule."""
+    """Return the rule of a list, optionally of a fixed length, whose items satisfy a rule."""
 
     def checked(value: Any) -> str | None:
         if not isinstance(value, list) or (length is not None and len(value) != length):
@@ -92,31 +92,37 @@ def list_of(rule: Rule, *, length: int | None = None) -> Rule:
 
 
 def text(value: Any) -> str | None:
-    """Text that is not empty."""
+    """Allow text that is not empty."""
     return None if isinstance(value, str) and value else "must be text"
 
 
+def file_path(value: Any) -> str | None:
+    """Allow a path; the text `None`, which users of Python type for null, is not one."""
+    allowed = isinstance(value, str) and value and value.lower() != "none"
+    return None if allowed else "must be a path" + ("; for none type null" if str(value).lower() == "none" else "")
+
+
 def like(pattern: re.Pattern[str], allowed: str) -> Rule:
-    """Text of a pattern."""
+    """Return the rule of text that matches a pattern; `allowed` describes it in errors."""
     return lambda value: None if isinstance(value, str) and pattern.match(value) else f"must be {allowed}"
 
 
 def flag(value: Any) -> str | None:
-    """True or false."""
+    """Allow true and false."""
     return None if isinstance(value, bool) else "must be true or false"
 
 
 def switched_off_by(override: str) -> Rule:
-    """A section that null does not turn off; `override` does."""
+    """Return the rule of a section that cannot be null; the error names the override that turns it off."""
     return lambda value: None if isinstance(value, dict) else f"must be a section of keys; to turn it off: {override}"
 
 
 def section(value: Any) -> str | None:
-    """A mapping: one of the config's groups."""
+    """Allow a mapping, such as a config group."""
     return None if isinstance(value, dict) else "must be a section of keys (a config group)"
 
 
 def duration(value: Any) -> str | None:
-    """A length of training such as `1 epoch`."""
+    """Allow a training duration > 0, such as `1 epoch`."""
     right = isinstance(value, str) and (match := DURATION.match(value)) and 0 < float(match[1]) <= 2**53
     return None if right else 'must be a duration > 0: "N steps", "N epochs", "N samples" or "N%"'

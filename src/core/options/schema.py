@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Required, Union, cast, get_args, get
 
 from core.config import CONFIGS, FROM_ENVIRONMENT, leaves
 from core.errors import ConfigError, suggest
-from core.options.declarations import FREE_ON_RESUME, NOT_COMPARED, TrainConfig
+from core.options.declarations import FREE_ON_RESUME, IS_PATH, NOT_COMPARED, TrainConfig
 from core.options.rules import Rule, either, flag, list_of, one_of, optional, section, text
 
 Schema = type  # a TypedDict of core.options.declarations
@@ -20,31 +20,33 @@ class Option:
 
     rule: Rule
     is_required: bool
-    takes_arguments: bool  # a section whose other keys are arguments of its class, or free
+    takes_arguments: bool  # a section whose other keys are arguments of its class, or any keys
     is_free_on_resume: bool
     is_compared: bool
+    is_path: bool
 
 
 @cache
 def options_of(schema: Schema) -> dict[str, Option]:
     """Return the options that a TypedDict declares, by their dotted names; a section comes before its keys."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for key, hint in get_type_hints(schema, include_extras=True).items():
         inner, marks = _unwrapped(hint)
         keys = options_of(inner) if is_typeddict(inner) else {}
-        found[key] = Option(
+        options[key] = Option(
             rule=_rule(hint),
             is_required=key in cast(Any, schema).__required_keys__,
             takes_arguments="_target_" in keys or get_origin(inner) is dict,
             is_free_on_resume=FREE_ON_RESUME in marks,
             is_compared=NOT_COMPARED not in marks,
+            is_path=_is_path(hint),
         )
-        found |= {f"{key}.{name}": option for name, option in keys.items()}
-    return found
+        options |= {f"{key}.{name}": option for name, option in keys.items()}
+    return options
 
 
 def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
-    """Return a type without its annotations, and these."""
+    """Return a type without its annotations, and the annotations."""
     marks: list[Any] = []
     while get_origin(hint) in (Annotated, Required):
         marks += getattr(hint, "__metadata__", ())
@@ -52,13 +54,19 @@ def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
     return hint, marks
 
 
+def _is_path(hint: Any) -> bool:
+    inner, marks = _unwrapped(hint)
+    is_union = get_origin(inner) in (Union, types.UnionType)
+    return IS_PATH in marks or (is_union and any(_is_path(member) for member in get_args(inner)))
+
+
 def _rule(hint: Any) -> Rule:
-    """Return the check of a value that a type and its annotations ask for."""
+    """Return the check of a value that a type and its annotations define."""
     hint, marks = _unwrapped(hint)
-    if own := [mark for mark in marks if isinstance(mark, types.FunctionType)]:
-        return own[-1]
+    if rules := [mark for mark in marks if isinstance(mark, types.FunctionType)]:
+        return rules[-1]
     if get_origin(hint) in (Union, types.UnionType):
-        first, *others = [_rule(each) for each in get_args(hint) if each is not type(None)]
+        first, *others = [_rule(member) for member in get_args(hint) if member is not type(None)]
         rule = either(first, *others) if others else first
         return optional(rule) if type(None) in get_args(hint) else rule
     if get_origin(hint) is Literal:
@@ -71,7 +79,7 @@ def _rule(hint: Any) -> Rule:
 
 
 def names_of(schema: Schema, *, free_on_resume: bool | None = None, compared: bool | None = None) -> list[str]:
-    """Return the names of the options with these properties; None: whatever the property is."""
+    """Return the names of the options with these properties; None stands for any value of the property."""
     return [
         name
         for name, option in options_of(schema).items()
@@ -80,19 +88,19 @@ def names_of(schema: Schema, *, free_on_resume: bool | None = None, compared: bo
 
 
 def is_compared(name: str) -> bool:
-    """Return whether runs that differ in this key of a training's config are different experiments."""
+    """Return whether two runs that differ in this key of the training config are different experiments."""
     option = options_of(TrainConfig).get(name)
     return option is None or option.is_compared
 
 
-def check(config: Mapping[str, Any], schema: Schema, *, shown: Mapping[str, Any], markers: bool = False) -> None:
+def check(config: Mapping[str, Any], schema: Schema, *, record: Mapping[str, Any], markers: bool = False) -> None:
     """Raise ConfigError for the first key that is not declared, or whose value its declaration does not allow.
 
-    `shown` is the same config as errors may show it: without values from the environment. With `markers`, the config
-    itself may hold the markers that stand for them.
+    `record` is the same config without values of environment variables; errors show its values. With `markers=True`,
+    the config itself may hold the markers that stand for these values.
     """
     options = options_of(schema)
-    spelled = dict(leaves(shown))
+    recorded = dict(leaves(record))
     for name, value in leaves(config):
         parent = name.rpartition(".")[0]
         option = options.get(name)
@@ -100,19 +108,19 @@ def check(config: Mapping[str, Any], schema: Schema, *, shown: Mapping[str, Any]
             siblings = [known for known in options if known.rpartition(".")[0] == parent]
             hint = suggest(name, siblings) or f"known here: {', '.join(siblings)}"
             if (CONFIGS / name).is_dir() and isinstance(value, Mapping):
-                hint = "a file whose keys are those of the whole config starts with the line # @package _global_"
-            raise ConfigError(name, f"unknown key; {hint}", value=spelled[name])
+                hint = "a file with keys of the whole config must start with the line # @package _global_"
+            raise ConfigError(name, f"unknown key; {hint}", value=recorded[name])
         is_marker = markers and isinstance(value, str) and value.startswith(FROM_ENVIRONMENT)
         if option is not None and not is_marker and (allowed := option.rule(value)):
-            raise ConfigError(name, allowed, value=spelled[name])
-    for name, option in options.items():  # a required key that the user's own file leaves out
+            raise ConfigError(name, allowed, value=recorded[name])
+    for name, option in options.items():  # a required key that is missing in a file of the user
         parent, _, key = name.rpartition(".")
         if option.is_required and key not in _section(config, parent):
             raise ConfigError(name, "missing; see the comment beside this key in configs/")
 
 
 def _is_closed(name: str, options: Mapping[str, Option]) -> bool:
-    """Return whether a section holds declared keys only; an argument of a class, at any depth, is not closed."""
+    """Return whether a section holds only declared keys. A section with arguments of a class may hold others."""
     return not name or (name in options and not options[name].takes_arguments)
 
 

@@ -23,9 +23,9 @@ from data.augment.pipeline import Augmentations
 from data.loading.normalisation import Normalisation
 from data.loading.parcels import CannotPack, pack
 from data.loading.prefetch import prefetched
-from data.loading.worker_process import Bad, Parts
-from data.loading.workers import WorkerPool
-from data.sources.images import Files, Images
+from data.loading.worker_process import Parts
+from data.loading.workers import WorkerPool, usable_workers
+from data.sources.images import Files, Images, Problems
 
 # Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -97,7 +97,7 @@ class TrainLoader:
             return f"{size:,.1f} MiB of images in memory, {self.batches_at_once} batches made at once"
         cached = isinstance(self.source.images.pixels, Files) and self.source.images.pixels.cache is not None
         by = f"{self.source.num_workers} workers" if self.source.num_workers else "the process itself"
-        return f"images {'mapped from the cache' if cached else 'read'} by {by}"
+        return f"images {'read from the image cache' if cached else 'read'} by {by}"
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this epoch's samples, in the order in which they are seen."""
@@ -186,6 +186,7 @@ class Streamed:
     def __init__(
         self, images: Images, *, device: torch.device, num_workers: int, timeout_s: float, augment_in_workers: bool
     ) -> None:
+        num_workers = usable_workers(num_workers)
         self.images, self.device, self.num_workers, self.timeout_s = images, device, num_workers, timeout_s
         self.augment_in_workers = augment_in_workers
         self.pin_memory = device.type == "cuda"
@@ -205,21 +206,21 @@ class Streamed:
         )
         # Closing ends the workers: an error that is raised keeps what is here until garbage is collected.
         with closing(results):
-            for parts, bad in results:
-                self.images.tell(bad)
+            for parts, problems in results:
+                self.images.report(problems)
                 yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in parts)))
 
-    def _by_itself(self, batches: Sequence[Tensor], augment: Augment) -> Generator[tuple[Parts, Bad], None, None]:
+    def _by_itself(self, batches: Sequence[Tensor], augment: Augment) -> Generator[tuple[Parts, Problems], None, None]:
         for rows in batches:
-            (images, labels, rows), bad = _fetch(self.images, augment, rows)
+            (images, labels, rows), problems = _fetch(self.images, augment, rows)
             if self.pin_memory:
                 images, labels, rows = images.pin_memory(), labels.pin_memory(), rows.pin_memory()
-            yield (images, labels, rows), bad
+            yield (images, labels, rows), problems
 
     def _by_workers(
         self, workers: WorkerPool, batches: Sequence[Tensor], augment: Augment
-    ) -> Generator[tuple[Parts, Bad], None, None]:
-        known = self.images.pixels.bad if isinstance(self.images.pixels, Files) else {}
+    ) -> Generator[tuple[Parts, Problems], None, None]:
+        known = self.images.pixels.known if isinstance(self.images.pixels, Files) else Problems()
         try:
             yield from workers.read((augment, known), batches)
         except CannotPack as error:
@@ -227,17 +228,17 @@ class Streamed:
             raise ConfigError(_unpicklable(augment), explanation) from error
 
 
-def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[Parts, Bad]:
+def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[Parts, Problems]:
     """Fetch or decode the images of a batch, and augment them."""
-    pixels, bad = images.fetch(rows)
-    return augment(pixels, images.labels[rows], rows), bad
+    pixels, problems = images.fetch(rows)
+    return augment(pixels, images.labels[rows], rows), problems
 
 
-def _fetch_in_worker(images: Images, task: tuple[Augment, Bad], rows: Tensor) -> tuple[Parts, Bad]:
-    """What a worker does with its own copy of the images; the task has the bad images that were known before it."""
+def _fetch_in_worker(images: Images, task: tuple[Augment, Problems], rows: Tensor) -> tuple[Parts, Problems]:
+    """What a worker does with its own copy of the images; the task has the problems that are known already."""
     augment, known = task
     if isinstance(images.pixels, Files):
-        images.pixels.bad.update(known)
+        images.pixels.known.add(known)
     return _fetch(images, augment, rows)
 
 

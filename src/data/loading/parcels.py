@@ -2,8 +2,8 @@
 
     parcel   header | tensor | tensor | ... | pickle, with (offset, dtype, shape) in place of each tensor
 
-The file has no name, and is not in /dev/shm, which is small in many containers: only the memory bounds it. (Decoded
-images in a cache are mapped again from their own file: `data.sources.cache.Cache` pickles as its path.)
+The file has no name, and is not in /dev/shm, which is small in many containers: only the memory bounds it. (Pixels in
+an image cache are not copied: `data.sources.cache.Cache` pickles as its path.)
 """
 
 import io

@@ -6,7 +6,7 @@ from core.config import Config
 from core.fork_server import ForkServer
 from core.options.declarations import TrainConfig
 
-PRELOAD = ("data.loading.worker_process", "data.sources.cache")
+PRELOAD = ("data.loading.worker_process",)
 
 
 def warm_up(config: Config[TrainConfig]) -> None:

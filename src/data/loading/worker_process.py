@@ -2,7 +2,7 @@
 
 socket   <- a reading: JSON {"first": 1, "stride": 3}, and the parcel (task, rows of all batches, their sizes)
          <- nothing: the oldest filled slot is free again
-         -> a batch is in its slot: (shape and dtype of its tensors, bad images); or an error
+         -> a batch is in its slot: (shape and dtype of its tensors, problems of single images); or an error
 """
 
 import json
@@ -20,10 +20,10 @@ from torch import Tensor
 from core.errors import ConfigError, PreceptorError, is_out_of_memory
 from core.server_process import receive_message, send_message
 from data.loading.parcels import bytes_of, unpack, write
+from data.sources.images import Problems
 
 Parts = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), labels (B,) or (B, K), rows (B,)
-Bad = dict[int, str]  # images that could not be used, by position
-Fetch = Callable[[Any, Tensor], tuple[Parts, Bad]]  # of the reading's task and the rows of a batch
+Fetch = Callable[[Any, Tensor], tuple[Parts, Problems]]  # of the reading's task and the rows of a batch
 SLOT_IS_FREE = b""
 
 
@@ -64,13 +64,13 @@ def _read(pipe: socket.socket, slots: Sequence[FileIO], fetch: Fetch, parcel: in
     for turn, batch in enumerate(rows.split(sizes)[first::stride]):
         if turn >= len(slots) and receive_message(pipe) is None:
             raise ConnectionError
-        parts, bad = fetch(task, batch)
+        parts, problems = fetch(task, batch)
         slot = slots[turn % len(slots)]
         slot.seek(0)
         for part in parts:
             if part.numel():
                 write(slot, bytes_of(part))
-        _send(pipe, ([(tuple(part.shape), part.dtype) for part in parts], bad))
+        _send(pipe, ([(tuple(part.shape), part.dtype) for part in parts], problems))
 
 
 def _unpacked(descriptor: int) -> Any:

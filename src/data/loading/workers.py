@@ -14,10 +14,12 @@ a handler for SIGCHLD that would raise an error in the middle of an optimizer's 
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import pickle
+import resource
 import select
 import socket
 import sys
@@ -30,17 +32,36 @@ import torch
 from torch import Tensor
 
 from core.errors import DataError
-from core.processes import death
+from core.processes import describe_exit
 from core.server_process import receive_message, send_message
 from data.loading.parcels import file_in_memory, pack, unpack
 from data.loading.server import worker_server
-from data.loading.worker_process import SLOT_IS_FREE, Bad, Fetch, Parts
+from data.loading.worker_process import SLOT_IS_FREE, Fetch, Parts
+from data.sources.images import Problems
 
 AHEAD = 2  # batches that a worker makes before the first of them is taken
 REPLACEMENTS = 3  # in one reading; workers that die more often do so for a reason
 # Imported by the server if the process has imported it: it takes a second, and each worker would need it again.
 COSTLY = "torchvision.transforms.v2"
+LOADERS = 3  # of a run: train, val and test
+OTHER_FILES = 128  # open files that a run needs besides those of its workers, at most
 log = logging.getLogger("preceptor.data")
+
+
+@functools.cache  # one warning per process
+def usable_workers(num_workers: int) -> int:
+    """Return the number of workers to start; a warning is logged if it is smaller than `num_workers`.
+
+    It is bounded by the processor cores and by the limit on open files (`ulimit -n`). Results do not depend on it.
+    """
+    cores, (open_files, _) = os.cpu_count() or 1, resource.getrlimit(resource.RLIMIT_NOFILE)
+    by_cores = max(16, 4 * cores)
+    by_files = max(1, (open_files - OTHER_FILES) // (LOADERS * (AHEAD + 1)))
+    usable = min(num_workers, by_cores, by_files)
+    if usable < num_workers:
+        reason = f"{cores} processor cores" if by_cores <= by_files else f"{open_files} open files (ulimit -n)"
+        log.warning(f"data.num_workers = {num_workers}: {usable} workers are started: this machine allows {reason}")
+    return usable
 
 
 class WorkerDied(Exception):
@@ -48,8 +69,8 @@ class WorkerDied(Exception):
 
     def __init__(self, pid: int | None, exit_code: int | None) -> None:
         self.worker = f"loader worker (pid {pid})"
-        self.how = death(exit_code)
-        super().__init__(f"{self.worker} was {self.how}")
+        self.how = describe_exit(exit_code)
+        super().__init__(f"{self.worker} {self.how}")
 
 
 class WorkerPool:
@@ -72,7 +93,7 @@ class WorkerPool:
             self._source.append(pack(self.fetch))
         return self._source[0]
 
-    def read(self, task: object, batches: Sequence[Tensor]) -> Generator[tuple[Parts, Bad], None, None]:
+    def read(self, task: object, batches: Sequence[Tensor]) -> Generator[tuple[Parts, Problems], None, None]:
         """Give what `fetch(task, rows)` makes of each batch of rows, in their order."""
         if not batches:
             return
@@ -131,7 +152,7 @@ class Worker:
         with contextlib.suppress(OSError):  # it is dead: seen when its first batch is due
             send_message(self.pipe, json.dumps({"first": first, "stride": stride}).encode(), [parcel.fileno()])
 
-    def take(self, *, timeout_s: float, pin_memory: bool) -> tuple[Parts, Bad]:
+    def take(self, *, timeout_s: float, pin_memory: bool) -> tuple[Parts, Problems]:
         """Its next batch, copied out of its slot."""
         pid = self.child.pid  # waits until the server has started, which takes as long as an import of torch
         poll = select.poll()
@@ -148,14 +169,14 @@ class Worker:
         answer = pickle.loads(message[0])  # noqa: S301  our own process has sent it
         if isinstance(answer, Exception):
             raise answer
-        kinds, bad = answer
+        kinds, problems = answer
         slot = self.slots[self.taken % AHEAD]
         slot.seek(0)
         images, labels, rows = (_copied(slot, *kind, pin_memory=pin_memory) for kind in kinds)
         self.taken += 1
         with contextlib.suppress(OSError):  # it is dead: seen when its next batch is due
             send_message(self.pipe, SLOT_IS_FREE)
-        return (images, labels, rows), bad
+        return (images, labels, rows), problems
 
 
 def _end(workers: list[Worker]) -> None:

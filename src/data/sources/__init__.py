@@ -1,15 +1,18 @@
-"""Sources: from a data set's files to the splits that a run trains, validates and tests on.
+"""Sources: from the files of a data set to the splits that a run trains, validates and tests on.
 
-decode.py          the rule that makes uint8 pixels of any image file
-cache.py           decoded images on the disk, in one mapped file
+listing.py         image files below a folder, and PackedPaths
+decode.py          decoding of any image file to uint8 pixels
+cache.py           cache of decoded images: reading
+cache_index.py     its index: what each file was like when it was cached
+cache_creation.py  its creation and repair
 images.py          Images (pixels and labels) and Files (decoded on demand, or read from their cache)
 collection.py      Collection: what a data set function returns
 datasets.py        the embedded digits and torchvision's official data sets
-image_folder.py    the user's own images, one folder per class
-synthetic.py       images drawn by a formula, for tests and demonstrations
-stratification.py  stratified shares of labels
+image_folder.py    image files with one folder per class
+synthetic.py       synthetic images, for tests and demonstrations
+stratification.py  stratified subsets
 pixels.py          pixels in memory: check, recolour, resize
 splits.py          Splits: checked, split, converted, and with a fitted normalisation
 
-datasets | image_folder (decode -> cache -> Files) | synthetic -> Collection -> splits.prepare -> Splits
+datasets | image_folder (listing -> cache -> Files) | synthetic -> Collection -> splits.prepare -> Splits
 """

@@ -1,4 +1,4 @@
-"""What a data set function returns: labelled images in the splits that its source has."""
+"""Collection: the labelled images that a data set function returns, in the splits of its source."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class Collection:
     """A data set with the splits of its source."""
 
     train: Images
-    val: Images | None  # None: a share of train is held out for it
-    test: Images | None  # None: there is none
+    val: Images | None  # None: `val_fraction` of train is held out
+    test: Images | None  # None: no test split
     class_names: list[str]
 
 
@@ -23,5 +23,5 @@ def with_test(images: Images, *, fraction: float, class_names: list[str]) -> Col
     """Return a collection whose test split is a stratified share of the images, the same for every seed of a run."""
     if fraction == 0:
         return Collection(train=images, val=None, test=None, class_names=class_names)
-    train, test = split(images, fraction=fraction, seed=TEST_SEED, part="test")
+    train, test = split(images, fraction=fraction, seed=TEST_SEED, name="test")
     return Collection(train=train, val=None, test=test, class_names=class_names)

@@ -1,13 +1,13 @@
 """The embedded digits and torchvision's official data sets: each function returns a Collection.
 
     digits                  1,797 digits of 8 x 8, embedded here (UCI Optical Recognition of Handwritten Digits,
-                            Alpaydin and Kaynak, 1998, CC BY 4.0; the part that scikit-learn carries, in its order)
+                            Alpaydin and Kaynak, 1998, CC BY 4.0; the subset in scikit-learn, in its order)
     mnist, fashion_mnist    60,000 + 10,000 of 28 x 28 grey (LeCun et al., 1998; Xiao et al., 2017)
-    kmnist                  the same of cursive Japanese (Clanuwat et al., 2018)
+    kmnist                  60,000 + 10,000 of 28 x 28 grey, cursive Japanese (Clanuwat et al., 2018)
     cifar10, cifar100       50,000 + 10,000 of 32 x 32 RGB (Krizhevsky, 2009)
     svhn                    73,257 + 26,032 of 32 x 32 RGB, house numbers (Netzer et al., 2011)
 
-torchvision downloads and reads the official archives. It is imported only there: the import takes seconds.
+torchvision downloads and reads the official archives. It is imported only for these: the import takes seconds.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
 def digits() -> Collection:
-    """The embedded digits. They have no official test set: a fixed, stratified fifth of them serves as one."""
+    """Return the embedded digits. They have no official test split: a fixed, stratified fifth of them is held out."""
     with np.load(DIGITS, allow_pickle=False) as file:
         levels, labels = torch.from_numpy(file["pixels"]), torch.from_numpy(file["labels"]).long()
     pixels = (levels * (255 / 16)).round().to(torch.uint8)[:, None]  # (N, 1, 8, 8)
@@ -60,15 +60,17 @@ def cifar10(*, root: str, download: bool) -> Collection:
 
 
 def cifar100(*, root: str, download: bool) -> Collection:
-    """With its 100 fine labels."""
+    """Return CIFAR-100 with its 100 fine labels."""
     return _official("CIFAR100", root=root, folder="cifar-100-python", files=CIFAR100_FILES, download=download)
 
 
 def svhn(*, root: str, download: bool) -> Collection:
-    """The cropped digits, without the easier `extra` ones. torchvision reads MATLAB's files with SciPy, which
-    scikit-learn installs; and it would put them in ROOT itself, beside the files of other data sets."""
-    place, parts = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
-    return _official("SVHN", root=place, folder=".", files=SVHN_FILES, download=download, parts=parts)
+    """Return the cropped digits, without the easier `extra` ones, from ROOT/svhn.
+
+    torchvision would put the files in ROOT itself. It reads them with SciPy, which scikit-learn installs.
+    """
+    folder, splits = str(Path(root) / "svhn"), ({"split": "train"}, {"split": "test"})
+    return _official("SVHN", root=folder, folder=".", files=SVHN_FILES, download=download, splits=splits)
 
 
 def _official(
@@ -78,80 +80,80 @@ def _official(
     folder: str,
     files: tuple[str, ...],
     download: bool,
-    parts: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}),
+    splits: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}),
 ) -> Collection:
-    """One of torchvision's data sets, downloaded first where it is missing and that is allowed.
+    """Return one of torchvision's data sets; it is downloaded first if it is missing and `download` is true.
 
-    `parts` are its arguments for the training and the test part.
+    `splits` are its arguments for the training and the test split. Raises DataError.
     """
     base = Path(root).expanduser()
-    place = base / folder
-    above = next(path for path in (base, *base.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise DataError(str(above), "is not a folder; set data.root")
-    missing = [file for file in files if not (place / file).is_file()]
+    target = base / folder
+    existing = next(path for path in (base, *base.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise DataError(str(existing), "is not a folder; set data.root")
+    missing = [file for file in files if not (target / file).is_file()]
     if missing and not download:
         explanation = f"lacks {', '.join(missing)}; put {name} there, set data.root, or set data.download=true"
-        raise DataError(str(place), explanation)
+        raise DataError(str(target), explanation)
 
     from torchvision import datasets
 
     source = getattr(datasets, name)
     if missing:
-        _download(source, parts, base=base, place=place, above=above)
+        _download(source, splits, base=base, target=target, existing=existing)
     try:
-        found = [source(root=base, **part) for part in parts]
-        train_images, test_images = (_images(part) for part in found)
-    except Exception as error:  # torchvision raises nearly anything for a damaged file, assertions too
-        explanation = f"holds damaged files ({error or type(error).__name__}); remove it and set data.download=true"
-        raise DataError(str(place), explanation) from error
-    names = list(getattr(found[0], "classes", DIGIT_NAMES))
+        datasets_read = [source(root=base, **split) for split in splits]
+        train_images, test_images = map(_images, datasets_read)
+    except Exception as error:  # torchvision raises many kinds of exceptions for a damaged file
+        explanation = f"contains damaged files ({error or type(error).__name__}); remove it and set data.download=true"
+        raise DataError(str(target), explanation) from error
+    names = list(getattr(datasets_read[0], "classes", DIGIT_NAMES))
     return Collection(train=train_images, val=None, test=test_images, class_names=names)
 
 
-def _images(part: Any) -> Images:
-    """What torchvision has read: (N, H, W) of MNIST and its like, (N, H, W, 3) of CIFAR, (N, 3, H, W) of SVHN."""
-    pixels = torch.as_tensor(part.data)
+def _images(dataset: Any) -> Images:
+    """Return the images of a torchvision data set: (N, H, W) of MNIST, (N, H, W, 3) of CIFAR, (N, 3, H, W) of SVHN."""
+    pixels = torch.as_tensor(dataset.data)
     if pixels.dim() == 3:
         pixels = pixels[:, None]
     elif pixels.shape[3] == 3:
         pixels = pixels.permute(0, 3, 1, 2)
-    labels = part.labels if hasattr(part, "labels") else part.targets
+    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
     return Images(pixels=pixels.contiguous(), labels=torch.as_tensor(labels))
 
 
-def _download(source: Any, parts: Iterable[dict[str, Any]], *, base: Path, place: Path, above: Path) -> None:
-    """Download into a hidden folder that only a complete data set leaves, so that a failure leaves nothing behind."""
-    if hasattr(source, "split_list"):  # of SVHN, by part: address, file, digest
-        archives = [tuple(source.split_list[part["split"]][1:]) for part in parts]
+def _download(source: Any, splits: Iterable[dict[str, Any]], *, base: Path, target: Path, existing: Path) -> None:
+    """Download into a hidden folder and move the files out when all are complete: a failure leaves no files."""
+    if hasattr(source, "split_list"):  # SVHN, by split: address, file, digest
+        archives = [tuple(source.split_list[split["split"]][1:]) for split in splits]
     else:
         archives = getattr(source, "resources", None) or [(source.filename, source.tgz_md5)]
     try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=above) as hidden:
-            fresh = Path(hidden) / place.relative_to(base)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=existing) as hidden:
+            fresh = Path(hidden) / target.relative_to(base)
             for archive, digest in archives:
-                _reuse(archive, digest=digest, base=base, place=place, hidden=Path(hidden), fresh=fresh)
-            # Whatever torchvision prints is progress; standard output belongs to the caller.
+                _reuse(archive, digest=digest, base=base, target=target, hidden=Path(hidden), fresh=fresh)
+            # torchvision prints progress to standard output, which belongs to the caller.
             with contextlib.redirect_stdout(sys.stderr):
-                for part in parts:
-                    source(root=hidden, **part, download=True)
-            place.mkdir(parents=True, exist_ok=True)
+                for split in splits:
+                    source(root=hidden, **split, download=True)
+            target.mkdir(parents=True, exist_ok=True)
             for file in fresh.iterdir():
                 if file.is_file() and file.suffix not in (".gz", ".tar"):
-                    file.replace(place / file.name)
+                    file.replace(target / file.name)
     except DataError:
         raise
     except Exception as error:  # no network, no permission, a wrong digest, a full disk, ...
-        reason = "the digest of what came does not match" if "corrupted" in str(error) else str(error).strip()
+        reason = "the digest of the downloaded file does not match" if "corrupted" in str(error) else str(error).strip()
         explanation = f"cannot be downloaded ({reason}); put the files there, or set data.root to where they are"
-        raise DataError(str(place), explanation) from error
+        raise DataError(str(target), explanation) from error
 
 
-def _reuse(archive: str, *, digest: str, base: Path, place: Path, hidden: Path, fresh: Path) -> None:
-    """Use an archive that exists already, if its digest is right."""
+def _reuse(archive: str, *, digest: str, base: Path, target: Path, hidden: Path, fresh: Path) -> None:
+    """Copy an archive that exists already, if its digest is right. Raises DataError if it is damaged."""
     from torchvision.datasets.utils import check_integrity
 
-    for old, new in {base / archive: hidden / archive, place / archive: fresh / archive}.items():
+    for old, new in {base / archive: hidden / archive, target / archive: fresh / archive}.items():
         if not old.is_file():
             continue
         if not check_integrity(old, digest):

@@ -1,8 +1,9 @@
-"""The user's own images, one folder per class. ImageNet too.
+"""Data set of image files with one folder per class, such as ImageNet or images of the user.
 
-check the arguments -> find the splits and classes -> list each split's files -> open or create their caches
+check the arguments -> find the splits and classes -> list the files of each split -> open or create their caches
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,21 @@ from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from data.sources.collection import Collection, with_test
-from data.sources.decode import MAX_PIXELS, SUFFIXES
+from data.sources.decode import MAX_PIXELS
 from data.sources.images import Files, Images, with_cache
+from data.sources.listing import SUFFIXES, Skipped, is_skipped_folder, pack_class_folders
 
-CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so that it is not taken for a class
+CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so it is not a class
+SPLIT_NAMES = {  # usual names of split folders, in lower case
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 FOLDER_LAYOUT = (
     "expected one folder for each class (ROOT/cat/1.jpg, ROOT/dog/1.jpg), or ROOT/train, ROOT/val and ROOT/test "
     "with one for each class in them (val and test may be left out); set data.root"
 )
+log = logging.getLogger("preceptor.data")
 
 
 def image_folder(
@@ -35,23 +43,29 @@ def image_folder(
     stored_size: int | None = None,
     limit_train: int | None = None,
 ) -> Collection:
-    """Return the images of class folders, in sorted order, read from their cache (with `limit_train`: from the files).
+    """Return the images of class folders in sorted order, read from their cache; with `limit_train` from the files.
 
-    Without `create_cache`, which the config of a run folder implies, only a cache that exists is used.
+    If ROOT has a folder for the training split (`train` or `training`, in any case), its folders are the splits. The
+    validation split is `val`, `valid`, `validation`, `dev` or `eval`, and the test split `test` or `testing`. Without
+    a test folder there is no test split. Without a validation folder, `val_fraction` of the training split is held out.
 
-    The training split is cached at `stored_size`, and at `image_size` too if other splits are taken from it.
+    Otherwise the folders of ROOT are the classes, and `test_fraction` is held out for the test split.
 
-    With ROOT/train, the splits are the folders that exist: no ROOT/test means no test split, and no ROOT/val means that
-    `val_fraction` of train is held out. Without it, ROOT holds the classes, and `test_fraction` is held out for test.
+    The training split is cached at `stored_size`, and also at `image_size` if other splits are taken from it. With
+    `create_cache=False`, only an existing cache is used. Raises ConfigError or DataError.
     """
     _check(empty_class=empty_class, on_bad_image=on_bad_image, max_pixels=max_pixels, test_fraction=test_fraction)
-    base = Path(root).expanduser()
+    base, skipped = Path(root).expanduser(), Skipped()
     folders, class_names = _layout(base)
     splits: dict[str, tuple[Files, Tensor]] = {}
     for name, folder in folders.items():
-        paths, labels = _labelled_paths(folder, class_names, empty_class=empty_class)
+        _check_classes(folder, expected=class_names)
+        paths, counts = pack_class_folders(folder, class_names, skipped)
+        _check_counts(folder, dict(zip(class_names, counts, strict=True)), empty_class=empty_class)
         files = Files(paths, image_size=image_size, channels=channels, on_bad_image=on_bad_image, max_pixels=max_pixels)
-        splits[name] = files, labels
+        splits[name] = files, torch.arange(len(class_names)).repeat_interleave(torch.tensor(counts))
+    if skipped.counts:
+        log.warning(f"{base}: {skipped}")
     if cache_dir is not None and limit_train is None:  # after all other checks
         cache = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
         train_sizes = {stored_size or image_size} | (set() if "val" in splits else {image_size})
@@ -63,12 +77,6 @@ def image_folder(
     if folders["train"] != base:
         return Collection(images["train"], images.get("val"), images.get("test"), class_names)
     return with_test(images["train"], fraction=test_fraction, class_names=class_names)
-
-
-def image_files_in(folder: Path) -> list[Path]:
-    """Return all image files below a folder except hidden ones, sorted by their path in it."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _check(*, empty_class: str, on_bad_image: str, max_pixels: int, test_fraction: float) -> None:
@@ -83,41 +91,66 @@ def _check(*, empty_class: str, on_bad_image: str, max_pixels: int, test_fractio
 
 
 def _layout(base: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the folder of each split and the class names. Without BASE/train, BASE itself is the training split's."""
+    """Return the folder of each split and the class names. Without a training folder, BASE is the training split."""
     if not base.is_dir():
         reason = "is not a folder" if base.exists() else "does not exist"
         raise DataError(str(base), f"{reason}; {FOLDER_LAYOUT}")
-    names = [name for name in ("train", "val", "test") if (base / name).is_dir()]
-    folders = {name: base / name for name in names} if "train" in names else {"train": base}
+    names = _folders_in(base)
+    folders: dict[str, Path] = {}
+    for name in names:
+        if split := SPLIT_NAMES.get(name.lower()):
+            if split in folders and any(SPLIT_NAMES.get(other.lower()) == "train" for other in names):
+                explanation = f"has {folders[split].name} and {name}: both are names of the {split} split; remove one"
+                raise DataError(str(base), explanation)
+            folders[split] = base / name
+    if "train" in folders:
+        others = [name for name in names if name.lower() not in SPLIT_NAMES]
+        if others:
+            explanation = f"has {_first(others)} beside the split folder {folders['train'].name}: move or remove them"
+            raise DataError(str(base), f"{explanation}; {FOLDER_LAYOUT}")
+        folders = {split: folders[split] for split in ("train", "val", "test") if split in folders}
+    elif set(names) <= {folder.name for folder in folders.values()}:
+        found = " and ".join(folder.name for folder in folders.values()) or "no class folders"
+        raise DataError(str(base), f"has {found} but no train; {FOLDER_LAYOUT}")
+    else:
+        folders = {"train": base}
     class_names = _class_names(folders["train"])
-    if "train" not in names and set(class_names) <= {"val", "test"}:
-        raise DataError(str(base), f"has {' and '.join(names) or 'no class folders'} but no train; {FOLDER_LAYOUT}")
     if len(class_names) < 2:
         raise DataError(str(folders["train"]), f"has one class only, {class_names[0]}; {FOLDER_LAYOUT}")
     return folders, class_names
 
 
-def _labelled_paths(folder: Path, class_names: list[str], *, empty_class: str) -> tuple[list[Path], Tensor]:
-    """Return the image files of a split's class folders, class after class, and their labels, int64 (N,)."""
-    _same_classes(folder, expected=class_names, found=_class_names(folder))
-    paths = [image_files_in(folder / name) for name in class_names]
-    empty = [name for name, files in zip(class_names, paths, strict=True) if not files]
-    if empty and (empty_class == "error" or len(empty) == len(class_names)):
-        explanation = f"has no images for {', '.join(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
-        raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
-    labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(files) for files in paths]))
-    return [path for files in paths for path in files], labels
+def _folders_in(folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden and system folders."""
+    entries = (entry for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in entries if not is_skipped_folder(entry.name.encode(errors="surrogateescape")))
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = _folders_in(folder)
     if not names:
         raise DataError(str(folder), f"has no class folders; {FOLDER_LAYOUT}")
     return names
 
 
-def _same_classes(folder: Path, *, expected: list[str], found: list[str]) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def _check_classes(folder: Path, *, expected: list[str]) -> None:
+    """Raise DataError if a split has other class folders than the training split."""
+    names = _class_names(folder)
+    missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
     if missing or extra:
-        said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)} besides"] * bool(extra)
-        raise DataError(str(folder), f"{' and '.join(said)}: must have the same class folders as train")
+        reasons = [f"lacks {_first(missing)}"] * bool(missing) + [f"also has {_first(extra)}"] * bool(extra)
+        raise DataError(str(folder), f"{' and '.join(reasons)}: must have the same class folders as train")
+
+
+def _check_counts(folder: Path, counts: dict[str, int], *, empty_class: str) -> None:
+    """Raise DataError if a class has no images, unless empty classes are allowed and not all are empty."""
+    empty = [name for name, count in counts.items() if not count]
+    if empty and (empty_class == "error" or len(empty) == len(counts)):
+        explanation = f"has no images for {_first(empty)} (looked for {' '.join(sorted(SUFFIXES))})"
+        raise DataError(str(folder), f"{explanation}; fill or remove them, or set data.empty_class=keep")
+
+
+def _first(names: list[str], count: int = 20) -> str:
+    """Return the first names as text, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

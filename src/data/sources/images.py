@@ -1,77 +1,80 @@
 """Labelled images: in memory as uint8, or as files that are decoded on demand.
 
-A file that can be read but holds no image, or one of more than `max_pixels`, is bad. With `on_bad_image` error it ends
-the run; with skip the next good image of its label replaces it, in the split's order and around its end. Which one
-follows from the files alone, so it is the same for any worker and after a resume.
+A file that can be read but contains no image, or an image of more than `max_pixels`, is bad. With `on_bad_image: error`
+it ends the run. With `skip`, the next good image of the same class replaces it, in the order of the split, and from its
+start again after its end. The replacement depends on the files alone, so it is the same in each worker and on resume.
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import DataError
-from data.sources.cache import Cache, open_cache
+from data.loading.parcels import bytes_of
+from data.sources.cache import Cache
+from data.sources.cache_creation import open_cache
+from data.sources.cache_index import UnusableRow
 from data.sources.decode import MAX_PIXELS, BadImage, decode
+from data.sources.listing import PackedPaths
 
-BEARABLE = 0.01  # share of a split's images that may be bad with `skip`; one always may
+MAX_BAD_SHARE = 0.01  # share of a split's images that may be bad with `skip`; one is always allowed
+PIECE = 64  # images that a thread reads before it takes the next piece, at most
 log = logging.getLogger("preceptor.data")
 
 
-class PackedPaths(Sequence[Path]):
-    """Paths as one tensor of characters, which loader workers share: a million Path objects take 7 s to unpickle."""
+@dataclass
+class Problems:
+    """Problems of single images, by their position in the split, for one warning each in the main process."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        names = [os.fsencode(path) for path in paths]
-        self.characters = torch.frombuffer(bytearray(b"".join(names) or b" "), dtype=torch.uint8)
-        self.ends = torch.tensor([0, *map(len, names)]).cumsum(0)
+    bad: dict[int, str] = field(default_factory=dict)  # another image of the class replaces it
+    uncached: dict[int, str] = field(default_factory=dict)  # its cached pixels are unusable: decoded from its file
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: Any) -> Any:  # a slice gives a list, as a list does
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
-        return Path(os.fsdecode(self.characters[self.ends[row] : self.ends[row + 1]].numpy().tobytes()))
+    def add(self, other: "Problems") -> None:
+        self.bad |= other.bad
+        self.uncached |= other.uncached
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files; item i is decoded when it is asked for, to uint8 (C, H, W)."""
+    """Image files. Image i is decoded, or read from the cache, when it is requested: uint8 (C, H, W)."""
 
-    paths: Sequence[Path]
+    paths: PackedPaths
     _: KW_ONLY
     image_size: int
     channels: int
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
-    caches: Mapping[int, Cache] = field(default_factory=dict)  # where they lie decoded, by image_size
-    bad: dict[int, str] = field(default_factory=dict, init=False)  # by position: those found so far, told already
+    caches: Mapping[int, Cache] = field(default_factory=dict)  # by image_size
+    known: Problems = field(default_factory=Problems, init=False)  # reported already
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.cache is not None:
-            row = int(self.cache.rows[index])
-            if row in self.cache.bad:
-                raise BadImage(str(self.paths[index]), self.cache.bad[row])
-            return self.cache.pixels[row]
-        return decode(self.paths[index], image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
+        return self._read(index, Problems())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"paths": PackedPaths(self.paths)}
+    def _read(self, index: int, problems: Problems) -> Tensor:
+        """Return one image. Raises BadImage."""
+        path = self.paths[index]
+        if self.cache is not None:
+            pixels = torch.empty(self.shape[1:], dtype=torch.uint8)
+            try:
+                self.cache.read(index, path, bytes_of(pixels))
+                return pixels
+            except UnusableRow as error:
+                problems.uncached[index] = str(error)
+        return decode(path, image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
 
     @property
     def cache(self) -> Cache | None:
-        """Where they lie decoded at this size."""
+        """The cache of these images at this size."""
         return self.caches.get(self.image_size)
 
     @property
@@ -80,38 +83,46 @@ class Files:
         return (len(self), self.channels, self.image_size, self.image_size)
 
     def take(self, indices: Tensor) -> "Files":
-        paths = [self.paths[index] for index in indices.tolist()]
-        return replace(self, paths=paths, caches={size: cache.take(indices) for size, cache in self.caches.items()})
+        """Return the files at these positions."""
+        caches = {size: cache.take(indices) for size, cache in self.caches.items()}
+        return replace(self, paths=self.paths.take(indices), caches=caches)
 
     def cached(self, indices: Tensor) -> Tensor | None:
-        """Return the cached images (B, C, H, W); None if they are not cached or one of them is bad."""
-        return self.cache.read(indices) if self.cache is not None and self.cache.has(indices) else None
+        """Return the cached images (B, C, H, W); None if they are not cached, or if one of them is bad or unusable."""
+        return None if self.cache is None else self.cache.read_all(indices, self.paths)
 
-    def first_good(self, candidates: Iterable[int]) -> tuple[Tensor, dict[int, str]]:
-        """The first of these images that is not bad; and why those before it are, by position."""
-        bad: dict[int, str] = {}
+    def first_good(self, candidates: Iterable[int], problems: Problems) -> Tensor:
+        """Return the first of these images that is not bad, and add the problems of those before it."""
         for index in candidates:
-            if index in self.bad:
+            if index in self.known.bad:
                 continue
             try:
-                return self[index], bad
+                return self._read(index, problems)
             except BadImage as error:
                 if self.on_bad_image == "error":
                     raise
-                bad[index] = error.explanation
-                self._refuse_too_many(self.bad | bad)
+                problems.bad[index] = error.explanation
+                self._refuse_too_many(self.known.bad | problems.bad)
         raise DataError(str(self.paths[index]), "is bad, as are all other images of its class")
 
-    def tell(self, bad: dict[int, str]) -> None:
-        """Warn of each bad image once, by the main process; too many of them are an error."""
-        for index, reason in bad.items():
-            if index not in self.bad:
-                self.bad[index] = reason
-                self._refuse_too_many(self.bad)
+    def report(self, problems: Problems) -> None:
+        """Log a warning for each new problem, in the main process. Too many bad images are an error."""
+        for index, reason in problems.bad.items():
+            if index not in self.known.bad:
+                self.known.bad[index] = reason
+                self._refuse_too_many(self.known.bad)
                 log.warning(f"{self.paths[index]}: {reason}; replaced by another image of its class")
+        if problems.uncached and self.cache is not None:
+            if not self.known.uncached:
+                index, reason = next(iter(problems.uncached.items()))
+                consequence = "such images are decoded from their files"
+                consequence += ", and the next run repairs the cache" * self.cache.can_repair
+                log.warning(f"the image cache {self.cache.path}: {self.paths[index]}: {reason}; {consequence}")
+                self.cache.request_check()
+            self.known.uncached.update(problems.uncached)
 
     def _refuse_too_many(self, bad: dict[int, str]) -> None:
-        most = max(1, int(BEARABLE * len(self)))
+        most = max(1, int(MAX_BAD_SHARE * len(self)))
         if len(bad) > most:
             index, reason = list(bad.items())[-1]
             explanation = f"{reason}; {len(bad)} of {len(self)} images are unreadable; data.on_bad_image=skip allows"
@@ -119,9 +130,9 @@ class Files:
 
 
 def with_cache(files: Files, folder: Path, *, create: bool = True) -> Files:
-    """Return the same files, read from their cache of this size in a folder, which `create` lets create.
+    """Return the same files with their cache of this size in a folder; it is created if missing and `create` is true.
 
-    If it cannot be created, a warning gives the reason, and each image is decoded whenever it is read.
+    If it cannot be created, a warning gives the reason, and each image is decoded each time it is read.
     """
     cache = open_cache(
         files.paths,
@@ -145,53 +156,54 @@ class Images:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "Images":
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         chosen = self.pixels.take(indices) if isinstance(self.pixels, Files) else self.pixels[indices]
         return Images(pixels=chosen, labels=self.labels[indices])
 
     def load(self) -> Tensor:
-        """All pixels, uint8 (N, C, H, W), decoded where they are files."""
+        """Return all pixels, uint8 (N, C, H, W)."""
         return self.read(torch.arange(len(self))) if isinstance(self.pixels, Files) else self.pixels
 
     def read(self, rows: Tensor) -> Tensor:
-        """The images at these positions (B,), uint8 (B, C, H, W); bad ones are logged.
+        """Return the images at these positions (B,), uint8 (B, C, H, W), and log problems.
 
-        Files are decoded by threads: Pillow's decoders let others run meanwhile.
+        Threads read the files: Pillow's decoders and system calls release the GIL.
         """
         if isinstance(self.pixels, Tensor):
             return self.pixels[rows]
-        files = self.pixels
-        if (cached := files.cached(rows)) is not None:
-            return cached
-        pixels = torch.empty(len(rows), *files.shape[1:], dtype=torch.uint8)
-        candidates = (self._candidates(row) for row in rows.tolist())
+        pixels = torch.empty(len(rows), *self.pixels.shape[1:], dtype=torch.uint8)
+        piece = min(PIECE, max(1, math.ceil(len(rows) / (4 * (os.cpu_count() or 1)))))
         pool = ThreadPoolExecutor()
         try:
-            for position, (image, bad) in enumerate(pool.map(files.first_good, candidates)):
-                files.tell(bad)
-                pixels[position] = image
+            start = 0
+            for images, problems in pool.map(self.fetch, rows.split(piece)):
+                self.pixels.report(problems)
+                pixels[start : start + len(images)] = images
+                start += len(images)
         finally:
-            pool.shutdown(cancel_futures=True)  # so that an error does not wait for all the rest
+            pool.shutdown(cancel_futures=True)  # an error does not wait for the other pieces
         return pixels
 
-    def fetch(self, rows: Tensor) -> tuple[Tensor, dict[int, str]]:
-        """The same by this thread alone, perhaps in a worker; the bad ones are left for the main process to `tell`."""
-        if isinstance(self.pixels, Tensor):
-            return self.pixels.index_select(0, rows), {}  # copies whole images, where plain indexing takes longer
-        if (cached := self.pixels.cached(rows)) is not None:
-            return cached, {}
-        found = [self.pixels.first_good(self._candidates(row)) for row in rows.tolist()]
-        return torch.stack([image for image, _ in found]), {
-            index: why for _, bad in found for index, why in bad.items()
-        }
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Problems]:
+        """Return the images at these positions and their problems; runs in one thread, possibly of a worker process.
 
-    def tell(self, bad: dict[int, str]) -> None:
-        """Warn of the bad images that `fetch` has found."""
+        The main process passes the problems to `report`.
+        """
+        problems = Problems()
+        if isinstance(self.pixels, Tensor):
+            return self.pixels.index_select(0, rows), problems  # faster than plain indexing: copies whole images
+        if (cached := self.pixels.cached(rows)) is not None:
+            return cached, problems
+        images = [self.pixels.first_good(self._candidates(row), problems) for row in rows.tolist()]
+        return torch.stack(images), problems
+
+    def report(self, problems: Problems) -> None:
+        """Log the problems that `fetch` returned."""
         if isinstance(self.pixels, Files):
-            self.pixels.tell(bad)
+            self.pixels.report(problems)
 
     def _candidates(self, row: int) -> Iterator[int]:
-        """A position, then those of the same label behind it, then those before it."""
+        """Yield a position, then the positions of the same label after it, then those before it."""
         yield row
         same = (self.labels == self.labels[row]).nonzero().flatten()
         yield from same[same > row].tolist()

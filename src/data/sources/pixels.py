@@ -1,4 +1,4 @@
-"""Pixels in memory, uint8 (N, C, H, W): checked, and brought to the channels and the size that the model takes."""
+"""Pixels in memory, uint8 (N, C, H, W): checks, and conversion to the channels and the size of the model's input."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from core.errors import ConfigError, DataError
 from data.loading.normalisation import VALUES
 
 
-def check_pixels(pixels: Tensor, *, part: str) -> None:
+def check_pixels(pixels: Tensor, *, split: str) -> None:
     """Raise DataError if pixels in memory are not uint8 (N, C, H, W)."""
-    subject = f"{part} pixels"
+    subject = f"{split} pixels"
     if pixels.is_floating_point() and not (finite := torch.isfinite(pixels).flatten(1).all(1)).all():
         index = int((~finite).nonzero()[0])
         raise DataError(subject, f"NaN or infinity in image {index}: must be torch.uint8, 0 to 255")

@@ -1,10 +1,11 @@
-"""From a collection to what is trained on: checked labels, a validation split, one image size, statistics.
+"""Splits of a collection: checked, with a validation split, of one image size, with a fitted normalisation.
 
-The validation split is drawn class by class (stratified), so that each class has its share of it. Its share is a pure
-function of the seed and of the labels. A collection that has its own validation split keeps it.
+The validation split is stratified, so each class has its share of it. It is a pure function of the seed and the labels.
+A collection that has a validation split keeps it.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,20 +20,21 @@ from data.sources.images import Files, Images
 from data.sources.pixels import at_size, check_pixels, recolour, resize
 from data.sources.stratification import split, stratified
 
-STREAMED_STATISTICS = 10_000  # images that stand for a training part that does not fit into memory
+STREAMED_STATISTICS = 10_000  # images that statistics are taken of if the training split is not in memory
+log = logging.getLogger("preceptor.data")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run trains, validates and tests on."""
+    """The splits of a run."""
 
-    train: Images  # of stored_size, if it is set
-    val: Images | None  # of image_size
+    train: Images  # at stored_size, if it is set
+    val: Images | None  # at image_size
     test: Images | None
     class_names: list[str]
-    normalisation: Normalisation  # from pixels to the network's input, fitted to the training part
-    fingerprint: str  # of the data as it was found, before any split: another one means that the data has changed
-    counts: dict[str, int]  # images of each part, likewise
+    normalisation: Normalisation  # fitted to the training split
+    fingerprint: str  # of the data before it was split; another one means that the data has changed
+    counts: dict[str, int]  # images of each split of the source, likewise
 
 
 def prepare(
@@ -52,7 +54,10 @@ def prepare(
     stored_size: int | None = None,
     normalisation: Normalisation | None = None,
 ) -> Splits:
-    """Check, split and convert a collection, and fit its normalisation, unless a fitted `normalisation` is given."""
+    """Check, split and convert a collection, and fit its normalisation unless a fitted one is passed.
+
+    Raises ConfigError or DataError.
+    """
     _check(val_fraction=val_fraction, image_size=image_size, channels=channels, fit=fit)
     _check_collection(collection, num_classes=num_classes)
     splits = _split(collection, seed=seed, val_fraction=val_fraction, limit_train=limit_train, limit_eval=limit_eval)
@@ -87,24 +92,26 @@ def _splits_of(collection: Collection) -> dict[str, Images]:
 
 
 def _check_collection(collection: Collection, *, num_classes: int | None) -> None:
-    """Raise DataError for labels or pixels that cannot be used, and ConfigError for another number of classes."""
-    found = len(collection.class_names)
+    """Raise DataError for invalid labels or pixels, and ConfigError for another number of classes."""
+    count = len(collection.class_names)
     for name, images in _splits_of(collection).items():
-        check_labels(images, part=name, num_classes=found)
+        check_labels(images, split=name, num_classes=count)
         if isinstance(images.pixels, Tensor):
-            check_pixels(images.pixels, part=name)
-    if num_classes is not None and num_classes != found:
-        raise ConfigError("num_classes", f"the data has {found} classes", value=num_classes)
+            check_pixels(images.pixels, split=name)
+    if num_classes is not None and num_classes != count:
+        raise ConfigError("num_classes", f"the data has {count} classes", value=num_classes)
 
 
 def _split(
     collection: Collection, *, seed: int, val_fraction: float, limit_train: int | None, limit_eval: int | None
 ) -> dict[str, Images]:
-    """Return the splits by name, val held out of train if the collection has none, each cut down to its limit."""
+    """Return the splits by name: `val` is held out of train if it is missing, and each split is limited."""
     splits = _splits_of(collection)
     if "val" not in splits and val_fraction > 0:
-        train, val = split(collection.train, fraction=val_fraction, seed=fold(seed, "val"), part="val")
+        train, val = split(collection.train, fraction=val_fraction, seed=fold(seed, "val"), name="val")
         splits = {"train": train, "val": val, **{name: splits[name] for name in splits if name == "test"}}
+    for name, images in splits.items():
+        _warn_of_missing_classes(images, split=name, class_names=collection.class_names)
     for key, limit in {"limit_train": limit_train, "limit_eval": limit_eval}.items():
         if limit is not None and limit < 1:
             raise ConfigError(key, "must be >= 1, or null for all", value=limit)
@@ -112,11 +119,19 @@ def _split(
     return {name: _limited(images, limits[name], seed=seed) for name, images in splits.items()}
 
 
+def _warn_of_missing_classes(images: Images, *, split: str, class_names: list[str]) -> None:
+    """Log a warning if a split has no image of some classes: its metrics do not cover them."""
+    missing = (images.labels.bincount(minlength=len(class_names)) == 0).nonzero().flatten().tolist()
+    if missing:
+        names = ", ".join(class_names[label] for label in missing[:10]) + ", ..." * (len(missing) > 10)
+        log.warning(f"the {split} split has no images of {len(missing):,} of {len(class_names):,} classes: {names}")
+
+
 def _limited(images: Images, limit: int | None, *, seed: int) -> Images:
-    """A stratified part of so many images, or all of them."""
+    """Return a stratified subset of `limit` images, or all images."""
     if limit is None or limit >= len(images):
         return images
-    return images.take(_stratified_part(images, count=limit, seed=fold(seed, "limit")))
+    return images.take(_stratified_subset(images, count=limit, seed=fold(seed, "limit")))
 
 
 def _check(*, val_fraction: float, image_size: int, channels: int, fit: str) -> None:
@@ -130,13 +145,16 @@ def _check(*, val_fraction: float, image_size: int, channels: int, fit: str) -> 
         raise ConfigError("fit", "must be resize or pad", value=fit)
 
 
-def _fits(parts: dict[str, Images], *, sizes: dict[str, int], channels: int, memory_budget: float) -> bool:
-    """Whether all parts, at their sizes, may lie in memory. What lies there already may not outgrow it."""
-    bytes_each = {part: channels * size**2 for part, size in sizes.items()}
-    needed = sum(len(images) * bytes_each[part] for part, images in parts.items()) / 2**30
+def _fits(splits: dict[str, Images], *, sizes: dict[str, int], channels: int, memory_budget: float) -> bool:
+    """Return whether all splits fit into the memory budget.
+
+    Raises ConfigError if splits that are in memory already would have to grow beyond it.
+    """
+    bytes_per_image = {name: channels * size**2 for name, size in sizes.items()}
+    needed = sum(len(images) * bytes_per_image[name] for name, images in splits.items()) / 2**30
     grows = any(
-        isinstance(images.pixels, Tensor) and images.pixels[0].numel() < bytes_each[part]
-        for part, images in parts.items()
+        isinstance(images.pixels, Tensor) and images.pixels[0].numel() < bytes_per_image[name]
+        for name, images in splits.items()
     )
     if needed > memory_budget and grows:
         explanation = (
@@ -146,22 +164,22 @@ def _fits(parts: dict[str, Images], *, sizes: dict[str, int], channels: int, mem
     return needed <= memory_budget
 
 
-def check_labels(images: Images, *, part: str, num_classes: int) -> None:
-    """Refuse labels that are not one whole number, 0 to num_classes - 1, for each image."""
+def check_labels(images: Images, *, split: str, num_classes: int) -> None:
+    """Raise DataError unless the labels are integers from 0 to num_classes - 1, one per image."""
     labels, count = images.labels, len(images.pixels)
     if labels.dim() != 1 or len(labels) != count:
-        raise DataError(f"{part} labels", f"must be one for each of the {count} images", value=tuple(labels.shape))
+        raise DataError(f"{split} labels", f"must be one per image, {count} in all", value=tuple(labels.shape))
     if count == 0:
-        raise DataError(f"{part} data", "is empty: must have at least one image")
+        raise DataError(f"{split} data", "is empty: must have at least one image")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"{part} labels", "must be whole numbers", value=labels.dtype)
+        raise DataError(f"{split} labels", "must be integers", value=labels.dtype)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise DataError(f"{part} labels", f"go from {low} to {high}: must be within 0 to {num_classes - 1}")
+        raise DataError(f"{split} labels", f"are {low} to {high}: must be within 0 to {num_classes - 1}")
 
 
 def convert(images: Images, *, image_size: int, channels: int, fit: str, load: bool) -> Images:
-    """The images with the channels and the size that the network is to see."""
+    """Return the images with these channels at this size. With `load`, files are read into memory."""
     if isinstance(images.pixels, Files):
         if fit != "resize":
             raise ConfigError("fit", "must be resize for image files", value=fit)
@@ -177,23 +195,23 @@ def convert(images: Images, *, image_size: int, channels: int, fit: str, load: b
 
 
 def measured(train: Images, *, image_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield the images that statistics are taken of, as the model sees them in evaluation, at image_size.
+    """Yield the images that statistics are taken of, chunk by chunk, as the model sees them in evaluation.
 
-    All of a split in memory, else those of a stratified subset, decoded chunk by chunk.
+    These are all images of a split in memory, or else a stratified subset.
     """
     if isinstance(train.pixels, Tensor):
         chunks = iter([train.pixels])
     else:
-        chosen = _stratified_part(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics"))
+        chosen = _stratified_subset(train, count=STREAMED_STATISTICS, seed=fold(seed, "statistics"))
         chunks = (train.read(rows) for rows in chosen.split(CHUNK))
     for pixels in chunks:
         yield from at_size(pixels, image_size)
 
 
 def same_mean(train: Images, tensors: Mapping[str, Tensor], *, image_size: int) -> bool:
-    """Return whether training images have the mean that a normalisation with these tensors was fitted to, bit by bit.
+    """Return whether the training images have the mean of a fitted normalisation, bit-identical.
 
-    Only sums are taken: nothing is fitted. True also for data that is not in memory, and for `normalise: none`.
+    Only sums are taken; nothing is fitted. Also True for data that is not in memory, and for `normalise: none`.
     """
     if not isinstance(train.pixels, Tensor) or is_unfitted(tensors):
         return True
@@ -202,21 +220,22 @@ def same_mean(train: Images, tensors: Mapping[str, Tensor], *, image_size: int) 
 
 
 def sample(train: Images, *, count: int, image_size: int, seed: int) -> Tensor:
-    """Return a stratified subset of `count` images, or all, as the model sees them: uint8 (N, C, H, W)."""
-    return torch.cat(list(at_size(train.read(_stratified_part(train, count=count, seed=seed)), image_size)))
+    """Return a stratified subset of `count` images, or all images, at image_size: uint8 (N, C, H, W)."""
+    return torch.cat(list(at_size(train.read(_stratified_subset(train, count=count, seed=seed)), image_size)))
 
 
-def _stratified_part(images: Images, *, count: int, seed: int) -> Tensor:
+def _stratified_subset(images: Images, *, count: int, seed: int) -> Tensor:
     return stratified(images.labels, count=min(len(images), count), seed=seed, spare=0)
 
 
 def fingerprint(collection: Collection) -> str:
-    """A hash of counts, class names, labels, image shapes and file names; of no pixel, so that it is cheap."""
+    """Return a hash of counts, class names, labels, image shapes and file names; pixels are left out to save time."""
     digest = hashlib.blake2b(repr(collection.class_names).encode(), digest_size=16)
-    for part, images in _splits_of(collection).items():
+    for name, images in _splits_of(collection).items():
         if isinstance(images.pixels, Files):
-            digest.update(repr((part, len(images), [path.name for path in images.pixels.paths])).encode())
+            digest.update(repr((name, len(images))).encode())
+            images.pixels.paths.update(digest)
         else:
-            digest.update(repr((part, tuple(images.pixels.shape))).encode())
+            digest.update(repr((name, tuple(images.pixels.shape))).encode())
         digest.update(images.labels.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()

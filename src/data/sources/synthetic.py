@@ -1,11 +1,11 @@
-"""Images made up on the spot, for trials without any file: a striped patch in noise.
+"""Synthetic images, for tests and demonstrations without any file: a striped patch in noise.
 
-The class sets the direction of the stripes (k pi / K) and, around a ring, the place of the patch (2 pi k / K); the
-phase of the stripes, the exact place and the noise are drawn for each image (Gabor, Theory of Communication, 1946):
+The class k of K sets the direction of the stripes (k pi / K) and the position of the patch on a ring (2 pi k / K). The
+phase of the stripes, the exact position and the noise are drawn for each image (Gabor, Theory of Communication, 1946):
 
     pixel = 128 + 96 exp(-r^2 / 2 s^2) cos(2 pi f (x cos a + y sin a) + phase) + 255 noise N(0, 1)
 
-A mirrored image looks like another class: no mirroring here.
+A mirrored image looks like another class, so augmentation must not mirror.
 """
 
 import math
@@ -18,14 +18,14 @@ from core.seeding import fold
 from data.sources.collection import Collection
 from data.sources.images import Images
 
-FREQUENCY, WIDTH, RING, JITTER = 5.0, 0.22, 0.2, 0.05  # in parts of the image's side
+FREQUENCY, WIDTH, RING, JITTER = 5.0, 0.22, 0.2, 0.05  # as shares of the image's side
 CHUNK = 256  # images drawn from one generator, which also bounds the memory
 
 
 def synthetic(
     *, train_samples: int, test_samples: int, noise: float, image_size: int, channels: int, num_classes: int | None
 ) -> Collection:
-    """Balanced classes; the images are a pure function of the arguments and of nothing else."""
+    """Return balanced classes of images that depend on the arguments alone. Raises ConfigError."""
     for name, value in (("train_samples", train_samples), ("test_samples", test_samples)):
         if type(value) is not int or value < 1:
             raise ConfigError(name, "must be an integer >= 1", value=value)
@@ -38,10 +38,10 @@ def synthetic(
     if type(noise) not in (int, float) or not 0 <= noise < math.inf:
         raise ConfigError("noise", "must be a number >= 0", value=noise)
 
-    def images(part: str, samples: int) -> Images:
+    def images(split: str, samples: int) -> Images:
         labels = torch.arange(samples) % num_classes
         chunks = [
-            _draw(chunk, f"{part}/{number}", noise=noise, size=image_size, channels=channels, classes=num_classes)
+            _draw(chunk, f"{split}/{number}", noise=noise, size=image_size, channels=channels, classes=num_classes)
             for number, chunk in enumerate(labels.split(CHUNK))
         ]
         return Images(pixels=torch.cat(chunks), labels=labels)
@@ -53,7 +53,7 @@ def synthetic(
 
 
 def _draw(labels: Tensor, name: str, *, noise: float, size: int, channels: int, classes: int) -> Tensor:
-    """uint8 (B, channels, size, size)"""
+    """Return images of these labels, uint8 (B, channels, size, size)."""
     generator = torch.Generator().manual_seed(fold(0, "synthetic", name))
     phase, right, down = torch.rand(3, CHUNK, 1, 1, generator=generator)[:, : len(labels)]
     turn = (labels / classes)[:, None, None] * math.pi

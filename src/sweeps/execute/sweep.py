@@ -19,7 +19,7 @@ from typing import Any
 from optuna.trial import Trial, TrialState
 
 from core.errors import STOP_SIGNALS, CheckpointError, ConfigError, SecurityError, StopSignal, sighup_is_ignored
-from core.processes import death
+from core.processes import describe_exit
 from sweeps.define.plan import Plan
 from sweeps.define.space import draw
 from sweeps.execute.pool import Pool, gpus
@@ -170,7 +170,7 @@ class Sweep:
         elif "stopped" in outcome or running.process.asked_to_stop:
             self.store.release(running.trial._trial_id)
         else:
-            self._fail(running, f"error[trial] its process: was {death(exit_code)}", 1, seconds)
+            self._fail(running, f"error[trial] its process {describe_exit(exit_code)}", 1, seconds)
 
     def _keep(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
         """Mean and standard deviation over the seeds, and how far each constraint is from being met."""

@@ -33,7 +33,7 @@ from core.errors import (
 )
 from core.options.declarations import TrainConfig
 from core.options.schema import is_compared, names_of
-from core.resume import resumed
+from core.resume import resumed_config
 from core.run_config import read_run_config
 from sweeps.define.compose import compose_trial, written
 
@@ -151,7 +151,7 @@ def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
         if name in free and name != "trainer.threads":  # with another number of threads the last bits would differ
             changes[name] = value
     own = {"resume": str(folder), "trust": trust, **changes}
-    return resumed(folder, [f"{name}={written(value)}" for name, value in own.items()])
+    return resumed_config(folder, [f"{name}={written(value)}" for name, value in own.items()])
 
 
 def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:

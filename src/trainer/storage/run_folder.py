@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from core.durable import remove_leftovers, sync_folder, write_durably
+from core.durable import hidden_name, remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
 from core.json_lines import read_lines
 from core.regular_files import append_regular, read_regular
@@ -61,7 +60,7 @@ class RunFolder:
     def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
         """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
         refuse_existing(path)
-        unfinished = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
+        unfinished = path.parent / hidden_name(path.name, "new")
         lock = -1
         try:
             with _creation_lock(path.parent):
