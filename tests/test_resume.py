@@ -30,6 +30,7 @@ from core.options.declarations import TrainConfig
 from core.resume import resumed_config
 from models import mlp
 from trainer.monitor import nonfinite
+from trainer.report import tensorboard_writer
 from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
@@ -134,6 +135,21 @@ def test_each_step_is_logged_once_after_a_kill_and_a_resume(tmp_path, uninterrup
         assert last_state(folder) == state, step
         assert scalars(folder) == expected, step
         assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["start", "resume"]
+
+
+def test_steps_are_logged_in_order_if_the_clock_is_behind_on_resume(tmp_path, monkeypatch):
+    """TensorBoard reads event files in the order of the times in their names."""
+    clock = [1_800_000_000.0]
+    for module in (event_file_writer, tensorboard_writer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: clock[0]))
+    reference = trained(tmp_path / "run", "trainer.checkpoint.every_steps=1", "trainer.checkpoint.keep=null")
+    expected = scalars(reference.folder.path)
+    folder = reference.folder.path
+    for step, seconds in ((3, -3600), (7, -60), (9, 0), (11, 1)):
+        clock[0] += seconds
+        folder = copy_killed_at(folder, tmp_path / f"killed-{step}", step)
+        resume_to_end(folder)
+        assert scalars(folder) == expected, step
 
 
 @pytest.mark.usefixtures("_distinct_event_file_times")

@@ -22,8 +22,10 @@ import yaml
 from conftest import built, composed, fork_script, packed, reopened, trained, wait_for_exit
 from PIL import Image
 
+from analysis.evaluate import evaluate_run
 from analysis.predict import image_paths
 from analysis.runs_table import read_row
+from core.config import Config
 from core.durable import write_output
 from core.errors import CheckpointError, ConfigError, DataError, PreceptorError, SecurityError, StorageError, printable
 from core.json_lines import read_lines
@@ -497,3 +499,32 @@ def test_second_signal_ends_a_process_that_still_explains_an_error(tmp_path):
         time.sleep(0.01)
     os.kill(child, signal.SIGTERM)
     assert wait_for_exit(child, within=10) == 1
+
+
+def test_finished_run_on_a_read_only_disk_can_be_evaluated_but_not_continued(tmp_path, monkeypatch, capsys):
+    folder = trained(tmp_path / "run", "trainer.max_epochs=1").folder.path
+    (folder / ".train.log.01234567.tmp").touch()  # left by a kill
+    real_open, real_unlink = os.open, os.unlink
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def open_file(path: Path, flags: int, *arguments: int, **options: int) -> int:
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes and folder in Path(os.fspath(path)).parents:
+            refuse(path)
+        return real_open(path, flags, *arguments, **options)
+
+    def unlink(path: Path, **options: int) -> None:
+        refuse(path) if folder in Path(path).parents else real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert Run.resume(resumed_config(folder, [], TrainConfig)) is None
+    values = {"run": str(folder), "checkpoint": "best", "device": "cpu", "trust": [], "split": "test", "root": None}
+    capsys.readouterr()
+    evaluate_run(Config(values=values, record={}, job=None))
+    out, err = capsys.readouterr()
+    assert "accuracy" in out and "evaluation-test.json is not written" in err and "Read-only file system" in err
+    with pytest.raises((StorageError, OSError), match="Read-only file system"):
+        reopened(folder, "trainer.max_epochs=2")

@@ -291,6 +291,20 @@ def test_folders_of_another_sweep_are_not_reused(tmp_path):
     assert code == 6 and out.count(message) == 2 and "tried again" not in out  # once immediately and once at the end
 
 
+def test_renamed_folder_continues_its_study(tmp_path):
+    folder, renamed = tmp_path / "sweep", tmp_path / "renamed"
+    assert run_sweep(folder, *QUICK, LR, "sweep.trials=1")[0] == 0
+    folder.rename(renamed)
+    other_space = "sweep.space={optimizer:{lr:{log_uniform:[0.01,1.0]}}}"
+    code, out = run_sweep(renamed, *QUICK, other_space, "sweep.trials=2")
+    assert code == 6 and "was begun with another search" in out
+    assert run_sweep(renamed, *QUICK, LR, "sweep.trials=2")[0] == 0
+    storage = optuna.storages.RDBStorage(f"sqlite:///{renamed}/sweep.db")
+    assert [study.study_name for study in storage.get_all_studies()] == ["sweep"]
+    storage.engine.dispose()
+    assert [trial.number for trial in trials_of(renamed)] == [0, 1]
+
+
 def test_signal_between_claim_and_start_stops_the_trial(tmp_path):
     """Without handling of this case, the trial could not be stopped before its end."""
 
@@ -476,6 +490,58 @@ def postgres() -> Iterator[str]:
         call("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder)
+
+
+def pg_ctl(url: str, *arguments: str) -> None:
+    """Run pg_ctl for the server of the `postgres` fixture."""
+    folder = url.partition("?host=")[2]
+    program = max(path for path in Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    user = "nobody" if os.getuid() == 0 else None
+    command = [program, "-D", f"{folder}/data", "-l", f"{folder}/log", "-w", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=user, cwd="/")
+
+
+def test_sweep_continues_when_its_database_server_restarts(tmp_path, postgres):
+    folder, count = tmp_path / "sweep", 6
+    storage = (f"sweep.storage='{postgres}'", "sweep.name=restarts", "sweep.stale_after=30")
+    sweep = start_sweep(folder, *QUICK, LR, *storage, f"sweep.trials={count}", "sweep.parallel=2")
+    while not list(folder.glob("trial-*/metrics.jsonl")):
+        time.sleep(0.02)
+    pg_ctl(postgres, "restart", "-m", "fast")
+    pg_ctl(postgres, "stop", "-m", "immediate")  # as a crash
+    time.sleep(2)
+    pg_ctl(postgres, "-o", f"-k {postgres.partition('?host=')[2]} -h '' -c fsync=off", "start")
+    code = wait_for_exit(sweep, within=100)
+    assert code == 0, folder.with_suffix(".out").read_text()
+    trials = trials_of(folder, postgres, "restarts")
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * count
+
+
+def test_server_that_stays_away_is_a_storage_error(tmp_path, postgres):
+    folder = tmp_path / "sweep"
+    storage = (f"sweep.storage='{postgres}'", "sweep.name=away", "sweep.stale_after=10")
+    sweep = start_sweep(folder, *QUICK, LR, *storage, "sweep.trials=20")
+    while not list(folder.glob("trial-*/metrics.jsonl")):
+        time.sleep(0.02)
+    pg_ctl(postgres, "stop", "-m", "fast")
+    try:
+        assert wait_for_exit(sweep, within=60) == 5
+        last = folder.with_suffix(".out").read_text().splitlines()[-1]
+        assert last.startswith("error[storage] postgresql+psycopg://") and "cannot be used" in last
+    finally:
+        pg_ctl(postgres, "-o", f"-k {postgres.partition('?host=')[2]} -h '' -c fsync=off", "start")
+
+
+def test_database_that_is_damaged_in_its_middle_is_a_storage_error(tmp_path):
+    folder = tmp_path / "sweep"
+    assert run_sweep(folder, *QUICK, LR, "sweep.trials=2")[0] == 0
+    content = bytearray((folder / "sweep.db").read_bytes())
+    content[4096:] = b"\xaa" * (len(content) - 4096)
+    (folder / "sweep.db").write_bytes(content)
+    for leftover in folder.glob("sweep.db-*"):
+        leftover.unlink()
+    code, out = run_sweep(folder, *QUICK, LR, "sweep.trials=3")
+    assert code == 5 and out.splitlines()[-1].startswith("error[storage]") and "Traceback" not in out, out
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -1,6 +1,8 @@
 """Metrics of a run's model on a split of its data: computed from the run folder, written as JSON, shown as tables."""
 
+import errno
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.text import Text
 
 from core.config import Config
 from core.durable import write_durably
-from core.errors import CheckpointError, DataError, printable
+from core.errors import CheckpointError, DataError, StorageError, printable
 from core.options.declarations import DataOptions, EvaluateConfig, TrainConfig
 from data.loading.loaders import EvalLoader
 from data.sources.splits import Splits
@@ -32,8 +34,20 @@ def evaluate_run(config: Config[EvaluateConfig]) -> None:
     report |= compute(run, split, data_config=with_data_root(run, values["root"]))
     show(report)
     path = folder / f"evaluation-{split}.json"
-    write_durably(path, (json.dumps(report, indent=2) + "\n").encode())
-    print(f"written to {path}")
+    try:
+        write_durably(path, (json.dumps(report, indent=2) + "\n").encode())
+    except StorageError as error:
+        if not is_read_only(error):
+            raise
+        print(f"warning: {path} is not written: {error.explanation}", file=sys.stderr)
+    else:
+        print(f"written to {path}")
+
+
+def is_read_only(error: StorageError) -> bool:
+    """Return whether a file could not be written because its file system is read-only or belongs to another user."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def compute(run: LoadedRun, split: str, *, data_config: TrainConfig) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of a killed process. The caller must hold the folder's lock."""
     for path in folder.iterdir():
         if TEMPORARY.match(path.name) and (path.is_symlink() or not path.is_dir()):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only file system they remain
+                path.unlink()
 
 
 def _temporary(path: Path) -> Path:

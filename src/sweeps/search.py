@@ -25,15 +25,16 @@ def search(config: Config[SweepConfig]) -> None:
     store = Store(
         plan.options["storage"],
         folder=plan.folder,
-        name=plan.name,
+        name=plan.options["name"],
         objectives=plan.objectives,
         pruner=plan.pruner(),
+        patience=plan.options["stale_after"],
     )
-    with contextlib.closing(store):
+    with contextlib.closing(store), database_errors(store.url):
         store.settle_definition(plan.definition())
         store.fill(plan.trials)
         pool = Pool(warm=plan.options["warm"], lock=store.lock, output=plan.folder / "errors.txt")
-        with contextlib.closing(pool), Table(plan, store) as table, database_errors(store.url):
+        with contextlib.closing(pool), Table(plan, store) as table:
             Sweep(plan, store, pool, table).run()
         from sweeps.results.report import write_report  # not before the trials have run: it imports matplotlib
 

@@ -3,24 +3,27 @@
 Everything here is about databases in general; `store` has the trials.
 """
 
+import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from core.errors import ConfigError, StorageError
 
 PATIENCE = 60.0  # seconds that SQLite waits for another's transaction
+RETRIES = 3  # of a transaction whose connection was lost
 Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -73,6 +76,46 @@ def patiently(action: Callable[[], Result]) -> Result:
                 raise
             time.sleep(0.1 * 2**attempt)
     raise AssertionError
+
+
+def wait_for_restarts(engine: sqlalchemy.Engine, seconds: float) -> None:
+    """Let new connections of an engine wait for a server that restarts, for this time at most."""
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: Any, _: object, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return dialect.connect(*arguments, **options)
+            except dialect.loaded_dbapi.Error:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+
+def retried(method: Method) -> Method:
+    """Wrap a method that may run twice: it runs again if the connection to the database was lost meanwhile.
+
+    A new connection waits for the server (`wait_for_restarts`).
+    """
+
+    @functools.wraps(method)
+    def retry(*arguments: Any, **options: Any) -> Any:
+        for _ in range(RETRIES):
+            try:
+                return method(*arguments, **options)
+            except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
+                if not _is_lost_connection(exception):
+                    raise
+        return method(*arguments, **options)
+
+    return cast(Method, retry)
+
+
+def _is_lost_connection(exception: BaseException) -> bool:
+    """Return whether an error, or the error that caused it, means a lost connection."""
+    errors: list[BaseException | None] = [exception, exception.__cause__, exception.__context__]
+    return any(isinstance(error, DBAPIError) and error.connection_invalidated for error in errors)
 
 
 @contextmanager

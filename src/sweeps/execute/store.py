@@ -36,8 +36,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError
-from sweeps.execute.database import database_errors, experimental, open_storage, patiently, sqlite_url
+from core.regular_files import read_regular
+from sweeps.execute.database import (
+    database_errors,
+    experimental,
+    open_storage,
+    patiently,
+    retried,
+    sqlite_url,
+    wait_for_restarts,
+)
 
 models: Any = optunas  # its columns are typed as columns where they are values
 OWNER = "owner"  # a system attribute of a trial: the token of the sweep that has claimed it
@@ -51,20 +61,26 @@ class Store:
         url: str | None,
         *,
         folder: Path,
-        name: str,
+        name: str | None,
         objectives: list[tuple[str, str]],
         pruner: BasePruner | None = None,
+        patience: float = 0,
     ) -> None:
         self.url = url or sqlite_url(folder.resolve() / "sweep.db")
-        self.name = name
+        self.name = name or _study_name(folder)
         directions: Any = [direction for direction, _ in objectives]
         with database_errors(self.url):
             self.storage = patiently(lambda: open_storage(self.url))
             self.study = patiently(
                 lambda: optuna.create_study(
-                    storage=self.storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+                    storage=self.storage,
+                    study_name=self.name,
+                    directions=directions,
+                    pruner=pruner,
+                    load_if_exists=True,
                 )
             )
+        wait_for_restarts(self.storage.engine, patience)
         self.metrics = [metric for _, metric in objectives]
         self.id = self.study._study_id
         self.owners = folder / ".owners"
@@ -93,6 +109,7 @@ class Store:
 
     # What the sweep is
 
+    @retried
     def settle_definition(self, definition: Mapping[str, Any]) -> None:
         """Note what is searched; CheckpointError, with the differences, when the study is of something else."""
         text = json.dumps(definition, sort_keys=True)
@@ -120,6 +137,7 @@ class Store:
 
     # Trials
 
+    @retried
     def fill(self, count: int) -> None:
         """As many trials as there are to be, however often and by however many this is called; never fewer."""
         with self.transaction() as session:
@@ -130,6 +148,7 @@ class Store:
             for number in range(there, count):
                 session.add(models.TrialModel(study_id=self.id, number=number, state=TrialState.WAITING))
 
+    @retried
     def claim(self) -> tuple[int, int] | None:
         """Claim the first waiting trial with a heartbeat; returns its id and number, or None if none waits."""
         with self.transaction() as session:
@@ -144,6 +163,7 @@ class Store:
             self._set_owner(session, first.trial_id, self.owner)
             return first.trial_id, first.number
 
+    @retried
     def beat(self, trial_ids: list[int]) -> set[int]:
         """Write a heartbeat of the trials that run here; returns those that another sweep has taken over."""
         with self.transaction() as session:
@@ -151,12 +171,14 @@ class Store:
             self._sign(session, sorted(mine))
         return set(trial_ids) - mine
 
+    @retried
     def release(self, trial_id: int) -> None:
         """Let a trial that was claimed here wait again."""
         with self.transaction() as session:
             if self._is_mine(session, trial_id):
                 models.TrialModel.find_or_raise_by_id(trial_id, session).state = TrialState.WAITING
 
+    @retried
     def requeue(self, *, stale_after: float) -> list[int]:
         """Let the trials wait again whose sweeps are gone: their numbers.
 
@@ -204,6 +226,7 @@ class Store:
                     os.close(descriptor)
         return dead
 
+    @retried
     def finish(self, trial: Trial, state: TrialState, values: list[float] | None, **attributes: Any) -> bool:
         """Note a trial's result and what else is known of it; False when the trial is another's by now."""
         if not self.is_mine(trial._trial_id):
@@ -213,14 +236,17 @@ class Store:
         try:
             self.study.tell(trial, values, state=state)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            return False  # in the meantime
+            # Finished in the meantime: by another sweep, or by this one, whose connection was lost before the answer.
+            return self.storage.get_trial(trial._trial_id).state == state and self._is_owner(trial._trial_id)
         return True
 
+    @retried
     def is_mine(self, trial_id: int) -> bool:
         """Does the trial run, claimed by this sweep? Another has it if this one was held up for long."""
         with self.transaction() as session:
             return self._is_mine(session, trial_id)
 
+    @retried
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
         return self.study.get_trials(deepcopy=False)
@@ -238,6 +264,10 @@ class Store:
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
         return trial.state == TrialState.RUNNING and self._owner_of(session, trial_id) == self.owner
 
+    def _is_owner(self, trial_id: int) -> bool:
+        with self.transaction() as session:
+            return self._owner_of(session, trial_id) == self.owner
+
     def _owner_row(self, session: Session, trial_id: int) -> Any:
         return session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id, key=OWNER).one_or_none()
 
@@ -251,3 +281,14 @@ class Store:
             session.add(models.TrialSystemAttributeModel(trial_id=trial_id, key=OWNER, value_json=json.dumps(owner)))
         else:
             row.value_json = json.dumps(owner)
+
+
+def _study_name(folder: Path) -> str:
+    """Return the name of the study in a sweep folder: the name that the folder had when the sweep was started.
+
+    It is kept in the folder, so a renamed folder continues its study instead of starting another one.
+    """
+    file = folder / ".study"
+    if not file.exists():
+        write_durably(file, os.fsencode(folder.resolve().name))
+    return os.fsdecode(read_regular(file, follow=False))

@@ -10,9 +10,11 @@
 import functools
 import json
 import logging
+import re
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,6 +32,8 @@ from torch.utils.tensorboard.summary import hparams
 from core.config import leaves
 
 LOGGER = logging.getLogger("preceptor.tracking")
+EVENT_FILES = "events.out.tfevents.*"
+EVENT_TIME = re.compile(r"tfevents\.(\d+)\.")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
 FINAL_METRICS = ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/accuracy", "train/loss")
 
@@ -84,6 +88,21 @@ class WriterErrors:
 WRITER_ERRORS = WriterErrors()
 
 
+def sort_before(files: Iterable[Path], now: int) -> None:
+    """Rename event files so that their names sort before that of a file that is started at `now`, in seconds.
+
+    TensorBoard reads event files in the order of their names, which start with the time. On a machine whose clock is
+    behind, a resumed run would be read before the process that it continues.
+    """
+    for file in sorted(files, reverse=True):
+        match = EVENT_TIME.search(file.name)
+        if match is None:
+            continue
+        now = min(int(match[1]), now - 1)
+        if now != int(match[1]):
+            file.rename(file.with_name(file.name.replace(match[0], f"tfevents.{now:010d}.", 1)))
+
+
 class TensorBoard:
     """The event file of a run. `resumed_at`: what an earlier process wrote behind that step is taken back."""
 
@@ -98,6 +117,7 @@ class TensorBoard:
     def open(self) -> None:
         """Start an event file."""
         purge = None if self.resumed_at is None else self.resumed_at + 1
+        sort_before(self.folder.glob(EVENT_FILES), int(time.time()))
         self.writer = SummaryWriter(str(self.folder), purge_step=purge, max_queue=1000, flush_secs=60)
         self.events: Any = self.writer.file_writer  # takes summaries that have no method of their own
 

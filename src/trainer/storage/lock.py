@@ -1,5 +1,6 @@
-"""The lock of a run folder: the system holds it, and releases it however the process ends."""
+"""Lock of a run folder. The system releases it when the process ends, for whatever reason."""
 
+import errno
 import fcntl
 import os
 import platform
@@ -10,8 +11,17 @@ from core.errors import InUse
 
 
 def take_lock(folder: Path) -> int:
-    """An exclusive lock on the folder, held until the process ends however it ends; StorageError when it is taken."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    """Take an exclusive lock on a folder and return its descriptor; the lock ends with the process.
+
+    On a read-only file system no lock is needed, because nothing can be written. Raises InUse if another process has
+    the lock.
+    """
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         lock_or_refuse(lock, folder)
         os.ftruncate(lock, 0)
@@ -23,10 +33,11 @@ def take_lock(folder: Path) -> int:
 
 
 def lock_or_refuse(lock: int, folder: Path) -> None:
+    """Lock an open file exclusively. Raises InUse, with the name of the process that has the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        for _ in range(20):  # who has just taken it is about to write who it is
+        for _ in range(20):  # a process that has just taken the lock is about to write its name
             if holder := os.pread(lock, 200, 0).decode(errors="replace"):
                 break
             time.sleep(0.005)
