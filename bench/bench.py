@@ -18,6 +18,7 @@
     growth      microseconds per sample in training with larger data, batches and models
     memory      peak memory of a training process; the other frameworks hold the same number of images in an array
     start       seconds from the command to the end of the first step, and of `import torch, torchvision`
+    listing     seconds and memory until a folder of images is listed, against torchvision's ImageFolder
     cuda        images per second of large models in bf16 on a GPU, against a bare compiled loop: images on the
                 device, and photographs that workers read from their cache; then `experiment=cifar10_gpu`
 
@@ -32,7 +33,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from commands import bench_memory, bench_start
+from commands import bench_listing, bench_memory, bench_start
 from gpu import bench_cuda
 from reading import bench_evaluation, bench_folder, bench_loader
 from tables import plot, table_of
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "growth": bench_growth,
     "memory": bench_memory,
     "start": bench_start,
+    "listing": bench_listing,
     "cuda": bench_cuda,
 }
 

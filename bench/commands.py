@@ -1,6 +1,7 @@
-"""Benchmarks that run in separate processes: `memory`, `start`, and the time of a recipe."""
+"""Benchmarks that run in separate processes: `memory`, `start`, `listing`, and the time of a recipe."""
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from contenders import ROOT
 from tables import Line
 from turns import CASES, in_turns
+
+FILE_COUNTS = (10_000, 100_000)  # a million files take half an hour, most of it to create their cache
 
 MEMORY = """
 import re, sys
@@ -73,6 +76,57 @@ def bench_start(options: argparse.Namespace) -> dict[str, Line]:
     turns = {name: partial(turn, command) for name, command in commands.items()}
     seconds = in_turns(turns, rounds=min(options.rounds, 5), seconds=0)
     return {"LeNet-5 on digits": {"unit": "s", "of": "train.py, one step", **seconds}}
+
+
+LISTING = """
+import resource, sys, time
+from data.sources.image_folder import image_folder  # before the measurement, like torchvision
+from torchvision.datasets import ImageFolder
+def resident():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) / 1024
+memory, start = resident(), time.perf_counter()
+if {name!r} == "torchvision":
+    data = ImageFolder({root!r})
+else:
+    arguments = dict(image_size=8, channels=1, test_fraction=0.0, empty_class="error")
+    data = image_folder(root={root!r}, cache_dir={cache!r}, **arguments)
+print(time.perf_counter() - start, resident() - memory)
+"""
+
+
+def bench_listing(options: argparse.Namespace) -> dict[str, Line]:
+    """Seconds and memory until a folder of images is listed, against `ImageFolder`; `cached` also opens the cache."""
+    lines: dict[str, Line] = {}
+    for count in FILE_COUNTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            root = Path(scratch) / "images"
+            write_images(root, count)
+            caches = {"ours": None, "cached": f"{scratch}/cache", "torchvision": None}
+            seconds: Line = {"unit": "s", "of": "ours", **{name: [] for name in caches}}
+            memory: Line = {"unit": "bytes per file", "of": "ours", **{name: [] for name in caches}}
+            for number in range(1 + min(options.rounds, 5)):
+                for name, cache in caches.items():
+                    code = LISTING.format(name=name, root=str(root), cache=cache)
+                    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+                    if number > 0:  # the first round creates the cache and reads the folders from the disk
+                        elapsed, size = map(float, done.stdout.split())
+                        seconds[name].append(elapsed)
+                        memory[name].append(size * 2**20 / count)
+            lines |= {f"{count:,} files, time": seconds, f"{count:,} files, memory": memory}
+    return lines
+
+
+def write_images(root: Path, count: int) -> None:
+    """Write images of 8 x 8 pixels into one folder for every thousand."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new("L", (8, 8), 90).save(content, "PNG")
+    for first in range(0, count, 1000):
+        folder = root / f"n{first // 1000:08d}"
+        folder.mkdir(parents=True)
+        for number in range(first, min(first + 1000, count)):
+            (folder / f"{folder.name}_{number}.png").write_bytes(content.getvalue())
 
 
 def bench_recipe(experiment: str, *overrides: str) -> dict[str, Line]:

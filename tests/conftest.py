@@ -5,7 +5,9 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -120,18 +122,28 @@ def reopened(folder: Path, *overrides: str) -> Run | None:
 # Command lines, each in a process forked from this one: torch is already imported
 
 
-def fork_script(script: Path, *arguments: str, output: Path, patch: Callable[[pytest.MonkeyPatch], None]) -> int:
-    """Run a script in a new process and session, append its output to the file `output`, and return its pid."""
+def fork_script(
+    script: Path,
+    *arguments: str,
+    output: Path,
+    errors: Path | None = None,
+    patch: Callable[[pytest.MonkeyPatch], None],
+) -> int:
+    """Run a script in a new process and session and return its pid.
+
+    Standard output is appended to the file `output`, and standard error to `errors`, or else to `output`.
+    """
     # Block signals until the script has installed its own handlers.
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptors = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (output, errors or output)]
     child = os.fork()
     if child:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-        os.close(descriptor)
+        for descriptor in descriptors:
+            os.close(descriptor)
         return child
     os.setsid()
-    for stream in (1, 2):
+    for stream, descriptor in enumerate(descriptors, start=1):
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     code = 1
@@ -150,6 +162,23 @@ def fork_script(script: Path, *arguments: str, output: Path, patch: Callable[[py
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_script(
+    script: Path, *arguments: str, cwd: Path, python_path: Path | None = None, within: float = 120
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script in a forked process, in the folder `cwd`, to its end."""
+
+    def prepare(patched: pytest.MonkeyPatch) -> None:
+        os.chdir(cwd)
+        if python_path is not None:
+            sys.path.insert(1, str(python_path))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        output, errors = Path(scratch) / "out", Path(scratch) / "err"
+        child = fork_script(script, *arguments, output=output, errors=errors, patch=prepare)
+        code = wait_for_exit(child, within=within)
+        return subprocess.CompletedProcess([script, *arguments], code, output.read_text(), errors.read_text())
 
 
 def wait_for_exit(child: int, *, within: float = 120) -> int:

@@ -15,6 +15,8 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("greenlet")
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))

@@ -1,4 +1,7 @@
-"""The scripts as a user calls them, each in a subprocess, from training to predictions."""
+"""The scripts as a user calls them, from training to predictions.
+
+The first training and the signalled one are new processes; the others are forked, with torch already imported.
+"""
 
 import csv
 import io
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 from PIL import Image
 from sklearn import metrics
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -25,13 +29,14 @@ from data.sources.datasets import digits
 from data.sources.pixels import resize
 from trainer.inference.load_run import load_run
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(name: str, *arguments: str, cwd: Path) -> str:
     """Run a script to its end and return its stdout."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    done = run_script(ROOT / "scripts" / f"{name}.py", *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,8 +50,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def folder(tmp_path_factory) -> Path:
     """Return a folder with the default run and a grid of two seeds of a small model."""
     path = tmp_path_factory.mktemp("work")
-    out = script("train", "run_dir=outputs/digits", "trainer.threads=1", "trainer.histograms_every=10 epochs", cwd=path)
-    (path / "printed").write_text(out)
+    arguments = ("run_dir=outputs/digits", "trainer.threads=1", "trainer.histograms_every=10 epochs")
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path / "printed").write_text(done.stdout)
     small = ("model=mlp", "model.hidden=[16]", "trainer.max_epochs=3", "trainer.threads=1")
     script("train", "-m", *small, "seed=0,1", "run_dir=outputs/grid", cwd=path)
     return path
@@ -239,11 +247,9 @@ def test_custom_model_of_contributing_trains_and_evaluates(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block)
     train, evaluate = re.findall(r"^python scripts/(\w+)\.py (.*)", section, re.MULTILINE)
-    environment = os.environ | {"PYTHONPATH": "mine"}
 
     def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+        return run_script(ROOT / "scripts" / f"{name}.py", *arguments, cwd=tmp_path, python_path=tmp_path / "mine")
 
     done = call(train[0], *shlex.split(train[1]), "trainer.max_epochs=12", "trainer.threads=1")
     assert done.returncode == 0, done.stderr
@@ -278,9 +284,7 @@ def test_look_draws_images_classes_and_learning_rate(tmp_path):
     assert curve[0] == pytest.approx(0.1 / 25) and max(curve.values()) == pytest.approx(0.1, rel=1e-3)
     assert len(curve) == steps and not (tmp_path / "look/config.yaml").exists()  # no training
 
-    second = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/look.py"), "run_dir=look"], capture_output=True, text=True, cwd=tmp_path
-    )
+    second = run_script(ROOT / "scripts/look.py", "run_dir=look", cwd=tmp_path)
     assert second.returncode == 5 and "look: exists already" in second.stderr
 
 

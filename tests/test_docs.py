@@ -20,6 +20,8 @@ from core.options.declarations import SweepConfig, TrainConfig
 from core.options.overrides import check_overrides, parse_overrides
 from sweeps.define.plan import read_plan
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"})
 COMMAND = re.compile(r"python scripts/(\w+)\.py")

@@ -32,6 +32,8 @@ from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import CheckpointFolder
 
+pytestmark = pytest.mark.thorough
+
 KEEP = {"last": 2, "best": 2, "step": None}
 KINDS = ["best", "last"]
 Save = Callable[[CheckpointFolder, int], None]

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_DATA = (
     *("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.log_graph=false", "trainer.log_images=false"),

@@ -20,6 +20,8 @@ from core.json_lines import read_lines
 from trainer.monitor.nonfinite import MOST_IN_A_ROW
 from trainer.run import Run
 
+pytestmark = pytest.mark.thorough
+
 OPTIMIZERS = (CONFIGS / "optimizer").glob("*.yaml")
 
 

@@ -18,6 +18,8 @@ from core.fork_server import Child, ForkServer
 from core.processes import can_fork
 from core.server_process import receive_message, send_message
 
+pytestmark = pytest.mark.thorough
+
 HERE = str(Path(__file__).parent)
 SOURCE = str(Path(__file__).resolve().parents[1] / "src")
 

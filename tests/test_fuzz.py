@@ -34,6 +34,8 @@ from core.config import CONFIGS, Config, leaves
 from core.options.declarations import TrainConfig
 from core.options.schema import options_of
 
+pytestmark = pytest.mark.thorough
+
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss", "trainer", "experiment", "debug")
 SIZES = {"alexnet": 227, "googlenet": 224, "inception_v3": 299}  # data.image_size, if 32 is too small
 SEED = 20261121
@@ -338,7 +340,7 @@ def bounded(monkeypatch):
 def test_unmutated_command_line_of_every_option_is_valid(bounded, tmp_path, full):
     """Fuzzing starts from valid command lines, so that only the mutations cause errors."""
     cases = [base(group, option)[0] for group in GROUPS for option in options(group)]
-    for outcome in outcomes(cases if full else cases[::8], build_everything, tmp_path):
+    for outcome in outcomes(cases if full else cases[::16], build_everything, tmp_path):
         assert outcome.fault is None, outcome.fault
         assert outcome.code == 0 or (outcome.code == 3 and "data=synthetic" not in outcome.arguments), outcome
 

@@ -16,6 +16,8 @@ from models.inception_small import InceptionSmall
 from models.inception_v3 import InceptionV3
 from trainer.build.dry_run import check_model
 
+pytestmark = pytest.mark.thorough
+
 TEN: dict[str, Any] = {"num_classes": 10, "in_channels": 3}
 IMAGENET: dict[str, Any] = {"num_classes": 1000, "in_channels": 3}
 MODELS: list[tuple[Any, dict[str, Any], int]] = [  # with the smallest image side of each model

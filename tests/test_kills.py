@@ -36,6 +36,8 @@ from trainer.storage.background_saver import BackgroundSaver
 from trainer.storage.checkpoint import CheckpointFolder
 from trainer.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.thorough
+
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 EVERY = 5  # steps between saves, at most
 RUN = (
@@ -280,7 +282,7 @@ def image_root(tmp_path_factory) -> Path:
 
 
 def test_no_process_outlives_its_run(tmp_path, image_root, full, promise):
-    watch, times = Watch(), 10 if full else 3
+    watch, times = Watch(), 10 if full else 1
     overrides = (
         "data=image_folder",
         f"data.root={image_root}",

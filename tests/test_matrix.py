@@ -33,6 +33,8 @@ from trainer.run import Run
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
 
+pytestmark = pytest.mark.thorough
+
 Row = Mapping[str, str]  # factor or switch -> choice
 GROUPS = ("optimizer", "schedule", "augment", "loss")
 

@@ -36,6 +36,8 @@ from trainer.snapshot import Snapshot
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import CheckpointFolder
 
+pytestmark = pytest.mark.thorough
+
 
 def stopped(run: Run, step: int) -> None:
     stop_after(run, step)

@@ -47,6 +47,8 @@ from trainer.run import Run
 from trainer.storage.checkpoint import CheckpointFolder, digest, load_weights_file, unpack
 from trainer.storage.safetensors_file import LARGEST_HEADER
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec")
 SUSPICIOUS = {"import": ("pickle", "shelve", "joblib", "h5py", "numpy.lib.npyio", "attack")}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train": [], "evaluate": ["run=x"], "predict": ["run=x", "input=x"], "runs": [], "sweep": []}
 LIMIT = 1.0  # seconds, with -X importtime; the fastest of several tries

@@ -46,6 +46,8 @@ from sweeps.define.space import draw, grid, overrides, read_space
 from sweeps.execute import trial as trial_process
 from sweeps.execute.store import Store
 
+pytestmark = pytest.mark.thorough
+
 SWEEP_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 QUICK = (
     *(*SYNTHETIC, "model=mlp", "model.hidden=[16]", "trainer.max_epochs=3"),

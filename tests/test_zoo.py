@@ -21,6 +21,8 @@ from conftest import composed
 
 from trainer.run import Run
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "goldens.json").read_text())
 
