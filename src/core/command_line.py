@@ -213,7 +213,7 @@ def _exit_code() -> Iterator[None]:
                 _print_traceback(exception)
                 print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    _exit_on_repeated_signal(0)
+    _ignore_signals()
 
 
 def _print_traceback(exception: Exception) -> None:
