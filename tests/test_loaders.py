@@ -16,7 +16,7 @@ from core.errors import ConfigError, DataError, as_preceptor_error
 from core.seeding import fold
 from data.augment.geometry import RandomAffine, RandomCrop
 from data.augment.mixing import CutMix, Mixup
-from data.augment.per_sample import ASampleAtATime
+from data.augment.per_sample import PerSampleTransform
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import Batch, EvalLoader, TrainLoader
 from data.loading.normalisation import Normalisation
@@ -36,7 +36,7 @@ def images(count: int) -> Images:
 
 STEPS = {"crop": RandomCrop(padding=2), "affine": RandomAffine(0.1, [0.8, 1.2], 20, 10, 0.5)}
 MIX = {"mixup": Mixup(alpha=1, probability=0.8), "cutmix": CutMix(alpha=1, probability=0.8)}
-TRANSFORM = {"transform": ASampleAtATime(v2.TrivialAugmentWide(), name="augment.transform")}
+TRANSFORM = {"transform": PerSampleTransform(v2.TrivialAugmentWide(), name="augment.transform")}
 
 
 def augmentations(**steps: object) -> Augmentations:
@@ -247,7 +247,7 @@ class WorkerDetector:
 
 def test_transforms_run_in_the_workers():
     for num_workers in (0, 1):
-        steps = augmentations(mine=ASampleAtATime(WorkerDetector(), name="augment.mine"))
+        steps = augmentations(mine=PerSampleTransform(WorkerDetector(), name="augment.mine"))
         loader = train_loader(images(8), augmentations=steps, num_workers=num_workers)
         assert {batch.images.unique().item() for batch in loader.augmented_batches(0)} == {num_workers}
 
@@ -259,7 +259,7 @@ class FailingTransform:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_failing_transform_is_named_also_if_it_runs_in_a_worker(num_workers):
-    failing = augmentations(mine=ASampleAtATime(FailingTransform(), name="augment.mine"))
+    failing = augmentations(mine=PerSampleTransform(FailingTransform(), name="augment.mine"))
     with pytest.raises(ConfigError) as caught:
         list(train_loader(images(22), augmentations=failing, num_workers=num_workers).steps(0))
     message = "error[config] augment.mine: fails on an image (1, 6, 6): RuntimeError: on purpose"

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional
 
 from analysis import model_table
 from core.errors import ConfigError
+from core.options.files import comments_of
 from models.adapter import adapt
 from models.airbench import Airbench
 from models.alexnet import AlexNet
@@ -166,8 +168,9 @@ def test_each_config_gives_finite_gradients_and_forward_is_head_of_features(name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_of_a_config_has_a_comment(name: str) -> None:
-    for line in (ROOT / "configs" / "model" / f"{name}.yaml").read_text().splitlines():
-        assert line.startswith("#") or "  # " in line, line
+    path = ROOT / "configs" / "model" / f"{name}.yaml"
+    comments = comments_of(path)
+    assert [key for key in yaml.safe_load(path.read_text()) if not comments.get(key)] in ([], ["defaults"])
 
 
 @pytest.mark.parametrize("model_class", ARGUMENTS)
@@ -773,8 +776,8 @@ def test_equal_init_is_refused_with_a_reason_unless_equal_anyway_is_set() -> Non
         with torch.device("meta"), pytest.raises(ConfigError) as error:
             model_class(**arguments, init="equal")
         assert str(error.value) == (
-            "error[config] init = equal: cannot break symmetry: all units of a layer compute the same and get the same "
-            "gradient, for ever; to see that happen, set equal_anyway"
+            "error[config] init = equal: cannot break symmetry: all units of a layer always compute the same value and "
+            "get the same gradient; to see this effect, set equal_anyway"
         )
     model = nn.Sequential(nn.Conv2d(4, 8, 5), nn.Linear(25, 3))
     initialise(model, "equal_anyway")
@@ -860,11 +863,11 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
 @pytest.mark.parametrize(
     ("model_class", "arguments", "message"),
     [
-        (MLP, {"hidden": 64}, "hidden = 64: must be a list of whole numbers >= 1"),
-        (MLP, {"hidden": "64"}, "hidden = 64: must be a list of whole numbers >= 1"),
-        (MLP, {"hidden": [64, 0]}, "hidden = [64, 0]: must be a list of whole numbers >= 1"),
-        (MLP, {"hidden": [1.5]}, "hidden = [1.5]: must be a list of whole numbers >= 1"),
-        (MLP, {"hidden": [True]}, "hidden = [true]: must be a list of whole numbers >= 1"),
+        (MLP, {"hidden": 64}, "hidden = 64: must be a list of integers >= 1"),
+        (MLP, {"hidden": "64"}, "hidden = 64: must be a list of integers >= 1"),
+        (MLP, {"hidden": [64, 0]}, "hidden = [64, 0]: must be a list of integers >= 1"),
+        (MLP, {"hidden": [1.5]}, "hidden = [1.5]: must be a list of integers >= 1"),
+        (MLP, {"hidden": [True]}, "hidden = [true]: must be a list of integers >= 1"),
         (MLP, {"dropout": 1}, "dropout = 1: must be a number >= 0 and < 1"),
         (MLP, {"dropout": -0.1}, "dropout = -0.1: must be a number >= 0 and < 1"),
         (MLP, {"dropout": "half"}, "dropout = half: must be a number >= 0 and < 1"),
@@ -874,36 +877,36 @@ def test_adapter_keeps_a_frozen_layer_frozen() -> None:
         (MLP, {"activation": "rleu", "hidden": []}, "did you mean relu?"),
         (MLP, {"activation": None}, "activation = null: must be one of relu, leaky_relu"),
         (MLP, {"init": "he_norml"}, "did you mean he_normal?"),
-        (MLP, {"init": "paper"}, "init = paper: this network has none; must be one of default, he_normal"),
-        (LeNet, {"init": "paper"}, "init = paper: this network has none"),
-        (MLP, {"num_classes": None}, "num_classes = null: must be a whole number >= 1"),
-        (MLP, {"in_channels": 0}, "in_channels = 0: must be a whole number >= 1"),
-        (MLP, {"image_size": 0}, "image_size = 0: must be a whole number >= 1"),
+        (MLP, {"init": "paper"}, "init = paper: is not defined for this model; must be one of default, he_normal"),
+        (LeNet, {"init": "paper"}, "init = paper: is not defined for this model"),
+        (MLP, {"num_classes": None}, "num_classes = null: must be an integer >= 1"),
+        (MLP, {"in_channels": 0}, "in_channels = 0: must be an integer >= 1"),
+        (MLP, {"image_size": 0}, "image_size = 0: must be an integer >= 1"),
         (LeNet5, {"image_size": 8}, "image_size = 8: LeNet5 needs at least 16 px"),
-        (LeNet5, {"image_size": "32"}, "image_size = 32: must be a whole number >= 1"),
+        (LeNet5, {"image_size": "32"}, "image_size = 32: must be an integer >= 1"),
         (LeNet5, {"activation": ["relu"]}, "activation = [relu]: must be one of relu"),
         (LeNet, {"dropout": 2}, "dropout = 2: must be a number >= 0 and < 1"),
-        (ResNet, {"depths": []}, "depths = []: must have one number for each of widths = [4, 8, 16]"),
-        (ResNet, {"depths": [1, 1]}, "depths = [1, 1]: must have one number for each of widths = [4, 8, 16]"),
-        (ResNet, {"widths": [4, 8, -16]}, "widths = [4, 8, -16]: must be a list of whole numbers >= 1"),
+        (ResNet, {"depths": []}, "depths = []: must have one integer for each of widths = [4, 8, 16]"),
+        (ResNet, {"depths": [1, 1]}, "depths = [1, 1]: must have one integer for each of widths = [4, 8, 16]"),
+        (ResNet, {"widths": [4, 8, -16]}, "widths = [4, 8, -16]: must be a list of integers >= 1"),
         (ResNet, {"block": "botleneck"}, "must be one of basic, bottleneck; did you mean bottleneck?"),
         (ResNet, {"stem": "large"}, "stem = large: must be one of imagenet, small"),
         (ResNet, {"shortcut": "C"}, "shortcut = C: must be one of A, B, none"),
-        (MLP, {"pieces": 0}, "pieces = 0: must be a whole number >= 1"),
+        (MLP, {"pieces": 0}, "pieces = 0: must be an integer >= 1"),
         (MLP, {"activation": "maxot"}, "did you mean maxout?"),
         (LeNet5, {"activation": "maxout"}, "activation = maxout: must be one of relu"),
-        (MaxoutNet, {"pieces": 1.5}, "pieces = 1.5: must be a whole number >= 1"),
-        (MaxoutNet, {"widths": []}, "widths = []: must have one number or more"),
-        (VGG, {"stages": []}, "stages = []: must be lists of whole numbers >= 1, such as [[64], [128, 128]]"),
-        (VGG, {"stages": [64, 128]}, "stages = [64, 128]: must be lists of whole numbers >= 1"),
-        (VGG, {"stages": [[64], []]}, "stages = [[64], []]: must be lists of whole numbers >= 1"),
-        (VGG, {"stages": "64"}, "stages = 64: must be lists of whole numbers >= 1"),
+        (MaxoutNet, {"pieces": 1.5}, "pieces = 1.5: must be an integer >= 1"),
+        (MaxoutNet, {"widths": []}, "widths = []: must contain at least one integer >= 1, such as [32, 32, 64]"),
+        (VGG, {"stages": []}, "stages = []: must be a list of lists of integers >= 1, such as [[64], [128, 128]]"),
+        (VGG, {"stages": [64, 128]}, "stages = [64, 128]: must be a list of lists of integers >= 1"),
+        (VGG, {"stages": [[64], []]}, "stages = [[64], []]: must be a list of lists of integers >= 1"),
+        (VGG, {"stages": "64"}, "stages = 64: must be a list of lists of integers >= 1"),
         (VGG, {"head": "smal"}, "must be one of imagenet, small; did you mean small?"),
         (VGG, {"dropout": 1}, "dropout = 1: must be a number >= 0 and < 1"),
-        (NIN, {"widths": [[8, 0], [4]]}, "widths = [[8, 0], [4]]: must be lists of whole numbers >= 1"),
-        (NIN, {"kernel_sizes": [5, 4]}, "kernel_sizes = [5, 4]: must be 2 odd numbers, as many as widths"),
-        (Airbench, {"widths": [8, 0]}, "widths = [8, 0]: must be a list of whole numbers >= 1"),
-        (NIN, {"kernel_sizes": [5]}, "kernel_sizes = [5]: must be 2 odd numbers, as many as widths"),
+        (NIN, {"widths": [[8, 0], [4]]}, "widths = [[8, 0], [4]]: must be a list of lists of integers >= 1"),
+        (NIN, {"kernel_sizes": [5, 4]}, "kernel_sizes = [5, 4]: must be 2 odd integers, one for each list in widths"),
+        (Airbench, {"widths": [8, 0]}, "widths = [8, 0]: must be a list of integers >= 1"),
+        (NIN, {"kernel_sizes": [5]}, "kernel_sizes = [5]: must be 2 odd integers, one for each list in widths"),
         (AlexNet, {"groups": 3}, "groups = 3: must be 1 or 2"),
         (AlexNet, {"image_size": 64}, "image_size = 64: AlexNet needs at least 67 px"),
     ],
@@ -918,10 +921,14 @@ def test_config_error_names_wrong_model_arguments(model_class: Any, arguments: d
     ("model", "in_channels", "message"),
     [
         ("resnet18", 3, "network = str: must be a torch.nn.Module"),
-        (nn.Sequential(nn.Flatten()), 3, "network = Sequential: has no convolution and no linear layer"),
+        (nn.Sequential(nn.Flatten()), 3, "network = Sequential: must contain a convolution or a linear layer"),
         (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Linear(8, 10)), 3, "its first convolution is grouped"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 9, 3)), 3, "is no linear layer or 1x1 convolution"),
-        (small_model(), 0, "in_channels = 0: must be a whole number >= 1"),
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 9, 3)),
+            3,
+            "its last layer must be a linear layer or an ungrouped 1x1 convolution, not Conv2d(",
+        ),
+        (small_model(), 0, "in_channels = 0: must be an integer >= 1"),
     ],
 )
 def test_adapter_refuses_models_it_cannot_fit(model: Any, in_channels: int, message: str) -> None:

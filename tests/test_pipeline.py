@@ -19,7 +19,7 @@ from data.augment.color import ColorShift, PCAColor
 from data.augment.corruptions import RandomBlur, RandomErasing, RandomNoise
 from data.augment.geometry import AlternatingFlip, Elastic, RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
 from data.augment.mixing import CutMix, Mixup
-from data.augment.per_sample import ASampleAtATime
+from data.augment.per_sample import PerSampleTransform
 from data.augment.pipeline import Augmentations, Drawn
 from trainer.build.trust import refuse_untrusted
 
@@ -42,7 +42,7 @@ STEPS = {
     "pca_color": PCA,
     "erasing": RandomErasing(probability=0.5, area=[0.02, 0.4], ratio=[0.3, 3], fill="random"),
     "cutmix": CutMix(alpha=1, probability=0.7),
-    "transform": ASampleAtATime(v2.TrivialAugmentWide(), name="augment.transform"),
+    "transform": PerSampleTransform(v2.TrivialAugmentWide(), name="augment.transform"),
     "blur": RandomBlur(probability=0.5, sigma=[0.1, 2]),
     "noise": RandomNoise(probability=0.5, sd=30),
     "mixup": Mixup(alpha=0.2, probability=1),
@@ -236,7 +236,7 @@ class RandomTransform:
 
 def test_transform_equals_torchvision_with_the_same_seed():
     images = random_images(30)
-    drawn = draw({"transform": STEPS["transform"], "random": ASampleAtATime(RandomTransform(), name="random")})
+    drawn = draw({"transform": STEPS["transform"], "random": PerSampleTransform(RandomTransform(), name="random")})
     shown = STEPS["transform"](images, drawn.random_values["transform"][:30])
     for actual, image, random_value in zip(shown, images, drawn.random_values["transform"][:, 0].tolist()):
         with torch.random.fork_rng():
@@ -247,7 +247,7 @@ def test_transform_equals_torchvision_with_the_same_seed():
 
 
 def test_float_pixels_are_rounded_and_clipped_for_a_transform():
-    identity = ASampleAtATime(lambda image: image, name="keep")
+    identity = PerSampleTransform(lambda image: image, name="keep")
     images = torch.tensor([-3.0, 1.4, 1.6, 254.6, 300.0]).view(1, 1, 1, 5)
     assert identity(images, torch.zeros(1, 1)).flatten().tolist() == [0, 1, 2, 255, 255]
 
@@ -255,9 +255,12 @@ def test_float_pixels_are_rounded_and_clipped_for_a_transform():
 @pytest.mark.parametrize(
     ("transform", "problem"),
     [
-        (v2.ToDtype(torch.float32), "must give torch.uint8 .3, 8, 8., as it got; it gives torch.float32 .3, 8, 8."),
-        (v2.CenterCrop(5), "it gives torch.uint8 .3, 5, 5."),
-        (v2.ToPILImage(), "it gives Image"),
+        (
+            v2.ToDtype(torch.float32),
+            "must return torch.uint8 .3, 8, 8., like its input; it returns torch.float32 .3, 8, 8.",
+        ),
+        (v2.CenterCrop(5), "it returns torch.uint8 .3, 5, 5."),
+        (v2.ToPILImage(), "it returns Image"),
         (lambda image: image @ image[0, 0, 0, 0], "fails on an image .3, 8, 8.: IndexError: too many indices"),
         (7, "must be a built-in augmentation"),
     ],
@@ -265,7 +268,7 @@ def test_float_pixels_are_rounded_and_clipped_for_a_transform():
 def test_transform_with_invalid_output_is_named(transform, problem):
     state = torch.get_rng_state()
     with pytest.raises(ConfigError, match=problem) as caught:
-        ASampleAtATime(transform, name="augment.mine").dry_run((3, 8, 8))
+        PerSampleTransform(transform, name="augment.mine").dry_run((3, 8, 8))
     assert caught.value.subject == "augment.mine" and torch.equal(torch.get_rng_state(), state)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # as sent by a worker
 
@@ -300,13 +303,19 @@ def test_builder_fits_steps_to_the_train_split_and_wraps_transforms(tmp_path):
     steps, pixels = loader.augmentations.steps, loader.source.images.pixels.double() / 255
     assert steps["pca_color"].components.item() == pytest.approx(255 * pixels.var(correction=0).item(), rel=1e-5)
     assert steps["erasing"].colour.item() == round(255 * pixels.mean().item())
-    assert isinstance(steps["rand_augment"], ASampleAtATime) and steps["rand_augment"].name == "augment.rand_augment"
+    assert (
+        isinstance(steps["rand_augment"], PerSampleTransform) and steps["rand_augment"].name == "augment.rand_augment"
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "subject", "problem"),
     [
-        ("+augment.x._target_=torch.nn.Flatten", "augment.x", "must give torch.uint8 .1, 8, 8.*it gives torch.uint8"),
+        (
+            "+augment.x._target_=torch.nn.Flatten",
+            "augment.x",
+            "must return torch.uint8 .1, 8, 8.*it returns torch.uint8",
+        ),
         ("+augment.x._target_=torchvision.transforms.v2.RandAugmen", "augment.x._target_", "did you mean RandAugment"),
         ("+augment.x={_target_:torchvision.transforms.v2.RandAugment,op:1}", "augment.x.op", "no such argument"),
         ("+augment.x={_target_:data.augment.mixing.Mixup,alpha:0,probability:1}", "augment.x.alpha", "must be within"),

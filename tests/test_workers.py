@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
-from data.augment.per_sample import ASampleAtATime
+from data.augment.per_sample import PerSampleTransform
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import TrainLoader
 from data.loading.normalisation import Normalisation
@@ -95,7 +95,7 @@ def read(transform: object, **changes: object) -> list[bytes]:
 
 def loader(pixels: Tensor, transform: object, **changes: object) -> TrainLoader:
     settings = {"batch_size": 4, "accumulate": 1, "seed": 1, "device": CPU, "num_workers": 3} | changes
-    steps = {"mine": ASampleAtATime(transform, name="augment.mine")}
+    steps = {"mine": PerSampleTransform(transform, name="augment.mine")}
     return TrainLoader(
         Images(pixels, torch.arange(len(pixels)) % 3),
         augmentations=Augmentations(steps, seed=1, num_classes=3),

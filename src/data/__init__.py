@@ -1,4 +1,4 @@
-"""Data: from files or archives to batches on the device. Knows neither models nor trainer.
+"""Data: from files or archives to batches on the device. Imports neither models nor trainer.
 
 sources/   read a data set, split it, convert it to one image size: Splits
 augment/   change a batch by random values that are a pure function of seed, epoch and sample

@@ -1,16 +1,16 @@
-"""Makes a network from elsewhere fit the data: torchvision's, or a class of the user's own.
+"""Adapter that fits other models (torchvision's, the user's) to the channels and classes of the data.
 
-    first convolution (or linear layer)        refitted to `in_channels`, its weights kept
+    first convolution (or linear layer)        resized to `in_channels`; its weights are kept
     last linear layer (or 1x1 convolution)     replaced if its number of outputs is not `num_classes`
 
-Refitting keeps what the network says about grey images (all channels equal), pretrained or not: for each filter the
-weights of all channels have the same sum as before. Fewer channels: they are added up. More: they are repeated, and the
-copies share the weight.
+The resized layer has the same output for grey images (all channels equal) as before, pretrained or not: for each
+filter, the sum of the weights over the channels stays the same. For fewer channels, weights of old channels are added.
+For more channels, old channels are repeated and the copies share the weight.
 
     RGB -> grey  [r+g+b]        RGB -> 4  [r/2, g, b, r/2]        RGB -> 6  [r/2, g/2, b/2, r/2, g/2, b/2]
 
-Layers are changed in place, so parameters keep the network's own names. "First" and "last" go by the order in which
-the network registered its layers, which is the order of use in all of torchvision's classifiers.
+Layers are changed in place, so parameters keep their names. "First" and "last" refer to the order in which the model
+registered its layers. In all of torchvision's classifiers, this is the order of use.
 """
 
 from math import isqrt
@@ -23,13 +23,16 @@ from models.blocks import require_count
 
 
 def adapt(*, network: nn.Module, in_channels: int, num_classes: int) -> nn.Module:
-    """The same network, taking images (B, in_channels, H, W) and giving logits (B, num_classes)."""
+    """Return the same model, changed to read images (B, in_channels, H, W) and return logits (B, num_classes).
+
+    Raises ConfigError if the model has no layer that can be adapted.
+    """
     require_count(in_channels=in_channels, num_classes=num_classes)
     if not isinstance(network, nn.Module):
         raise ConfigError("network", "must be a torch.nn.Module", value=type(network).__name__)
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if not layers:
-        raise ConfigError("network", "has no convolution and no linear layer to fit", value=type(network).__name__)
+        raise ConfigError("network", "must contain a convolution or a linear layer", value=type(network).__name__)
     _refit_first(layers[0], in_channels)
     _refit_last(layers[-1], num_classes)
     return network
@@ -41,35 +44,39 @@ def _refit_first(layer: nn.Conv2d | nn.Linear, in_channels: int) -> None:
         if layer.in_channels == in_channels:
             return
         if layer.groups != 1:
-            raise ConfigError("network", f"its first convolution is grouped, so it cannot take {in_channels} channels")
+            reason = f"its first convolution is grouped, so it cannot be adapted to {in_channels} channels"
+            raise ConfigError("network", reason)
         refitted = _refit_channels(weight, in_channels)
         layer.in_channels = in_channels
     else:
-        channels = _channels_of_flat(layer.in_features)
+        channels = _channels_of_flat_image(layer.in_features)
         if channels is None or channels == in_channels:
             return
         pixels = layer.in_features // channels
-        by_channel = weight.reshape(-1, channels, pixels)  # flattened images are (C, H, W): channels first
+        by_channel = weight.reshape(-1, channels, pixels)  # flattened images have the order (C, H, W)
         refitted = _refit_channels(by_channel, in_channels).reshape(-1, in_channels * pixels)
         layer.in_features = in_channels * pixels
     layer.weight = nn.Parameter(refitted, requires_grad=layer.weight.requires_grad)
 
 
 def _refit_channels(weight: Tensor, channels: int) -> Tensor:
-    """Filters (O, old, ...) to (O, channels, ...): both lists of channels go round until the longer one is used up."""
-    old = weight.shape[1]
-    pairs = torch.arange(max(old, channels), device=weight.device)
-    mixing = weight.new_zeros(channels, old)
-    mixing[pairs % channels, pairs % old] = 1
+    """Return filters (O, channels, ...) made of the filters (O, old_channels, ...).
+
+    New and old channels are paired in order; the shorter list repeats until the longer one ends.
+    """
+    old_channels = weight.shape[1]
+    pairs = torch.arange(max(old_channels, channels), device=weight.device)
+    mixing = weight.new_zeros(channels, old_channels)
+    mixing[pairs % channels, pairs % old_channels] = 1
     mixing /= mixing.sum(dim=0)  # the copies of a channel share its weight
     return torch.einsum("nc,oc...->on...", mixing, weight).contiguous()
 
 
-def _channels_of_flat(features: int) -> int | None:
-    """1 or 3 when this is the size of a square image, grey or RGB (never both); None leaves the layer alone."""
+def _channels_of_flat_image(features: int) -> int | None:
+    """Return 1 or 3 if a square grey or RGB image has `features` values (never both), else None: no resizing."""
     for channels in (1, 3):
-        pixels, rest = divmod(features, channels)
-        if rest == 0 and isqrt(pixels) ** 2 == pixels:
+        pixels, remainder = divmod(features, channels)
+        if remainder == 0 and isqrt(pixels) ** 2 == pixels:
             return channels
     return None
 
@@ -79,7 +86,8 @@ def _refit_last(layer: nn.Conv2d | nn.Linear, num_classes: int) -> None:
         return
     if isinstance(layer, nn.Conv2d):
         if layer.kernel_size != (1, 1) or layer.groups != 1:
-            raise ConfigError("network", f"its last layer, {layer}, is no linear layer or 1x1 convolution")
+            reason = f"its last layer must be a linear layer or an ungrouped 1x1 convolution, not {layer}"
+            raise ConfigError("network", reason)
         layer.out_channels = num_classes
     else:
         layer.out_features = num_classes

@@ -1,21 +1,22 @@
-"""AlexNet: the network that won ImageNet 2012 and began the field. Sizes at (3, 227, 227), `|` where the maps are in
-two groups that do not see each other (the paper's two graphics cards):
+"""AlexNet: the convolutional network that won ImageNet 2012 and made deep networks popular.
+
+Sizes at (3, 227, 227); `|` separates two groups of maps without connections between them (the paper's two GPUs):
 
     227 -11x11/4-> 96 @ 55 -norm, pool-> 27 -5x5-> 128|128 @ 27 -norm, pool-> 13
         -3x3-> 384 @ 13 -3x3-> 192|192 @ 13 -3x3-> 128|128 @ 13 -pool-> 256 @ 6 -> 4096 -> 4096 -> classes
 
-A ReLU stands behind every layer but the last, pools are maxima over 3x3 in steps of 2, so that they overlap, and both
-hidden linear layers are dropped out. The paper says 224 where its own sizes need 227. Other sizes work too, with a
-first linear layer of their size: 224 gives maps of 5x5.
+A ReLU follows every layer but the last. Pools are 3x3 max pools of stride 2, so they overlap. Both hidden linear layers
+have dropout. The paper states 224 pixels, but its layer sizes need 227. Other sizes work too: the first linear layer
+is sized for them. For example, 224 pixels give maps of 5x5.
 
-Local response normalisation lets the channels of a pixel compete, as neurons inhibit their neighbours:
+Local response normalisation makes the channels of a pixel compete, as neurons inhibit their neighbours:
 
-    b_c = a_c / (k + alpha * sum a_j^2)^beta      over the n channels j around c, as far as there are any
+    b_c = a_c / (k + alpha * sum a_j^2)^beta      over those of the n channels j around c that exist
 
-Later networks do without it, and without the groups: both can be switched off.
+Later models have neither this normalisation nor groups. Both can be switched off.
 
 Source: Krizhevsky, Sutskever and Hinton 2012, ImageNet Classification with Deep Convolutional Neural Networks, section
-3 and figure 2; starting weights: section 5.
+3 and figure 2; initial weights: section 5.
 """
 
 from torch import Tensor, nn
@@ -33,9 +34,9 @@ from models.blocks import (
 
 
 class AlexNet(nn.Module):
-    """60,965,224 parameters at (3, 227, 227) and 1000 classes."""
+    """AlexNet, with 60,965,224 parameters at (3, 227, 227) and 1000 classes."""
 
-    minimum_size = 67  # leaves one pixel behind the third pool: 67 -> 15 -> 7 -> 3 -> 1
+    minimum_size = 67  # leaves one pixel after the third pool: 67 -> 15 -> 7 -> 3 -> 1
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class AlexNet(nn.Module):
     ) -> None:
         super().__init__()
         require_count(num_classes=num_classes, in_channels=in_channels)
-        require_image_size(image_size, network="AlexNet", minimum=self.minimum_size)
+        require_image_size(image_size, model="AlexNet", minimum=self.minimum_size)
         require_dropout(dropout)
         require_flag(local_response_norm=local_response_norm)
         if groups not in (1, 2):
@@ -78,7 +79,7 @@ class AlexNet(nn.Module):
         )
         self.head = nn.Sequential(
             nn.Flatten(),  # (B, 256, side, side) -> (B, 256 * side * side)
-            nn.Linear(256 * _side_behind_pools(image_size) ** 2, 4096),
+            nn.Linear(256 * _side_after_pools(image_size) ** 2, 4096),
             activation("relu"),
             nn.Dropout(dropout),
             nn.Linear(4096, 4096),
@@ -87,19 +88,22 @@ class AlexNet(nn.Module):
             nn.Linear(4096, num_classes),
         )
         initialise(self, init, paper=_normal)
-        if init == "paper":  # layers 2, 4, 5, 6 and 7: inputs above zero, so that their ReLUs pass a gradient at first
+        if init == "paper":  # bias 1 in layers 2, 4, 5, 6 and 7: ReLUs with positive inputs pass a gradient at first
             biases = [bias for name, bias in self.named_parameters() if name.endswith("bias")]
             for number in (2, 4, 5, 6, 7):
                 nn.init.ones_(biases[number - 1])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
 
-def _side_behind_pools(image_size: int) -> int:
-    """The side of the maps behind the first convolution and the three pools, each rounded down; the rest keep it."""
+def _side_after_pools(image_size: int) -> int:
+    """Return the side of the maps after the first convolution and the three pools, each rounded down.
+
+    The other layers keep the size.
+    """
     side = (image_size - 11) // 4 + 1
     for _ in range(3):
         side = (side - 3) // 2 + 1
@@ -107,5 +111,5 @@ def _side_behind_pools(image_size: int) -> int:
 
 
 def _normal(layer: nn.Conv2d | nn.Linear) -> None:
-    """Standard deviation 0.01 in every layer, whatever its width (section 5)."""
+    """Fill the weights with standard deviation 0.01, in layers of any width (section 5)."""
     nn.init.normal_(layer.weight, std=0.01)

@@ -1,26 +1,26 @@
-"""GoogLeNet, the first Inception network: each block looks at its maps at several scales, side by side.
+"""GoogLeNet, the first Inception model: each block applies filters of several sizes in parallel.
 
-    maps -+-> 1x1 -------------------+-> joined channels
+    maps -+-> 1x1 -------------------+-> concatenation
           +-> 1x1 -> 3x3 ------------+
-          +-> 1x1 -> 5x5 ------------+        the 1x1 in front of a 3x3 or 5x5 takes away channels: that makes it cheap
+          +-> 1x1 -> 5x5 ------------+        the 1x1 before a 3x3 or 5x5 reduces the channels, and so the cost
           +-> 3x3 max pool -> 1x1 ---+
 
     image -> stem -> 3a 3b -> pool -> 4a 4b 4c 4d 4e -> pool -> 5a 5b -> mean over pixels -> dropout -> linear -> logits
                                       |        |
-                                      +--------+-> auxiliary heads, in training only: a gradient for the lower layers
+                                      +--------+-> auxiliary heads, in training only: gradients for the lower layers
 
-In training mode a network with auxiliary heads returns (logits, logits of head 1, logits of head 2), and their losses
-count `auxiliary_weight` times each; in evaluation mode it returns the logits alone.
+In training mode, a model with auxiliary heads returns (logits, logits of head 1, logits of head 2). The loss of each
+auxiliary head is multiplied by `auxiliary_weight`. In evaluation mode, the model returns only the logits.
 
-As in the paper there is no batch norm, and two local response normalisations in the stem; the paper gives them no
-constants, so they have those of the network it took them from (Krizhevsky et al. 2012, section 3.3). `batch_norm: true`
-puts a norm in place of each convolution's bias and drops the two, as the authors did next (Ioffe and Szegedy 2015,
-section 4.2.1). The paper states no starting weights either: He's, made for ReLU, let it learn without batch norm, where
-torch's own and Xavier's leave it at chance.
-(torchvision's GoogLeNet has batch norm, and 3x3 convolutions where the 5x5 ones should be.)
+As in the paper, there is no batch norm, and the stem has two local response normalisations. The paper does not state
+their constants; they are those of the paper that introduced them (Krizhevsky et al. 2012, section 3.3).
+`batch_norm: true` replaces the bias of each convolution by a norm and removes the two normalisations, as the authors
+did later (Ioffe and Szegedy 2015, section 4.2.1). The paper does not state initial weights either. With He's weights,
+made for ReLU, the model learns without batch norm; with torch's default or Xavier's weights it stays at chance level.
+(torchvision's GoogLeNet has batch norm, and 3x3 convolutions in place of the 5x5 ones.)
 
-The paper's images have 224 pixels, and its last pool takes the mean over 7x7. A mean over all pixels takes any size,
-and so do the auxiliary heads: they pool to 4x4 pixels, which is the paper's 5x5 pool in steps of 3 at 224.
+The paper's images have 224 pixels, and its last pool is a mean over 7x7. Here, the mean over all pixels accepts any
+size. So do the auxiliary heads: they pool to 4x4 pixels, which at 224 is the paper's 5x5 pool of stride 3.
 
 Source: Szegedy et al. 2014, Going Deeper with Convolutions: table 1, figures 2b and 3, section 5 (auxiliary heads).
 """
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from models.blocks import LocalResponseNorm, activation, initialise, require_count, require_dropout, require_flag
 
-TABLE_1 = {  # channels in, then out: 1x1, in front of 3x3, 3x3, in front of 5x5, 5x5, behind the pool
+TABLE_1 = {  # input channels, then output channels: 1x1, 1x1 before 3x3, 3x3, 1x1 before 5x5, 5x5, 1x1 after the pool
     "3a": (192, 64, 96, 128, 16, 32, 32),
     "3b": (256, 128, 128, 192, 32, 96, 64),
     "4a": (480, 192, 96, 208, 16, 48, 64),
@@ -45,10 +45,10 @@ TABLE_1 = {  # channels in, then out: 1x1, in front of 3x3, 3x3, in front of 5x5
 
 
 class GoogLeNet(nn.Module):
-    """13,378,280 parameters at 3 channels and 1000 classes; 6,998,552 without the auxiliary heads."""
+    """GoogLeNet, with 13,378,280 parameters at 3 channels and 1000 classes; 6,998,552 without the auxiliary heads."""
 
-    minimum_size = 31  # leaves one pixel behind the last pool: 31 -> 16 -> 8 -> 4 -> 2 -> 1
-    auxiliary_weight = 0.3  # of each auxiliary head's loss (section 5)
+    minimum_size = 31  # leaves one pixel after the last pool: 31 -> 16 -> 8 -> 4 -> 2 -> 1
+    auxiliary_weight = 0.3  # factor of each auxiliary head's loss (section 5)
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class GoogLeNet(nn.Module):
         require_dropout(dropout)
         require_flag(auxiliary=auxiliary, batch_norm=batch_norm)
         if auxiliary:
-            self.minimum_size = 63  # leaves the heads their 4x4 pixels: 63 -> 32 -> 16 -> 8 -> 4
+            self.minimum_size = 63  # leaves 4x4 pixels for the auxiliary heads: 63 -> 32 -> 16 -> 8 -> 4
 
         def norm() -> list[nn.Module]:
             return [] if batch_norm else [LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0)]
@@ -73,7 +73,7 @@ class GoogLeNet(nn.Module):
         def inception(name: str) -> Inception:
             return Inception(*TABLE_1[name], batch_norm=batch_norm)
 
-        # In three parts, as the auxiliary heads look at what is behind 4a and 4d. Sizes at 224 pixels.
+        # Three modules, because the auxiliary heads read the outputs of 4a and 4d. Sizes at 224 pixels.
         self.to_4a = nn.Sequential(
             unit(in_channels, 64, kernel_size=7, stride=2, batch_norm=batch_norm),  # (B, 64, 112, 112)
             max_pool(),  # (B, 64, 56, 56)
@@ -111,24 +111,24 @@ class GoogLeNet(nn.Module):
         initialise(self, init)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the maps of the last block (B, 1024, H/32, W/32)."""
+        """Return the maps of the last block (B, 1024, H/32, W/32) for images (B, C, H, W)."""
         maps: Tensor = self.to_5b(self.to_4d(self.to_4a(images)))
         return maps
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Images (B, C, H, W) to logits (B, num_classes); in training a tuple with those of the auxiliary heads."""
+        """Return the logits (B, num_classes) of images (B, C, H, W); in training, a tuple with the auxiliary logits."""
         if not (self.training and self.auxiliary_heads):
             logits: Tensor = self.head(self.features(images))
             return logits
-        behind_4a = self.to_4a(images)
-        behind_4d = self.to_4d(behind_4a)
-        logits = self.head(self.to_5b(behind_4d))
-        first, second = self.auxiliary_heads
-        return logits, first(behind_4a), second(behind_4d)
+        maps_4a = self.to_4a(images)
+        maps_4d = self.to_4d(maps_4a)
+        logits = self.head(self.to_5b(maps_4d))
+        head_1, head_2 = self.auxiliary_heads
+        return logits, head_1(maps_4a), head_2(maps_4d)
 
 
 class Inception(nn.Module):
-    """Four branches side by side: (B, in_channels, H, W) to (B, one + three + five + pooled, H, W)."""
+    """Four parallel branches: (B, in_channels, H, W) -> (B, one + three + five + pooled, H, W)."""
 
     def __init__(
         self,
@@ -158,12 +158,12 @@ class Inception(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, one + three + five + pooled, H, W)."""
+        """Return (B, one + three + five + pooled, H, W) for maps (B, in_channels, H, W)."""
         return torch.cat((self.one(maps), self.three(maps), self.five(maps), self.pooled(maps)), dim=1)
 
 
 class AuxiliaryHead(nn.Module):
-    """A small classifier on the maps of a block in the middle: (B, in_channels, H, W) to logits (B, num_classes)."""
+    """Small classifier on the maps of an intermediate block: (B, in_channels, H, W) -> logits (B, num_classes)."""
 
     def __init__(self, in_channels: int, num_classes: int, *, batch_norm: bool) -> None:
         super().__init__()
@@ -177,21 +177,24 @@ class AuxiliaryHead(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to logits (B, num_classes)."""
-        # To 4x4 pixels: from 14, windows of 14 - 3 * 3 = 5 in steps of 3, where torch's adaptive pool has windows of 4.
-        steps = [side // 4 for side in maps.shape[2:]]
-        windows = [side - 3 * step for side, step in zip(maps.shape[2:], steps, strict=True)]
-        logits: Tensor = self.head(self.unit(functional.avg_pool2d(maps, windows, steps)))
+        """Return the logits (B, num_classes) of maps (B, in_channels, H, W)."""
+        # Pool to 4x4 pixels. From 14 pixels: windows of 14 - 3 * 3 = 5, stride 3. Torch's adaptive pool takes 4.
+        strides = [side // 4 for side in maps.shape[2:]]
+        windows = [side - 3 * stride for side, stride in zip(maps.shape[2:], strides, strict=True)]
+        logits: Tensor = self.head(self.unit(functional.avg_pool2d(maps, windows, strides)))
         return logits
 
 
 def unit(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, batch_norm: bool) -> nn.Sequential:
-    """A padded convolution, a norm in place of its bias if wanted, and ReLU."""
+    """Return a padded convolution and ReLU, with a norm between them in place of the bias if `batch_norm` is true."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=not batch_norm)
     norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
     return nn.Sequential(convolution, *norm, activation("relu"))
 
 
 def max_pool() -> nn.MaxPool2d:
-    """Half the size, rounded down. What reaches over the edge is on the right and below, as in the paper's sizes."""
+    """Return a 3x3 max pool that halves the size, rounded down.
+
+    Windows extend only over the right and bottom edges, as in the paper's sizes.
+    """
     return nn.MaxPool2d(3, stride=2, ceil_mode=True)

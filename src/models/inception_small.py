@@ -1,16 +1,17 @@
-"""The small Inception, for images of about 32 pixels: each block looks at its maps at two scales, side by side.
+"""Small Inception, for images of about 32 pixels: each block applies filters of two sizes in parallel.
 
-    Inception   maps -+-> 1x1 ---------------+-> joined channels        Downsample   maps -+-> 3x3, stride 2 -------+->
+    Inception   maps -+-> 1x1 ---------------+-> concatenation          Downsample   maps -+-> 3x3, stride 2 -------+->
                       +-> 3x3 ---------------+                                             +-> 3x3 max, stride 2 ---+
 
     image -> 3x3 -> 2 blocks -> Downsample -> 4 blocks -> Downsample -> 2 blocks -> mean over pixels -> linear -> logits
 
-Each convolution is followed by batch norm and ReLU; `batch_norm: false` is the paper's form without, whose convolutions
-have biases instead. Both have 1,649,402 parameters, so the paper's norms shift but do not scale (see `unit`). The paper
-crops CIFAR-10 to 28 pixels and takes the mean over what is then 7x7; a mean over all pixels takes any size.
+Batch norm and ReLU follow each convolution. `batch_norm: false` is the paper's form without batch norm: its
+convolutions have biases instead. Both forms have 1,649,402 parameters, so the paper's norms shift but do not
+scale (see `unit`). The paper crops CIFAR-10 to 28 pixels, so its mean is over 7x7 maps.
+The mean over all pixels accepts any size.
 
 Source: Zhang, Bengio, Hardt, Recht and Vinyals 2017, Understanding Deep Learning Requires Rethinking Generalization,
-appendix A and figure 3. It states no starting weights.
+appendix A and figure 3. It states no initial weights.
 """
 
 import torch
@@ -20,9 +21,9 @@ from models.blocks import activation, initialise, require_count, require_flag
 
 
 class InceptionSmall(nn.Module):
-    """1,649,402 parameters at 3 channels and 10 classes."""
+    """Small Inception, with 1,649,402 parameters at 3 channels and 10 classes."""
 
-    minimum_size = 1  # everything is padded, and the mean takes any size
+    minimum_size = 1  # all layers are padded, and the mean accepts any size
 
     def __init__(self, *, num_classes: int, in_channels: int, batch_norm: bool = True, init: str = "he_normal") -> None:
         super().__init__()
@@ -49,13 +50,13 @@ class InceptionSmall(nn.Module):
         initialise(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
 
 class Inception(nn.Module):
-    """Both scales side by side: (B, in_channels, H, W) to (B, width_1x1 + width_3x3, H, W)."""
+    """A 1x1 and a 3x3 convolution in parallel: (B, in_channels, H, W) -> (B, width_1x1 + width_3x3, H, W)."""
 
     def __init__(self, in_channels: int, width_1x1: int, width_3x3: int, *, batch_norm: bool) -> None:
         super().__init__()
@@ -63,12 +64,12 @@ class Inception(nn.Module):
         self.three = unit(in_channels, width_3x3, kernel_size=3, batch_norm=batch_norm)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, width_1x1 + width_3x3, H, W)."""
+        """Return (B, width_1x1 + width_3x3, H, W) for maps (B, in_channels, H, W)."""
         return torch.cat((self.one(maps), self.three(maps)), dim=1)
 
 
 class Downsample(nn.Module):
-    """Half the size, and more channels: (B, in_channels, H, W) to (B, width + in_channels, H/2, W/2), rounded up."""
+    """Half the size, more channels: (B, in_channels, H, W) -> (B, width + in_channels, H/2, W/2), rounded up."""
 
     def __init__(self, in_channels: int, width: int, *, batch_norm: bool) -> None:
         super().__init__()
@@ -76,12 +77,12 @@ class Downsample(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, width + in_channels, H/2, W/2), rounded up."""
+        """Return (B, width + in_channels, H/2, W/2), rounded up, for maps (B, in_channels, H, W)."""
         return torch.cat((self.three(maps), self.pool(maps)), dim=1)
 
 
 def unit(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, batch_norm: bool) -> nn.Sequential:
-    """A padded convolution, a norm in place of its bias if wanted, and ReLU.
+    """Return a padded convolution and ReLU, with a norm between them in place of the bias if `batch_norm` is true.
 
     The norm learns a shift but no scale: ReLU passes a scale on, and the next convolution can learn it.
     """
@@ -91,5 +92,5 @@ def unit(in_channels: int, out_channels: int, *, kernel_size: int, stride: int =
     norm = nn.BatchNorm2d(out_channels)
     scale = norm.weight.detach()
     del norm.weight
-    norm.register_buffer("weight", scale, persistent=False)  # a constant 1, so that the norm's fast kernels still run
+    norm.register_buffer("weight", scale, persistent=False)  # a constant 1, which lets torch use the fast kernels
     return nn.Sequential(convolution, norm, activation("relu"))

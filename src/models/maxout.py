@@ -1,18 +1,19 @@
-"""Maxout: a convolutional network that learns its activation. Each map is the largest of several linear ones.
+"""Maxout: a convolutional network that learns its activation, the maximum of several linear functions.
 
-    maxout       h_c = max over j < k of (w_cj * x + b_cj)       the maximum of k lines: convex, as bent as k allows
+    maxout       h_c = max over j < k of (w_cj * x + b_cj)       convex, with up to k linear pieces
 
-With k = 2 that includes ReLU (one line at zero) and the absolute value (two opposite lines). It never saturates, and a
-large piece always passes its gradient, which suits dropout: this is what it was made for.
+With k = 2 this includes ReLU (one function is zero) and the absolute value (two opposite functions). Maxout never
+saturates, and the largest piece always passes its gradient. It was designed for training with dropout.
 
     28 -5x5-> 32 @ 28 -pool-> 14 -5x5-> 32 @ 14 -pool-> 7 -5x5-> 64 @ 7 -pool-> 4 -> classes
 
-The paper's shape for MNIST: three convolutional maxout layers, each with a pool (a maximum over 3x3 in steps of 2),
-then one linear layer; but for the first, each drops out its inputs (the paper drops pixels too). The paper states no
-widths; these are small enough for a CPU. For a perceptron with maxout units: `model=mlp model.activation=maxout`.
+This is the paper's architecture for MNIST: three convolutional maxout layers, each with a 3x3 max pool of stride 2,
+then one linear layer. Dropout is applied to the inputs of all layers but the first (the paper also drops pixels). The
+paper states no widths; these are small enough for a CPU. For a perceptron with maxout units, use
+`model=mlp model.activation=maxout`.
 
-Maxima of maxima are large, so the first steps are steep. The paper bounds the norm of each filter; here a learning rate
-of 0.1 wants `trainer.clip_norm=1.0`, and 0.02 does without.
+Maxima of maxima are large, so the first gradients are large. The paper limits the norm of each filter. Here, a learning
+rate of 0.1 needs `trainer.clip_norm=1.0`, and 0.02 needs no clipping.
 
 Source: Goodfellow, Warde-Farley, Mirza, Courville and Bengio 2013, Maxout Networks, sections 2, 3 and 5.1.
 """
@@ -26,9 +27,12 @@ from models.blocks import Maxout, initialise, require_count, require_counts, req
 
 
 class MaxoutNet(nn.Module):
-    """`widths` are the maps of each layer behind the maximum: its convolution makes `pieces` times as many."""
+    """Convolutional maxout network with `widths` maps per layer after the maximum.
 
-    minimum_size = 1  # everything is padded
+    Each convolution has `pieces` times as many output channels.
+    """
+
+    minimum_size = 1  # all layers are padded
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class MaxoutNet(nn.Module):
         require_counts(widths=widths)
         require_dropout(dropout)
         if not widths:
-            raise ConfigError("widths", "must have one number or more", value=widths)
+            raise ConfigError("widths", "must contain at least one integer >= 1, such as [32, 32, 64]", value=widths)
 
         layers: list[nn.Module] = []
         channels, side = in_channels, image_size
@@ -66,6 +70,6 @@ class MaxoutNet(nn.Module):
         initialise(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.head(self.features(images))
         return logits

@@ -1,10 +1,10 @@
-"""Multilayer perceptron: every pixel feeds every unit, layer after layer.
+"""Multilayer perceptron: fully connected layers on the flattened image.
 
     (B, C, H, W) -> (B, C*H*W) -> [linear -> norm -> activation -> dropout] for each of `hidden` -> linear -> logits
 
-With no hidden layer it is softmax regression, the baseline that any other network has to beat. The activation `maxout`
-gives each hidden unit the largest of `pieces` linear functions of its inputs, so that layer has `pieces` times as many
-weights; at a learning rate of 0.1 it wants `trainer.clip_norm=1.0`.
+Without hidden layers it is softmax regression, the baseline that every other model has to beat. With the activation
+`maxout`, a hidden unit is the maximum of `pieces` linear functions of its inputs. Its layer has `pieces` times as many
+weights. At a learning rate of 0.1, maxout needs `trainer.clip_norm=1.0`.
 
 Sources: Rumelhart, Hinton and Williams 1986, Learning Representations by Back-propagating Errors; Goodfellow et al.
 2013, Maxout Networks, section 2.
@@ -28,7 +28,7 @@ from models.blocks import (
 
 
 class MLP(nn.Module):
-    """784-256-256-10 on MNIST: 269,322 parameters."""
+    """Multilayer perceptron. The default on MNIST is 784-256-256-10, with 269,322 parameters."""
 
     minimum_size = 1
 
@@ -50,16 +50,16 @@ class MLP(nn.Module):
         require_counts(hidden=hidden)
         require_dropout(dropout)
         require_flag(batch_norm=batch_norm)
-        # Chosen in front of the loop: a misspelt name is an error with no hidden layer too.
+        # Looked up before the loop, so that a misspelled name is an error even without hidden layers.
         activation_layer = choose("activation", activation, ACTIVATIONS | {"maxout": partial(Maxout, pieces=pieces)})
-        outputs = pieces if activation == "maxout" else 1  # of the linear layer, for each unit
+        outputs_per_unit = pieces if activation == "maxout" else 1  # of the linear layer
 
         width = in_channels * image_size**2
         layers: list[nn.Module] = [nn.Flatten()]
         for units in hidden:
-            layers.append(nn.Linear(width, outputs * units, bias=not batch_norm))  # the norm has a bias of its own
+            layers.append(nn.Linear(width, outputs_per_unit * units, bias=not batch_norm))  # the norm has a bias
             if batch_norm:
-                layers.append(nn.BatchNorm1d(outputs * units))
+                layers.append(nn.BatchNorm1d(outputs_per_unit * units))
             layers += [activation_layer(), nn.Dropout(dropout)]
             width = units
 
@@ -68,6 +68,6 @@ class MLP(nn.Module):
         initialise(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.head(self.features(images))
         return logits

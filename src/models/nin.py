@@ -1,17 +1,17 @@
-"""Network in network: behind each convolution a small perceptron that slides over the pixels, and a mean for a head.
+"""Network in Network: a small perceptron at every pixel after each convolution, and a mean over pixels as the head.
 
     mlpconv      k x k convolution -> ReLU -> 1x1 -> ReLU -> 1x1 -> ReLU       the 1x1 are linear layers at each pixel
 
     32 -5x5, 1x1, 1x1-> 192, 160, 96 @ 32 -pool, dropout-> 96 @ 16
        -5x5, 1x1, 1x1-> 192, 192, 192 @ 16 -pool, dropout-> 192 @ 8
-       -3x3, 1x1-> 192, 192 @ 8 -1x1-> one map a class @ 8 -mean over pixels-> logits
+       -3x3, 1x1-> 192, 192 @ 8 -1x1-> one map per class @ 8 -mean over pixels-> logits
 
-The head has no linear layer that could overfit: each map of the last 1x1 convolution is a map of confidence in its
-class. Pools are maxima over 3x3 in steps of 2, as the paper says (in the authors' code the second is a mean). That code
-rectifies the last maps too; here they may be negative, as a logit that is held at zero gets no gradient.
+The head has no linear layer that could overfit: each map of the last 1x1 convolution shows the confidence in its class.
+Pools are 3x3 max pools of stride 2, as in the paper (in the authors' code, the second is a mean pool). The authors'
+code also applies ReLU to the last maps. Here they may be negative, because a logit held at zero gets no gradient.
 
 Source: Lin, Chen and Yan 2013, Network In Network, sections 3.1 (mlpconv), 3.2 (global average pooling) and 4.1; the
-widths, filters and starting weights are those of the authors' published CIFAR-10 network.
+widths, filters and initial weights are those of the authors' published CIFAR-10 network.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,13 @@ from models.blocks import (
 
 
 class NIN(nn.Module):
-    """`widths` are the channels of the convolutions in front of each pool: the first `kernel_sizes` px wide, then 1x1.
+    """Network in Network, with 966,986 parameters at 3 channels and 10 classes.
 
-    966,986 parameters at 3 channels and 10 classes.
+    Each list in `widths` has the channels of the convolutions before a pool. The first one has the list's kernel size;
+    the others are 1x1.
     """
 
-    minimum_size = 1  # everything is padded, and the mean takes any size
+    minimum_size = 1  # all layers are padded, and the mean accepts any size
 
     def __init__(
         self,
@@ -56,9 +57,8 @@ class NIN(nn.Module):
         require_dropout(dropout)
         require_flag(batch_norm=batch_norm)
         if len(kernel_sizes) != len(widths) or not all(size % 2 for size in kernel_sizes):
-            raise ConfigError(
-                "kernel_sizes", f"must be {len(widths)} odd numbers, as many as widths", value=kernel_sizes
-            )
+            reason = f"must be {len(widths)} odd integers, one for each list in widths"
+            raise ConfigError("kernel_sizes", reason, value=kernel_sizes)
 
         layers: list[nn.Module] = []
         channels = in_channels
@@ -70,7 +70,7 @@ class NIN(nn.Module):
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(activation("relu"))
-                channels, kernel_size = width, 1  # the rest of the block is 1x1
+                channels, kernel_size = width, 1  # the other convolutions of the block are 1x1
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(
             nn.Conv2d(channels, num_classes, kernel_size=1),
@@ -80,11 +80,11 @@ class NIN(nn.Module):
         initialise(self, init, paper=_normal)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
 
 def _normal(layer: nn.Conv2d | nn.Linear) -> None:
-    """Standard deviation 0.05 in every layer, whatever its width."""
+    """Fill the weights with standard deviation 0.05, in layers of any width."""
     nn.init.normal_(layer.weight, std=0.05)

@@ -1,19 +1,20 @@
-"""Residual networks: each block adds a correction to its input, so that depth can only be learnt, never forced.
+"""Residual networks: each block adds a learned correction to its input, so an unneeded block can stay the identity.
 
-    basic       x -> 3x3 -> ReLU -> 3x3 ----------------> (+) -> ReLU         a norm behind every convolution
-    bottleneck  x -> 1x1 -> ReLU -> 3x3 -> ReLU -> 1x1 -> (+) -> ReLU         4x as many channels out as in between
+    basic       x -> 3x3 -> ReLU -> 3x3 ----------------> (+) -> ReLU         a norm after every convolution
+    bottleneck  x -> 1x1 -> ReLU -> 3x3 -> ReLU -> 1x1 -> (+) -> ReLU         4x as many output as inner channels
                  \\______________ shortcut ______________/
 
-One class covers the ImageNet forms (ResNet-18 to -152), the CIFAR forms (ResNet-20 to -110) and their plain twins:
+One class covers the ImageNet forms (ResNet-18 to -152), the CIFAR forms (ResNet-20 to -110) and their plain
+counterparts, which have no shortcuts:
 
     image -> stem -> layer1 (stride 1) -> layer2 (stride 2) -> ... -> mean over pixels -> fc -> logits
     stem `imagenet`: 7x7 with stride 2 and a 3x3 max pool with stride 2; `small`: 3x3 with stride 1
 
-Where a block changes the shape, the shortcut is option A: every second pixel, new channels zero, no parameters; or
-option B: a 1x1 convolution and a norm; or `none`, everywhere: the plain network.
+In a block that changes the shape, shortcut `A` takes every second pixel and sets new channels to zero, without
+parameters. Shortcut `B` is a 1x1 convolution and a norm. `none` removes the shortcuts of all blocks: the plain network.
 
-The bottleneck strides in its 3x3 convolution, not in its first 1x1 as in the paper: more accurate, as torchvision does
-(v1.5). Parameters have torchvision's names, so its weights load as they are.
+The stride of the bottleneck is in its 3x3 convolution, as in torchvision (v1.5), which is more accurate. In the paper
+it is in the first 1x1. Parameters have torchvision's names, so its weights can be loaded.
 
 Source: He, Zhang, Ren and Sun 2015, Deep Residual Learning for Image Recognition: section 3.3 (shortcuts and plain
 networks), table 1 (ImageNet), section 4.2 (CIFAR-10).
@@ -27,14 +28,14 @@ from torch.nn import functional
 from core.errors import ConfigError
 from models.blocks import activation, choose, convolution, initialise, require_count, require_counts
 
-STEMS = {"imagenet": 7, "small": 3}  # the side of the first filters
+STEMS = {"imagenet": 7, "small": 3}  # side of the first filters
 SHORTCUTS = {"A": "A", "B": "B", "none": "none"}
 
 
 class ResNet(nn.Module):
-    """`depths` are the blocks in each stage, `widths` the channels of their 3x3 convolutions."""
+    """Residual network: `depths` are the blocks of each stage, `widths` the channels of their 3x3 convolutions."""
 
-    minimum_size = 1  # everything is padded, and the mean takes any size
+    minimum_size = 1  # all layers are padded, and the mean accepts any size
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class ResNet(nn.Module):
         require_count(num_classes=num_classes, in_channels=in_channels)
         require_counts(depths=depths, widths=widths)
         if not depths or len(depths) != len(widths):
-            raise ConfigError("depths", f"must have one number for each of widths = {list(widths)}", value=depths)
+            raise ConfigError("depths", f"must have one integer for each of widths = {list(widths)}", value=depths)
         block_class = choose("block", block, BLOCKS)
         kernel_size = choose("stem", stem, STEMS)
         choose("shortcut", shortcut, SHORTCUTS)
@@ -76,24 +77,24 @@ class ResNet(nn.Module):
         initialise(self, init, paper=_he_normal_fan_out)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the maps of the last stage (B, channels, h, w)."""
+        """Return the maps of the last stage (B, channels, h, w) for images (B, C, H, W)."""
         maps: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in self.stages:
             maps = getattr(self, stage)(maps)
         return maps
 
     def head(self, maps: Tensor) -> Tensor:
-        """Maps (B, channels, h, w) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of feature maps (B, channels, h, w)."""
         logits: Tensor = self.fc(maps.mean(dim=(2, 3)))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
         return self.head(self.features(images))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) to (B, width, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) -> (B, width, H/stride, W/stride)."""
 
     expansion = 1
 
@@ -107,7 +108,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, width, stride=stride, option=shortcut)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, width, H/stride, W/stride)."""
+        """Return (B, width, H/stride, W/stride) for maps (B, in_channels, H, W)."""
         out = self.relu(self.bn1(self.conv1(maps)))
         out = self.bn2(self.conv2(out))
         if self.downsample is not None:
@@ -117,7 +118,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two 1x1 that make it cheap: (B, in_channels, H, W) to (B, 4 * width, H/stride, ...)."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: (B, in_channels, H, W) -> (B, 4 * width, H/stride, W/stride).
+
+    The 1x1 convolutions reduce the channels of the 3x3 convolution, and so its cost.
+    """
 
     expansion = 4
 
@@ -134,7 +138,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, out_channels, stride=stride, option=shortcut)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, 4 * width, H/stride, W/stride)."""
+        """Return (B, 4 * width, H/stride, W/stride) for maps (B, in_channels, H, W)."""
         out = self.relu(self.bn1(self.conv1(maps)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -145,7 +149,7 @@ class Bottleneck(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every `stride`-th pixel as it is, and zeros for the channels that the block adds."""
+    """Shortcut A: every `stride`-th pixel unchanged, and zeros for the channels that the block adds."""
 
     def __init__(self, *, extra_channels: int, stride: int) -> None:
         super().__init__()
@@ -153,8 +157,8 @@ class PaddedShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C + extra_channels, H/stride, W/stride), rounded up as the block's convolution does."""
-        maps = maps[:, :, :: self.stride, :: self.stride]  # a view: only the padding copies
+        """Return (B, C + extra_channels, H/stride, W/stride), rounded up as by the convolution, for (B, C, H, W)."""
+        maps = maps[:, :, :: self.stride, :: self.stride]  # a view: only the padding copies data
         return functional.pad(maps, (0, 0, 0, 0, 0, self.extra_channels))
 
 
@@ -162,7 +166,7 @@ BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "
 
 
 def _shortcut(in_channels: int, out_channels: int, *, stride: int, option: str) -> nn.Module | None:
-    """What a block adds to its output: its input, made to fit the output's shape; None in a plain network."""
+    """Return the layer that brings a block's input to the shape of its output; None in a plain network."""
     if option == "none":
         return None
     if stride == 1 and in_channels == out_channels:
@@ -175,6 +179,6 @@ def _shortcut(in_channels: int, out_channels: int, *, stride: int, option: str) 
 
 
 def _he_normal_fan_out(layer: nn.Conv2d | nn.Linear) -> None:
-    """Variance 2 / fan-out for convolutions, which keeps the size of gradients; the paper says nothing about `fc`."""
+    """Fill convolutions with variance 2 / fan-out, which keeps the scale of gradients; the paper omits `fc`."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Checks of the arguments of augmentations; an error names the argument."""
+"""Checks of the arguments of augmentation steps; errors name the argument."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from core.errors import ConfigError
 
 
 def require_within(name: str, value: float, low: float, high: float) -> float:
-    """A number from low to high, both included."""
+    """Return the value as a float. Raises ConfigError unless it is a number from low to high, both included."""
     if not _is_number(value) or not low <= value <= high:
         raise ConfigError(name, f"must be within {low} to {high}", value=value)
     return float(value)
 
 
 def require_interval(name: str, value: Sequence[float], *, high: float = math.inf) -> tuple[float, float]:
-    """Two numbers, [lowest, highest], above 0 and up to `high`."""
-    wanted = "0 < lowest <= highest" + ("" if high == math.inf else f" <= {high}")
-    right = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(end) for end in value)
-    if not right or not 0 < value[0] <= value[1] <= high:
-        raise ConfigError(name, f"must be [lowest, highest] with {wanted}", value=value)
+    """Return [lowest, highest] as floats. Raises ConfigError unless 0 < lowest <= highest <= high."""
+    condition = "0 < lowest <= highest" + ("" if high == math.inf else f" <= {high}")
+    is_pair = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(end) for end in value)
+    if not is_pair or not 0 < value[0] <= value[1] <= high:
+        raise ConfigError(name, f"must be [lowest, highest] with {condition}", value=value)
     return float(value[0]), float(value[1])
 
 

@@ -1,11 +1,11 @@
-"""Random numbers of other kinds, made of uniform ones: a step of augmentation draws nothing itself.
+"""Random values of other distributions, computed from uniform ones: augmentation steps draw nothing themselves.
 
     normal(u)           N(0, 1), by its quantile function: sqrt(2) erfinv(2u - 1)
     SymmetricBeta(a)(u) Beta(a, a), by a table of its quantile function
-    per_pixel(u, n)     n whole numbers from one: a hash of u and of a pixel's position, so that a sample brings one
-                        number along instead of one for each of its pixels
+    per_pixel(u, n)     n integers: a hash of u and of a pixel's position, so that a sample needs one random value
+                        instead of one per pixel
 
-Uniform numbers are float32 in [0, 1), whole multiples of 2^-24, as torch.rand draws them.
+Uniform values are float32 in [0, 1), integer multiples of 2^-24, as torch.rand draws them.
 """
 
 import math
@@ -18,22 +18,22 @@ from core.errors import ConfigError
 
 
 def normal(uniform: Tensor) -> Tensor:
-    """Standard normal float32 numbers of the same shape: 5.4 at most, as a uniform number comes in steps of 2^-24."""
-    # In the middle of a step, so that 0 does not become -inf. In double precision, so that no last bit of erfinv,
-    # which may depend on where in its batch a number stands, survives the rounding to float32.
+    """Return standard normal float32 values of the same shape: at most 5.4, as uniform values have steps of 2^-24."""
+    # Adding half a step keeps 0 from becoming -inf. The last bits of erfinv may depend on a value's position in its
+    # batch: in double precision, they are lost in the rounding to float32.
     return (math.sqrt(2) * torch.erfinv(2 * (uniform.double() + 2**-25) - 1)).float()
 
 
 class SymmetricBeta:
-    """Beta(a, a): near 0 or 1 for a small a, uniform for a = 1, near 1/2 for a large one.
+    """Quantile function of Beta(a, a): values near 0 or 1 for a small a, uniform for a = 1, near 1/2 for a large a.
 
-    The distribution function up to x <= 1/2 is an integral with a pole at 0 for a < 1. With t = x^e, e = min(a, 1), it
-    has none:
+    The distribution function for x <= 1/2 is an integral with a pole at 0 if a < 1. Substituting t = x^e,
+    e = min(a, 1), removes the pole:
 
         integral of x^(a-1) (1 - x)^(a-1) dx  =  1/e integral of t^(a/e - 1) (1 - t^(1/e))^(a-1) dt
 
-    It is summed up by trapezia, inverted on a grid of u, and between the grid's points the quantiles are linear
-    (in u^(1/a) up to the first one).
+    It is computed by the trapezoidal rule and inverted on a grid of u. Between the grid's points the quantiles are
+    interpolated linearly in u; up to the first point, linearly in u^(1/a).
     """
 
     intervals = 4096  # of the table, from u = 0 to 1/2; the other half is its mirror image
@@ -45,34 +45,34 @@ class SymmetricBeta:
         grid = np.linspace(0, 0.5**exponent, 16 * self.intervals + 1)
         density = grid ** (a / exponent - 1) * (1 - grid ** (1 / exponent)) ** (a - 1)
         integral = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-        wanted = np.linspace(0, 0.5, self.intervals + 1)
-        quantiles = np.interp(wanted, integral / integral[-1] / 2, grid) ** (1 / exponent)
+        probabilities = np.linspace(0, 0.5, self.intervals + 1)
+        quantiles = np.interp(probabilities, integral / integral[-1] / 2, grid) ** (1 / exponent)
         self.quantiles = torch.from_numpy(quantiles).float()
         self.exponent = 1 / a
 
     def __call__(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers to float32 ones in [0, 1], of the same shape."""
-        self.quantiles = self.quantiles.to(uniform.device)  # and there it stays: copying waits for the device
-        place = torch.minimum(uniform, 1 - uniform) * (2 * self.intervals)  # 0 to `intervals`
-        below = place.long().clamp(max=self.intervals - 1)
+        """Return float32 values in [0, 1] for uniform values, of the same shape."""
+        self.quantiles = self.quantiles.to(uniform.device)  # copied once: each copy would wait for the device
+        position = torch.minimum(uniform, 1 - uniform) * (2 * self.intervals)  # 0 to `intervals`
+        below = position.long().clamp(max=self.intervals - 1)
         low, high = self.quantiles[below], self.quantiles[below + 1]
-        share = place - below
-        # At the end of the table u grows as x^a, so that a straight line would miss the tail of a large a.
-        share = torch.where(below == 0, share.double().pow(self.exponent).float(), share)
-        value = low + (high - low) * share
+        fraction = position - below
+        # In the first interval u grows as x^a: linear interpolation would miss the tail of a large a.
+        fraction = torch.where(below == 0, fraction.double().pow(self.exponent).float(), fraction)
+        value = low + (high - low) * fraction
         return torch.where(uniform < 0.5, value, 1 - value)
 
 
 def per_pixel(uniform: Tensor, count: int) -> Tensor:
-    """Numbers (B,) to int32 (B, count), evenly spread over all of int32: different for each number and position."""
+    """Return int32 (B, count) for uniform values (B,): evenly distributed over int32, by hashing value and position."""
     position = torch.arange(count, dtype=torch.int32, device=uniform.device)
     return _mix(_mix((uniform * 2**24).to(torch.int32))[:, None] ^ position)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """A permutation of int32 in which every bit of the result depends on every bit of `bits` (which is overwritten).
+    """Apply a permutation of the int32 range, in place: every bit of the result depends on every bit of `bits`.
 
-    Multiplications wrap around, shifts bring in zeros. Source: C. Wellons, Prospecting for Hash Functions (2018).
+    Multiplications wrap around, shifts fill with zeros. Source: C. Wellons, Prospecting for Hash Functions (2018).
     """
     bits ^= (bits >> 16) & 0xFFFF
     bits *= 0x21F0AAAD

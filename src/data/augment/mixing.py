@@ -1,8 +1,8 @@
-"""Augmentations that mix two samples, image and label alike.
+"""Augmentations that mix two samples: their images and their labels.
 
-Each is a mixing step of `data.augment.pipeline`, which brings the partners and turns labels into probabilities.
-It draws no random value itself. The partner is any sample of the training split (in the papers: of the same batch), so
-that it does not depend on how samples are put into batches.
+Each is a mixing step of `data.augment.pipeline`, which supplies the partners and turns labels into probabilities.
+A step draws no random values itself. The partner is any sample of the train split (in the papers: of the same batch),
+so that it does not depend on how samples are grouped into batches.
 """
 
 import torch
@@ -13,7 +13,7 @@ from data.augment.distributions import SymmetricBeta
 
 
 class Mixing:
-    """What the mixtures share: how much of a sample is its own."""
+    """Base class of the mixing steps: it computes the share l that a sample keeps of its own image and label."""
 
     mixes = True
 
@@ -22,20 +22,20 @@ class Mixing:
         self.probability = require_within("probability", probability, 0, 1)
 
     def shares(self, random_values: Tensor) -> Tensor:
-        """Return l of each sample (B,), 1 for those that are left alone; the numbers (B, >= 2) are uniform."""
+        """Return l of each sample, (B,): 1 if it is not mixed. The random values (B, >= 2) are uniform."""
         return torch.where(random_values[:, 0] < self.probability, self.beta(random_values[:, 1]), 1.0)
 
 
 class Mixup(Mixing):
-    """Both images, one shining through the other: l x_i + (1 - l) x_j, and the labels likewise; l from Beta(a, a).
+    """Weighted mean of two images, l x_i + (1 - l) x_j, and of their labels; l from Beta(a, a).
 
-    The images become float32. They are mixed on the scale 0 to 255: a standardised mixture is the mixture of the
-    standardised.
+    The images become float32. They are mixed on the scale 0 to 255: the normalised mixture is equal to the mixture of
+    the normalised images.
 
     Source: Zhang, Cissé, Dauphin and Lopez-Paz, mixup: Beyond Empirical Risk Minimization, 2018, section 2.
     """
 
-    num_random_values = 2  # whether, share
+    num_random_values = 2  # whether to mix, share
 
     def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
@@ -44,24 +44,24 @@ class Mixup(Mixing):
 
 
 class CutMix(Mixing):
-    """A rectangle of the other image in this one; the labels are mixed by the areas.
+    """Image in which a rectangle is replaced by the partner's pixels; the labels are mixed by the areas.
 
-        width W sqrt(1 - l), height H sqrt(1 - l), l from Beta(a, a); its centre is any point, and what sticks out is
-        cut off, so that the share of the label is counted in pixels
+        width W sqrt(1 - l), height H sqrt(1 - l), l from Beta(a, a)
 
-    Pixels keep their type.
+    The rectangle's centre is any point of the image. The rectangle is clipped to the image, so the share of the label
+    is computed from the number of replaced pixels. Pixels keep their type.
 
     Source: Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1 and algorithm A1.
     """
 
-    num_random_values = 4  # whether, share, centre right, centre down
+    num_random_values = 4  # whether to mix, share, centre x, centre y
 
     def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
         (own, other), (label, other_label) = images.chunk(2), labels.chunk(2)
         share = self.shares(random_values)
         height, width = images.shape[2:]
-        rows = _between(random_values[:, 3], share, size=height)  # (B, H)
-        columns = _between(random_values[:, 2], share, size=width)  # (B, W)
+        rows = _covered(random_values[:, 3], share, size=height)  # (B, H)
+        columns = _covered(random_values[:, 2], share, size=width)  # (B, W)
         area = rows.sum(1) * columns.sum(1)
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
         kept = 1 - area / (height * width)
@@ -72,9 +72,9 @@ def _mixed(own: Tensor, other: Tensor, share: Tensor) -> Tensor:
     return own * share + other * (1 - share)
 
 
-def _between(centre: Tensor, share: Tensor, *, size: int) -> Tensor:
-    """Which pixels of a side the rectangles cover: (B, size) of bool."""
+def _covered(centre: Tensor, share: Tensor, *, size: int) -> Tensor:
+    """Return which pixels of a side the rectangles cover: bool (B, size)."""
     half = (size * torch.sqrt(1 - share) / 2).floor()
     middle = (size * centre).floor()
-    place = torch.arange(size, device=centre.device)
-    return (place >= (middle - half)[:, None]) & (place < (middle + half)[:, None])
+    position = torch.arange(size, device=centre.device)
+    return (position >= (middle - half)[:, None]) & (position < (middle + half)[:, None])

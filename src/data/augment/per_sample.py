@@ -1,7 +1,7 @@
-"""Augmentations from elsewhere: torchvision's transforms, or any callable that takes a uint8 image (C, H, W).
+"""Augmentations that are not built in: torchvision's transforms, or any callable that takes a uint8 image (C, H, W).
 
-They draw from the global generators, once a call. So they take one image after the other, each with generators that
-are seeded from the sample's own number, and leave the generators as they were.
+Such a transform draws from the global generators, once per call. So it is called once per image, and before each call
+the generators are seeded with the sample's random value. Afterwards the generators' states are restored.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from core.errors import ConfigError, PreceptorError
 TRIES = 32
 
 
-class ASampleAtATime:
-    """A step of `data.augment.pipeline` from a transform that takes one image. Errors name the config key `name`.
+class PerSampleTransform:
+    """Step of `data.augment.pipeline` that applies a transform of one image. Errors name the config key `name`.
 
-    It gives images as large as it gets, or of `image_size`, where larger ones are stored.
+    The images keep their size, or get `image_size` if they are stored larger.
     """
 
     num_random_values = 1  # the seed
@@ -37,25 +37,25 @@ class ASampleAtATime:
         self.image_size = image_size
 
     def dry_run(self, shape: Sequence[int]) -> None:
-        """Refuse a transform that does not take images of this shape (C, H, W), before the first step."""
+        """Raise ConfigError if the transform fails on images of this shape (C, H, W)."""
         image = torch.arange(math.prod(shape)).view(1, *shape).to(torch.uint8)
-        for number in range(TRIES):  # one that picks among operations shows a wrong argument only now and then
+        for number in range(TRIES):  # a transform that picks a random operation does not fail in each call
             self(image, torch.tensor([[number / TRIES]]))
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
-        """Images (B, C, H, W), rounded to uint8, and numbers (B, 1) to uint8 images."""
+        """Return uint8 images for images (B, C, H, W), which are rounded to uint8, and random values (B, 1)."""
         if images.is_floating_point():
             images = images.round().clamp(0, 255).to(torch.uint8)
-        with _generators_left_alone():
+        with _generators_restored():
             return torch.stack(
                 [
-                    self._transformed(image, number)
-                    for image, number in zip(images, random_values[:, 0].tolist(), strict=True)
+                    self._transformed(image, random_value)
+                    for image, random_value in zip(images, random_values[:, 0].tolist(), strict=True)
                 ]
             )
 
-    def _transformed(self, image: Tensor, number: float) -> Tensor:
-        seed = int(number * 2**24)
+    def _transformed(self, image: Tensor, random_value: float) -> Tensor:
+        seed = int(random_value * 2**24)
         torch.default_generator.manual_seed(seed)  # 1 us; torch.manual_seed visits every backend, 150 us
         random.seed(seed)
         np.random.seed(seed)
@@ -68,16 +68,17 @@ class ASampleAtATime:
             raise ConfigError(self.name, explanation) from exception
         shapes = (image.shape, (len(image), self.image_size, self.image_size))
         if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape not in shapes:
-            given = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise ConfigError(self.name, f"must give torch.uint8 {tuple(image.shape)}, as it got; it gives {given}")
+            returned = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            explanation = f"must return torch.uint8 {tuple(image.shape)}, like its input; it returns {returned}"
+            raise ConfigError(self.name, explanation)
         return result
 
 
 @contextlib.contextmanager
-def _generators_left_alone() -> Iterator[None]:
+def _generators_restored() -> Iterator[None]:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker: another number may give other last bits
+    torch.set_num_threads(1)  # as in a worker: the last bits of a result may depend on the number of threads
     try:
         yield
     finally:

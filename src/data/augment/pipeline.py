@@ -1,21 +1,21 @@
-"""Augmentation of whole batches, each sample with its own random values.
+"""Augmentation of whole batches, with separate random values for each sample.
 
-A step is an object with `num_random_values`, how many uniform random values a sample needs, and a call
-(images, random_values) -> images; it draws nothing itself. All random values of an epoch are drawn at once:
+A step is an object with `num_random_values`, the number of uniform random values per sample, and a call
+(images, random_values) -> images. It draws nothing itself. All random values of an epoch are drawn at once:
 
     random_values = rand(N, k) of fold(seed, "augment", step's name, epoch);  sample i gets row i
 
-so that what happens to a sample depends on seed, epoch and sample alone: not on its batch, the workers, or other steps.
-For a step that alternates (`alternates = True`) they are those of epoch 0, in odd epochs moved by 1/2 on the circle.
-Pixels stay uint8 as long as a step allows it, and are on the scale 0 to 255 throughout.
+So the augmentation of a sample depends on seed, epoch and sample alone: not on its batch, the workers, or other steps.
+A step that alternates (`alternates = True`) gets the values of epoch 0 in each epoch, and in odd epochs 1/2 is added,
+modulo 1. Pixels stay uint8 until a step returns floats, and are on the scale 0 to 255 throughout.
 
-A step that mixes two samples (`mixes = True`) gets a partner for each sample, which follows from the same three:
+A step that mixes two samples (`mixes = True`) gets a partner for each sample, which depends on the same three:
 
     partners = randint(N, (N,)) of fold(seed, "partner", step's name, epoch)
 
-A partner may belong to another batch. It is read with the batch, and goes through the steps before the mix with its own
-random values. Backwards through the steps, each mix doubles the rows that a batch needs; forwards, it
-folds the second half of them into the first:
+A partner may belong to another batch. It is read with the batch, and passes through the steps before the mixing step
+with its own random values. `rows` visits the mixing steps in reverse order, and each doubles the rows that are read.
+In the forward order, each mixing step mixes the second half of the rows into the first half:
 
     samples a b    rows a b p(a) p(b)    crop, flip: 4 images    mixup: 2 images, and labels (2, K) that sum to 1
 """
@@ -30,30 +30,35 @@ from core.seeding import fold
 
 
 class Step(Protocol):
-    """One augmentation. It may have a method `fit(mean, covariance)` too, of the training part's colours: (C,), (C, C)
-    on the scale 0 to 1."""
+    """One augmentation.
 
-    num_random_values: int  # uniform numbers a sample
+    Optional: a method `fit(mean, covariance)`, which gets the colours of the train split, (C,) and (C, C), on the scale
+    0 to 1.
+    """
+
+    num_random_values: int  # uniform random values per sample
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
-        """Images (B, C, H, W), uint8 or float, and numbers (B, k) in [0, 1) to images of the same shape; where larger
-        ones are stored than the network sees, one step brings them down."""
+        """Return augmented images for images (B, C, H, W), uint8 or float, and random values (B, k) in [0, 1).
+
+        The shape stays the same. If images are stored larger than the model's input, one step reduces them to it.
+        """
         ...
 
 
 class Mix(Protocol):
-    """One augmentation that makes each image and its label of two."""
+    """One augmentation that mixes each image and its label with those of a partner."""
 
     num_random_values: int
     mixes: bool  # True
 
     def __call__(self, images: Tensor, labels: Tensor, random_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (2B, C, H, W) and labels (2B, K), first the samples', then their partners', to (B, ...) of each."""
+        """Return B mixed images and labels for images (2B, C, H, W) and labels (2B, K): B samples, then B partners."""
         ...
 
 
 class Augmentations:
-    """Steps in their order; an empty mapping changes nothing."""
+    """Augmentation steps, applied in their order; without steps, images are unchanged."""
 
     def __init__(self, steps: Mapping[str, Step | Mix], *, seed: int, num_classes: int) -> None:
         self.steps: dict[str, Any] = dict(steps)
@@ -62,16 +67,16 @@ class Augmentations:
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether a step takes one image after the other, so that workers are better off with it."""
+        """Return whether a step takes single images: then loader workers should apply the augmentation."""
         return any(getattr(step, "one_at_a_time", False) for step in self.steps.values())
 
     @property
     def mixes(self) -> bool:
-        """Whether a step mixes samples, so that labels become probabilities."""
+        """Return whether a step mixes samples: then labels become probabilities."""
         return any(getattr(step, "mixes", False) for step in self.steps.values())
 
     def draw(self, *, epoch: int, samples: int, device: torch.device) -> "Drawn":
-        """An epoch's numbers: always drawn on the CPU, so that they are the same for every device."""
+        """Return an epoch's random values. They are drawn on the CPU, so that they are the same for every device."""
 
         def generator(purpose: str, name: str, epoch: int) -> torch.Generator:
             return torch.Generator().manual_seed(fold(self.seed, purpose, name, epoch))
@@ -83,7 +88,7 @@ class Augmentations:
                 samples, step.num_random_values, generator=generator("augment", name, 0 if alternates else epoch)
             )
             if alternates and epoch % 2:
-                drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # both are exact
+                drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # both are exact in float32
             random_values[name] = drawn.to(device)
         partners = {
             name: torch.randint(samples, (samples,), generator=generator("partner", name, epoch))
@@ -94,23 +99,26 @@ class Augmentations:
 
 
 class Drawn:
-    """What happens to each sample in one epoch; nothing is random any more, so workers may have copies."""
+    """Augmentation of one epoch, with its random values. It is deterministic, so workers can have copies of it."""
 
-    def __init__(self, frame: Augmentations, random_values: dict[str, Tensor], partners: dict[str, Tensor]) -> None:
-        self.steps, self.num_classes = frame.steps, frame.num_classes
+    def __init__(
+        self, augmentations: Augmentations, random_values: dict[str, Tensor], partners: dict[str, Tensor]
+    ) -> None:
+        self.steps, self.num_classes = augmentations.steps, augmentations.num_classes
         self.random_values = random_values  # step's name -> (N, k), on the device
         self.partners = partners  # mixing step's name -> (N,), on the CPU
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Samples (B,), and behind them all others that they are mixed with: what must be read, on the CPU."""
+        """Return the rows to read, on the CPU: the samples (B,), followed by all samples that they are mixed with."""
         for name in reversed(self.partners):
             indices = torch.cat([indices, self.partners[name][indices]])
         return indices
 
     def __call__(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The uint8 images (R, C, H, W) and labels (R,) of some `rows` to images, labels and indices of the samples.
+        """Return augmented images, labels and indices of B samples, for uint8 images (R, C, H, W) and labels (R,).
 
-        The labels stay whole numbers (B,), or become probabilities (B, K) where samples are mixed.
+        `rows` (R,) are the result of `self.rows`. Labels stay integers (B,), or become probabilities (B, K) if samples
+        are mixed.
         """
         if self.partners:
             labels = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()  # (R, K)

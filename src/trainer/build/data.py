@@ -8,7 +8,7 @@ import torch
 
 from core.errors import ConfigError
 from core.options.declarations import DataOptions, TrainConfig
-from data.augment.per_sample import ASampleAtATime
+from data.augment.per_sample import PerSampleTransform
 from data.augment.pipeline import Augmentations
 from data.loading.loaders import EvalLoader, TrainLoader
 from data.loading.normalisation import Normalisation, covariance
@@ -52,7 +52,7 @@ def build_augmentation(nodes: Mapping[str, Any], data: DataOptions) -> dict[str,
     for name, node in nodes.items():
         step = construct(node, f"augment.{name}")
         own = hasattr(step, "num_random_values")
-        steps[name] = step if own else ASampleAtATime(step, name=f"augment.{name}", image_size=data["image_size"])
+        steps[name] = step if own else PerSampleTransform(step, name=f"augment.{name}", image_size=data["image_size"])
     check_augmentation(steps, data)
     return steps
 

@@ -1,8 +1,8 @@
-"""What a run shows: each report is given to the recorder once.
+"""Reports of a run: callers report once, and the recorder distributes the report.
 
-recorder.py             passes it to metrics.jsonl, events.jsonl, TensorBoard and the terminal
-tensorboard_writer.py   the event file
-terminal.py             progress bar or lines, and train.log
-introduction.py         what is shown before the first step
-notices.py              warnings that our packages log
+recorder.py             recorder: metrics.jsonl, events.jsonl, TensorBoard and terminal
+tensorboard_writer.py   TensorBoard event file
+terminal.py             progress bar or plain lines, and train.log
+introduction.py         facts shown before the first step
+notices.py              warnings logged by Preceptor's packages
 """

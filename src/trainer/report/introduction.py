@@ -1,4 +1,4 @@
-"""What a new run shows before its first step: model, data, device, automatic choices, a first batch, the graph."""
+"""Show the facts of a new run before its first step: model, data, device, automatic choices, first batch, graph."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ def introduce(training: Training, recorder: Recorder, values: TrainConfig, sampl
 
 
 def show_first_batch(training: Training, recorder: Recorder, *, images: bool, graph: bool) -> None:
-    """Show the first batch as it is trained on, and the graph of the model, in TensorBoard."""
+    """Write the first augmented training batch and the model's graph to TensorBoard."""
     if not (images or graph):
         return
     first = next(iter(training.train_loader.augmented_batches(0)))[0]  # (B, C, H, W), 0 to 255
@@ -40,21 +40,21 @@ def show_first_batch(training: Training, recorder: Recorder, *, images: bool, gr
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the device: that of the GPU, or cpu."""
+    """Return the GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def automatic_choices(training: Training) -> list[str]:
-    """Return what the config leaves to the trainer, as it was decided."""
+    """Return the trainer's decisions on settings that the config leaves open, as text."""
     state, device = training.state, training.device
     fused = "fused" if state.optimizer.defaults.get("fused") else "not fused"
-    waits = device.type == "cuda" and not state.guard.on_device
-    in_products = torch.get_float32_matmul_precision() == "high"
+    synchronises = device.type == "cuda" and not state.guard.on_device
+    in_matmuls = torch.get_float32_matmul_precision() == "high"
     has_tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     return [
         f"threads {torch.get_num_threads()}",
-        *([f"TF32 in convolutions{' and products' * in_products}"] if has_tf32 else []),
-        *(["the host looks at each step's loss (no fused update)"] if waits else []),
+        *([f"TF32 in convolutions{' and matrix products' * in_matmuls}"] if has_tf32 else []),
+        *(["the CPU checks each step's loss (no fused update)"] if synchronises else []),
         "channels_last" if training.channels_last else "channels first",
         f"{type(state.optimizer).__name__} {fused}",
         training.train_loader.reading,

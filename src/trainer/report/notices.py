@@ -1,4 +1,4 @@
-"""Warnings that our packages log reach the run's own log, also those logged before there is a run folder."""
+"""Forward warnings logged by Preceptor's packages to the run's log, including those logged before the run starts."""
 
 import logging
 from collections.abc import Callable
@@ -6,7 +6,10 @@ from contextlib import suppress
 
 
 class Notices(logging.Handler):
-    """While entered, collects what is logged under `preceptor`, and passes it on once a listener is known."""
+    """Handler of the logger `preceptor`: it keeps warnings until a listener is set, then forwards them.
+
+    A context manager: the handler is attached inside the `with` block only.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -25,7 +28,7 @@ class Notices(logging.Handler):
             self._listener(record.getMessage())
 
     def pass_to(self, listener: Callable[[str], None]) -> None:
-        """Pass on what was logged so far, and all that will be."""
+        """Forward all previous and future warnings to `listener`."""
         self._listener = listener
         for text in self._early:
             listener(text)

@@ -1,11 +1,11 @@
-"""The recorder: takes each report of a run once, and passes it to every place that shows it.
+"""Recorder of a run: it distributes each report to files, TensorBoard and the terminal.
 
     evaluation   -> metrics.jsonl, TensorBoard, terminal (and train.log)
     step         -> TensorBoard, terminal
     warn, event  -> events.jsonl, terminal
 
-metrics.jsonl and events.jsonl belong to the run: if they cannot be written, the run ends. TensorBoard and the terminal
-only show it: if they fail, the run continues without them.
+If metrics.jsonl or events.jsonl cannot be written, the run ends with an error. If TensorBoard or the terminal fails,
+the run continues without it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from trainer.storage.run_folder import RunFolder
 
 
 class Recorder:
-    """Records one run. `resumed_at`: the step that the run is resumed at; later events in TensorBoard are discarded."""
+    """Recorder of one run. If it is resumed at step `resumed_at`, TensorBoard discards later events."""
 
     def __init__(self, folder: RunFolder, *, total_steps: int, resumed_at: int | None = None) -> None:
         self.folder = folder
@@ -30,29 +30,29 @@ class Recorder:
     # During training
 
     def progress(self, step: int, epoch: float) -> None:
-        """Move the progress bar, a few times per second at most."""
-        if self.display.is_moved:
+        """Update the progress bar, at most every 0.2 seconds."""
+        if self.display.is_due:
             self.display.move(step, epoch)
 
     def step(self, step: int, epoch: float, measurements: Mapping[str, float]) -> None:
         """Record the measurements of the steps since the last log line."""
         self.tensorboard.scalars(measurements, step)
-        self.display.figures(step, epoch, measurements)
+        self.display.measurements(step, epoch, measurements)
 
     def evaluation(self, line: Mapping[str, Any], metrics: Mapping[str, float], *, best: bool) -> None:
-        """Record a line of metrics.jsonl; `metrics` are those of its values that are named split/metric."""
+        """Record a line of metrics.jsonl; `metrics` are its values with names such as val/accuracy."""
         self.folder.append_metrics(line)
         self.tensorboard.scalars(metrics, line["step"])
         self.display.evaluation(line, best=best)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Record every parameter and its gradient."""
+        """Record a histogram of every parameter and its gradient."""
         self.tensorboard.histograms(model, step)
 
     # At any time
 
     def say(self, text: str) -> None:
-        """Show a line."""
+        """Print a line to the terminal and train.log."""
         self.display.say(text)
 
     def warn(self, text: str, *, step: int) -> None:
@@ -72,21 +72,21 @@ class Recorder:
         self.tensorboard.config(record)
 
     def images(self, tag: str, images: Tensor) -> None:
-        """Show a batch (B, C, H, W) of floats in [0, 1]."""
+        """Write a batch (B, C, H, W) of floats in [0, 1] to TensorBoard."""
         self.tensorboard.images(tag, images, 0)
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
-        """Show the graph of the model, traced on images (B, C, H, W)."""
+        """Write the model's graph, traced on images (B, C, H, W), to TensorBoard."""
         if self.tensorboard.broken:
             return
         try:
             self.tensorboard.graph(model, images)
-        except Exception as exception:  # the tracer raises anything; a run does not end for a drawing
-            text = f"no graph in TensorBoard, as the network cannot be traced: {type(exception).__name__}"
+        except Exception as exception:  # the tracer can raise any exception; a missing graph must not end the run
+            text = f"no graph in TensorBoard: the model cannot be traced ({type(exception).__name__})"
             self.warn(text, step=0)
 
     def changes(self, changes: Sequence[str], *, step: int) -> None:
-        """Show what a resume has changed in the config."""
+        """Show the config values that a resume has changed."""
         for text in changes:
             self.say(f"  {text}")
         if changes:
@@ -97,13 +97,13 @@ class Recorder:
         self.tensorboard.finish(record, {f"test/{name}": value for name, value in test.items()}, step)
 
     def summary(self, summary: Mapping[str, Any], folder: Path) -> None:
-        """Show the summary as a table."""
+        """Print the summary as a table."""
         self.display.summary(summary, folder)
 
     def flush(self) -> None:
-        """Write what is buffered: a checkpoint must never count a step that TensorBoard does not show."""
+        """Write buffered events, so that every step counted in a checkpoint is in the event file."""
         self.tensorboard.flush()
 
     def close(self) -> None:
-        """Close TensorBoard."""
+        """Close the event file."""
         self.tensorboard.close()

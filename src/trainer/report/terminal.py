@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar where there is a terminal, plain lines where there is none."""
+"""Terminal output of a run: a progress bar on a terminal, plain lines if standard output is a file or pipe."""
 
 import os
 import shlex
@@ -19,31 +19,31 @@ from core.regular_files import append_regular
 
 
 class Terminal(Console):
-    """A console that becomes silent if its pager or connection is gone, so that the run continues."""
+    """Console that discards its output once its pager or connection is closed, so that the run continues."""
 
     def on_broken_pipe(self) -> None:
-        self.fall_silent()
+        self.discard_output()
 
-    def fall_silent(self) -> None:
-        """Print to nowhere from now on."""
+    def discard_output(self) -> None:
+        """Discard all further output."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also discards buffered output
 
 
 def terminal() -> Terminal:
-    """Return the console that a run prints to; as wide as a line may be if standard output is no terminal."""
+    """Return the console that a run prints to; 140 columns wide if standard output is not a terminal."""
     return Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def next_commands(folder: Path) -> list[str]:
-    """Return the commands that are useful after a run, as they are typed in a shell."""
+    """Return the shell commands that are useful after a run."""
     activate = [] if os.environ.get("VIRTUAL_ENV") else ["source .venv/bin/activate"]
     run, parent = (shlex.quote(str(path)) for path in (folder, folder.parent))
     return [*activate, f"python scripts/evaluate.py run={run}", f"tensorboard --logdir {parent}"]
 
 
 class Display:
-    """Shows a run on the terminal and in its train.log; neither of them can end the run."""
+    """Display of a run on the terminal and in train.log. If one of them cannot be written, the run continues."""
 
     def __init__(self, log_file: Path, *, total_steps: int) -> None:
         self.console = terminal()
@@ -52,11 +52,11 @@ class Display:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[measurements]}"),
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("train", total=total_steps, epoch="", figures="")
+        self.task = self.progress.add_task("train", total=total_steps, epoch="", measurements="")
         self.total_steps = total_steps
         self.shown_at = time.monotonic()
 
@@ -68,46 +68,49 @@ class Display:
         self.progress.stop()
 
     @property
-    def is_moved(self) -> bool:
-        """Is it time for the bar to move? A few times a second at most."""
+    def is_due(self) -> bool:
+        """Return whether the bar exists and was last updated more than 0.2 seconds ago."""
         return not self.progress.disable and time.monotonic() - self.shown_at > 0.2
 
     def move(self, step: int, epoch: float) -> None:
-        """The bar goes to this step."""
+        """Move the bar to this step."""
         self.shown_at = time.monotonic()
         self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}")
 
-    def figures(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
-        """Loss, accuracy and throughput of the last steps: behind the bar, or as a line a minute without a terminal."""
-        words = [f"{figures['throughput/samples_per_second']:,.0f} samples/s"]
-        if "step/loss" in figures:
-            words.insert(0, f"loss {figures['step/loss']:.4f}  accuracy {figures['step/accuracy']:.2%}")
-        self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}", figures="  ".join(words))
+    def measurements(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Show loss, accuracy and throughput of the last steps, next to the bar.
+
+        Without a terminal, print them as a line if nothing was printed for a minute.
+        """
+        words = [f"{values['throughput/samples_per_second']:,.0f} samples/s"]
+        if "step/loss" in values:
+            words.insert(0, f"loss {values['step/loss']:.4f}  accuracy {values['step/accuracy']:.2%}")
+        self.progress.update(self.task, completed=step, epoch=f"{epoch:.1f}", measurements="  ".join(words))
         if self.progress.disable and time.monotonic() - self.shown_at > 60:
             self.say(f"epoch {epoch:.1f}".ljust(10) + f"  step {step:>7,} of {self.total_steps:,}  " + "  ".join(words))
 
     def evaluation(self, line: Mapping[str, Any], *, best: bool) -> None:
-        """One line an evaluation."""
-        parts = [f"epoch {line['epoch']:g}".ljust(10), f"step {line['step']:>7,}"]
+        """Print an evaluation as one line."""
+        words = [f"epoch {line['epoch']:g}".ljust(10), f"step {line['step']:>7,}"]
         for split in ("train", "val"):
             if f"{split}/loss" in line:
-                parts.append(f"{split} loss {line[f'{split}/loss']:.4f} accuracy {line[f'{split}/accuracy']:.2%}")
-        parts += [f"lr {line['lr']:.2e}", f"{line['samples_per_second']:,.0f} samples/s", f"{line['seconds']:.1f} s"]
-        self.say("  ".join(parts) + ("  *" if best else ""))
+                words.append(f"{split} loss {line[f'{split}/loss']:.4f} accuracy {line[f'{split}/accuracy']:.2%}")
+        words += [f"lr {line['lr']:.2e}", f"{line['samples_per_second']:,.0f} samples/s", f"{line['seconds']:.1f} s"]
+        self.say("  ".join(words) + ("  *" if best else ""))
 
     def say(self, text: str, *, style: str | None = None) -> None:
-        """A line, also to train.log with the time before it."""
+        """Print a line, and append it with the time to train.log."""
         self.shown_at = time.monotonic()
         text = printable(text)
         self._print(text, style=style, markup=False)
         self._log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, text: str) -> None:
-        """A line that ought to be read."""
+        """Print a warning in yellow."""
         self.say(f"warning: {text}", style="yellow")
 
     def summary(self, summary: Mapping[str, Any], folder: Path) -> None:
-        """The table at the end."""
+        """Print the table at the end of the run."""
         rows = [("status", f"{summary['status']} ({summary['stop_reason']})")]
         best, test = summary["best"], summary["test"]
         if best:
@@ -124,15 +127,15 @@ class Display:
             rows += zip(("next", "", ""), next_commands(folder), strict=False)
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows:
-            table.add_row(name, Text(printable(value)))  # a name with brackets is no markup
+            table.add_row(name, Text(printable(value)))  # Text: brackets in a name are not markup
         self._print(table)
         self._log("".join(f"{name}: {value}\n" for name, value in rows))
 
-    def _print(self, what: Any, **style: Any) -> None:
+    def _print(self, content: Any, **style: Any) -> None:
         try:
-            self.console.print(what, **style)
+            self.console.print(content, **style)
         except OSError:
-            self.console.fall_silent()
+            self.console.discard_output()
 
     def _log(self, text: str) -> None:
         with suppress(OSError):
