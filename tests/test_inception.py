@@ -151,7 +151,11 @@ def test_auxiliary_logits_exist_only_in_training_and_every_parameter_gets_a_grad
 @pytest.mark.parametrize(
     ("model_class", "arguments", "message"),
     [
-        (GoogLeNet, {"init": "paper"}, "init = paper: is not defined for this model; must be one of default, he_normal"),
+        (
+            GoogLeNet,
+            {"init": "paper"},
+            "init = paper: is not defined for this model; must be one of default, he_normal",
+        ),
         (GoogLeNet, {"dropout": 1}, "dropout = 1: must be a number >= 0 and < 1"),
         (GoogLeNet, {"num_classes": 0}, "num_classes = 0: must be an integer >= 1"),
         (InceptionV3, {"dropout": -1}, "dropout = -1: must be a number >= 0 and < 1"),

@@ -9,7 +9,7 @@ a `configs/model` file is an argument of the class that its `_target_` names.
     lenet.py             LeNet and LeNet-5
     alexnet.py           AlexNet
     maxout.py            maxout network
-    nin.py               network in network
+    nin.py               Network in Network
     vgg.py               VGG
     googlenet.py         GoogLeNet
     inception_v3.py      Inception v3

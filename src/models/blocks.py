@@ -10,8 +10,8 @@ Initial weights keep the scale of the signal the same from layer to layer. With 
 `_normal` draws from a normal distribution, `_uniform` from a uniform distribution of the same variance.
 
 Initial weights are random because equal weights stay equal. All units of a layer would compute the same value, get the
-same gradient and take the same step, at every step: a layer of any width would be worth one unit. Therefore `init:
-equal` is refused. `equal_anyway` sets each weight to 1 / n_in, to demonstrate the effect.
+same gradient and take the same step, at every step: a layer of any width would be worth one unit. Therefore
+`init: equal` is refused. `equal_anyway` sets each weight to 1 / n_in, to demonstrate the effect.
 
 Sources: He et al. 2015, Delving Deep into Rectifiers, section 2.2; Glorot and Bengio 2010, Understanding the Difficulty
 of Training Deep Feedforward Neural Networks, section 4.2.

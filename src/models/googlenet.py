@@ -178,7 +178,8 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of maps (B, in_channels, H, W)."""
-        # Pool to 4x4 pixels. From 14 pixels: windows of 14 - 3 * 3 = 5, stride 3. Torch's adaptive pool takes 4.
+        # Pool to 4x4 pixels. From 14 pixels: windows of 14 - 3 * 3 = 5, stride 3, as in the paper. Torch's adaptive
+        # pool would have windows of 4.
         strides = [side // 4 for side in maps.shape[2:]]
         windows = [side - 3 * stride for side, stride in zip(maps.shape[2:], strides, strict=True)]
         logits: Tensor = self.head(self.unit(functional.avg_pool2d(maps, windows, strides)))

@@ -6,9 +6,8 @@
     image -> 3x3 -> 2 blocks -> Downsample -> 4 blocks -> Downsample -> 2 blocks -> mean over pixels -> linear -> logits
 
 Batch norm and ReLU follow each convolution. `batch_norm: false` is the paper's form without batch norm: its
-convolutions have biases instead. Both forms have 1,649,402 parameters, so the paper's norms shift but do not
-scale (see `unit`). The paper crops CIFAR-10 to 28 pixels, so its mean is over 7x7 maps.
-The mean over all pixels accepts any size.
+convolutions have biases instead. Both forms have 1,649,402 parameters, so the paper's norms shift but do not scale (see
+`unit`). The paper crops CIFAR-10 to 28 pixels, so its mean is over 7x7 maps. The mean over all pixels accepts any size.
 
 Source: Zhang, Bengio, Hardt, Recht and Vinyals 2017, Understanding Deep Learning Requires Rethinking Generalization,
 appendix A and figure 3. It states no initial weights.

@@ -27,7 +27,7 @@ Batch norm (epsilon 0.001) and ReLU follow each convolution. In training mode, a
 returns only the logits.
 
 The paper's table 1 and text leave many details open. Where they differ from the authors' published code, this model
-follows the code, as other implementations do: the stem, the 5x5 in A, D, and the weight of the auxiliary loss. The
+follows the code, as other implementations do: the stem, the 5x5 in A, block D, the weight of the auxiliary loss. The
 initial weights also follow the code: `paper` is a normal distribution of standard deviation 0.1, truncated at two
 standard deviations. Parameters have torchvision's names, so its weights can be loaded. Its ImageNet weights expect
 images normalised with mean and standard deviation 0.5.
