@@ -34,7 +34,8 @@ test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
 
 test-cuda: setup
-	@$(BIN)/python -m pytest -m cuda $(ARGS)
+	@$(BIN)/python -m pytest -m "cuda or not cuda" tests/test_cuda.py $(ARGS)
+	@$(BIN)/python -m pytest -m cuda tests/test_matrix.py $(ARGS)
 
 # Installs Lightning and fastai; only the benchmarks use them.
 bench: setup

@@ -129,17 +129,27 @@ def write_images(root: Path, count: int) -> None:
             (folder / f"{folder.name}_{number}.png").write_bytes(content.getvalue())
 
 
-def bench_recipe(experiment: str, *overrides: str) -> dict[str, Line]:
-    """Run a recipe and return the seconds of the run, the seconds of the whole command, and the test accuracy."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        script = str(ROOT / "scripts/train.py")
-        command = [sys.executable, script, f"experiment={experiment}", f"run_dir={run}", *overrides]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        command_seconds = time.perf_counter() - start
-        summary = json.loads((run / "summary.json").read_text())
+def bench_recipe(experiment: str, *overrides: str, seeds: int) -> dict[str, Line]:
+    """Run a recipe with several seeds.
+
+    Returns the seconds of the training steps, of the run (with compilation and test) and of the whole command, and the
+    test accuracy.
+    """
+    seconds: dict[str, list[float]] = {"training steps": [], "run": [], "command": []}
+    accuracies: list[float] = []
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            script = str(ROOT / "scripts/train.py")
+            command = [sys.executable, script, f"experiment={experiment}", f"run_dir={run}", f"seed={seed}", *overrides]
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds["command"].append(time.perf_counter() - start)
+            summary = json.loads((run / "summary.json").read_text())
+        seconds["training steps"].append(summary["training_seconds"])
+        seconds["run"].append(summary["seconds"])
+        accuracies.append(100 * summary["test"]["accuracy"])
     return {
-        f"{experiment}, time": {"unit": "s", "of": "run", "run": [summary["seconds"]], "command": [command_seconds]},
-        f"{experiment}, test": {"unit": "%", "of": "accuracy", "accuracy": [100 * summary["test"]["accuracy"]]},
+        f"{experiment}, time": {"unit": "s", "of": "training steps", **seconds},
+        f"{experiment}, test": {"unit": "%", "of": "accuracy", "accuracy": accuracies},
     }

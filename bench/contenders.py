@@ -123,11 +123,15 @@ def data_loader(training: Any, *, augment: bool, workers: int) -> Any:
     """Return a DataLoader of the train split of a training; the split must be in memory."""
     source = training.train_loader.source
     images = source.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    batch_size = training.train_loader.batch_size
-    return loader_of(images, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers)
+    batch_size, pin_memory = training.train_loader.batch_size, training.device.type == "cuda"
+    return loader_of(
+        images, source.labels.tolist(), batch_size=batch_size, augment=augment, workers=workers, pin_memory=pin_memory
+    )
 
 
-def loader_of(images: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int) -> Any:
+def loader_of(
+    images: Any, labels: list[int], *, batch_size: int, augment: bool, workers: int, pin_memory: bool = False
+) -> Any:
     """Return a DataLoader of uint8 images (N, H, W, C)."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
@@ -156,21 +160,26 @@ def loader_of(images: Any, labels: list[int], *, batch_size: int, augment: bool,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
+        pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
 
 
-def plain(model: Any, batches: Any) -> Callable[[Seen], object]:
-    """Return a plain training loop over a DataLoader."""
+def plain(model: Any, batches: Any, *, compiled: bool = False) -> Callable[[Seen], object]:
+    """Return a plain training loop over a DataLoader, on the device of the model."""
     import torch
+
+    device = next(model.parameters()).device
+    forward = torch.compile(model) if compiled else model
 
     def train(seen: Seen) -> None:
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         while True:
             for images, labels in batches:
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(images), labels).backward()
+                torch.nn.functional.cross_entropy(forward(images), labels).backward()
                 optimizer.step()
                 seen(len(labels))
 
@@ -209,7 +218,8 @@ def lightning(model: Any, batches: Any) -> Callable[[Seen], object]:
         warnings.filterwarnings("ignore", module="lightning")
         trainer = Trainer(
             max_epochs=-1,
-            accelerator="cpu",
+            accelerator="gpu" if next(model.parameters()).is_cuda else "cpu",
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

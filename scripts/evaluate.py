@@ -1,9 +1,9 @@
-"""Evaluate a run's model on a split of its data; needs nothing but the run folder and the data.
+"""Evaluate a run's model on a split of its data. The command needs only the run folder and the data.
 
-    scripts/evaluate.py run=outputs/RUN [split=test]
+    python scripts/evaluate.py run=outputs/RUN [split=test]
 
-Prints accuracy, top-5 accuracy, precision, recall and F1 of each class, and the confusion matrix, and writes them to
-RUN/evaluation-SPLIT.json.
+It prints accuracy, top-5 accuracy, macro F1 and cross-entropy, a table of precision, recall and F1 of each class, and
+the confusion matrix. It writes them to RUN/evaluation-SPLIT.json.
 """
 
 from core.command_line import launch

@@ -1,14 +1,13 @@
-"""Show the data, the augmentation and the schedule of a training, without training. Takes train.py's command line.
+"""Show the data, the augmentation and the schedule of a training, without training.
 
-    scripts/look.py data=cifar10 augment=[crop_flip,mixup] schedule=one_cycle
+    python scripts/look.py data=cifar10 'augment=[crop_flip,mixup]' schedule=one_cycle
 
-Prints the class counts of each split, and writes into run_dir (null: outputs/<date>_<time>-look-<data>)
+The command takes the same arguments as train.py. It prints the class counts of each split. It writes these files, and
+the same figures for TensorBoard, to run_dir (null: outputs/<date>_<time>-look-<data>):
 
-    images.png   one row per class: a training image without augmentation, then as the first epochs show it
-    classes.png    the class counts
-    lr.png       the learning rate over the run
-
-and the same for TensorBoard.
+    images.png    one row per class: a training image without augmentation, and as augmented in the first epochs
+    classes.png   the class counts
+    lr.png        the learning rate of each parameter group
 """
 
 from core.command_line import launch

@@ -1,8 +1,8 @@
-"""Classify a folder of images with a run's model.
+"""Classify an image file or a folder of images with a run's model.
 
-    scripts/predict.py run=outputs/RUN input=FOLDER output=FILE.csv
+    python scripts/predict.py run=outputs/RUN input=FOLDER output=FILE.csv
 
-Writes one line per image: file, class, probability, and the probability of each class.
+The command writes one line per image: file, predicted class, its probability, and the probability of each class.
 """
 
 from core.command_line import launch

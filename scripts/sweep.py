@@ -1,8 +1,8 @@
-"""Search over configs: many trainings, the poor ones ended early, the best one written as an experiment card.
+"""Run a sweep: train with many configs, stop poor trials early, and write the best config as an experiment card.
 
-python scripts/sweep.py                                    20 trials of LeNet-5 on handwritten digits
+python scripts/sweep.py                    20 trials of LeNet-5 on handwritten digits
 python scripts/sweep.py sweep=tpe sweep.dir=DIR sweep.trials=50 sweep.parallel=4 model=mlp
-python scripts/sweep.py ...                                the same command resumes the sweep, after a kill too
+python scripts/sweep.py ...                the same command resumes a sweep, also after it was killed
 """
 
 from core.command_line import launch

@@ -1,9 +1,9 @@
-"""Train an image classifier as a config says, or resume a run.
+"""Train an image classifier from a config, or resume a run.
 
-python scripts/train.py                                    LeNet-5 on handwritten digits
+python scripts/train.py                                 LeNet-5 on handwritten digits
 python scripts/train.py model=mlp data=mnist optimizer.lr=0.1
-python scripts/train.py -m model=mlp,lenet5 seed=0,1       every combination, one run each
-python scripts/train.py resume=outputs/RUN                 resumes a run
+python scripts/train.py -m model=mlp,lenet5 seed=0,1    one run for each combination
+python scripts/train.py resume=outputs/RUN              resumes a run
 """
 
 from core.command_line import launch

@@ -85,6 +85,28 @@ def test_airbench_equals_a_second_implementation(training, side):
     torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_gradients_in_bf16_are_finite():
+    """A compiler rounds recomputed values differently: a gradient that compares them with a maximum would be NaN."""
+    model = Airbench(num_classes=4, in_channels=3, widths=[8, 8]).to(memory_format=torch.channels_last)
+    model.fit(coloured(50, side=16))
+    forward = torch.compile(model, dynamic=False)
+    images = coloured(16, side=16).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = functional.cross_entropy(forward(images), torch.arange(16) % 4)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["airbench", "resnet20", "inception_small"])
+def test_norms_with_a_shift_have_a_scale(name):
+    """torch's CUDA kernels of batch norm return no gradient for a shift without a scale."""
+    model = build(composed(f"model={name}", "data.channels=3", "data.image_size=32"))[0].state.model
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms and all(layer.weight is not None for layer in norms if layer.bias is not None)
+
+
 # Through the trainer
 
 

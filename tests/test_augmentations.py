@@ -467,3 +467,31 @@ def test_config_error_names_the_wrong_augmentation_argument(build, key, value):
     with pytest.raises(ConfigError, match="must be") as caught:
         build(**{key: value})
     assert caught.value.subject == key
+
+
+@pytest.mark.parametrize(
+    ("step", "values"),
+    [
+        (Elastic(sigma=2.0, alpha=20.0), 1),
+        (RandomErasing(probability=1.0, area=[0.1, 0.4], ratio=[0.3, 3.0], fill="mean"), 5),
+        (RandomBlur(probability=1.0, sigma=[0.5, 2.0]), 2),
+        (ColorShift(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1), 4),
+    ],
+)
+def test_augmentation_in_float32_differs_by_its_rounding(monkeypatch, step, values):
+    """Apple's GPUs have no float64: there the same steps compute in float32."""
+    images, random_values = random_images(8).float(), uniform(8, values)
+    expected = step(images.clone(), random_values)
+    for module in ("distributions", "geometry", "corruptions", "color"):
+        monkeypatch.setattr(f"data.augment.{module}.widest_float", lambda device: torch.float32)
+    actual = step(images.clone(), random_values)
+    assert actual.isfinite().all()
+    close = (actual - expected).abs() < 0.5  # of 255; a rectangle's edge may move by a pixel
+    assert close.double().mean() > 0.99
+
+
+def test_normal_values_in_float32_are_finite(monkeypatch):
+    ends = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])
+    expected = normal(ends)
+    monkeypatch.setattr("data.augment.distributions.widest_float", lambda device: torch.float32)
+    torch.testing.assert_close(normal(ends), expected, rtol=1e-2, atol=1e-6)

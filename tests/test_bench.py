@@ -95,6 +95,10 @@ def test_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch):
     options = argparse.Namespace(rounds=2, seconds=0.001)
     overrides = ("trainer.device=cpu", "data.num_workers=1")
     results = gpu.bench_large(options, ["mlp"], size=8, batch=4, overrides=overrides)
+    small = {"MLP": ("data=mnist", "model=mlp", "model.hidden=[8]", "trainer.device=cpu", "data.batch_size=64")}
+    options.only = ""
+    [line] = gpu.bench_small(options, small, variants={"large": "model.hidden=[64]"}, workers=0).values()
+    assert {"limit", "ours", "ours, large", "plain, compiled, 0 workers"} <= line.keys()
     assert set(results) == {"mlp, resident", "mlp, streamed"}
     assert all(len(line[name]) == 2 for line in results.values() for name in ("limit", "ours", "bare loop"))
     assert not (tmp_path / "imagenette-mini" / ".preceptor").exists()
@@ -142,7 +146,7 @@ def test_workers_are_stopped_between_turns():
 def test_recipe_benchmark_reports_time_and_accuracy(monkeypatch):
     """Checked with a small recipe; any recipe would do."""
     overrides = ("model=mlp", "data=digits", "data.limit_train=100", "trainer.max_epochs=1", "trainer.threads=1")
-    results = commands.bench_recipe("mnist_mlp", *overrides, "data.image_size=8", "trainer.device=cpu")
-    (run,), (command,) = (results["mnist_mlp, time"][name] for name in ("run", "command"))
-    assert 0 < run < command
+    results = commands.bench_recipe("mnist_mlp", *overrides, "data.image_size=8", "trainer.device=cpu", seeds=2)
+    times = (results["mnist_mlp, time"][name] for name in ("training steps", "run", "command"))
+    assert all(0 < steps < run < command for steps, run, command in zip(*times, strict=True))
     assert 0 <= results["mnist_mlp, test"]["accuracy"][0] <= 100

@@ -1,5 +1,6 @@
 """Building a training from a config has no side effects: it only returns objects."""
 
+import importlib
 import logging
 import random
 import signal
@@ -17,7 +18,7 @@ from conftest import composed
 from torch import nn
 
 from core.errors import ConfigError
-from trainer.build.instantiate import construct
+from trainer.build.instantiate import construct, resolve
 from trainer.build.training import build
 
 
@@ -156,3 +157,31 @@ def test_random_values_drawn_by_a_users_class_depend_on_the_seed_only():
         return build(composed(f"loss._target_={__name__}.RandomLoss", f"seed={seed}"))[0].loss_function.weight
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+
+
+def test_function_is_found_beside_a_module_of_the_same_name(monkeypatch):
+    """torchvision/models/alexnet.py defines `alexnet`; pydoc of Python 3.12 and later finds the module."""
+    from torchvision.models import alexnet
+
+    monkeypatch.setattr("pydoc.safeimport", lambda path, forceload=0, cache=None: importlib.import_module(path))
+    assert resolve("model", "torchvision.models.alexnet") is alexnet
+    with pytest.raises(ConfigError, match="leads to a module"):
+        resolve("model", "torchvision.models")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data=digits", "augment=flip"), ["augment.flip"]),
+        (("data=digits", "augment=[crop_flip,affine]"), ["augment.flip"]),
+        (("data=digits", "augment=affine", "augment.affine.mirror=0.5"), ["augment.affine"]),
+        (("data=digits", "augment=affine"), []),
+        (("data=digits", "+augment.own._target_=torchvision.transforms.v2.RandomHorizontalFlip"), ["augment.own"]),
+        (("data=digits", "trainer.tta=mirror_shift"), ["trainer.tta=mirror_shift"]),
+        (("augment=flip", "trainer.tta=mirror"), []),
+    ],
+)
+def test_mirroring_of_characters_is_reported(caplog, overrides, expected):
+    build(composed(*overrides))
+    reported = [record.getMessage().partition(" mirrors images")[0] for record in caplog.records]
+    assert reported == expected

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from analysis.figures import class_counts, image_table, learning_curves, rate_curve, save
+from analysis.figures import class_counts, image_table, learning_curves, learning_rate_curves, save
 
 
 def test_every_figure_is_drawn_for_unusual_names(tmp_path):
@@ -15,7 +15,7 @@ def test_every_figure_is_drawn_for_unusual_names(tmp_path):
         "counts": class_counts({"train": [3, 0, 1], "test": [1, 1, 1]}, names),
         "many": class_counts({"train": [1] * 100}, [str(number) for number in range(100)]),
         "curves": learning_curves({"one": lines, "two": lines[:1]}, "loss"),
-        "rates": rate_curve({"all": [0.1, 0.2], "no_decay": [0.1, 0.1]}, steps_per_epoch=2),
+        "learning rates": learning_rate_curves({"all": [0.1, 0.2], "no_decay": [0.1, 0.1]}, steps_per_epoch=2),
     }
     for name, figure in figures.items():
         save(figure, tmp_path / f"{name}.png")

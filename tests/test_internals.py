@@ -17,6 +17,7 @@ INTERNALS = {
         "torch._foreach_norm",
         "torch._foreach_sub",
         "torch._inductor",
+        "torch.mps._get_default_mps_generator",
         "torch.utils.tensorboard.summary.hparams",
     ],
     "optuna": [

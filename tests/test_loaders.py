@@ -336,7 +336,7 @@ def test_number_of_workers_is_bounded_by_cores_and_open_files(files, monkeypatch
     assert loader.source.num_workers == 16
     (record,) = caplog.records
     assert record.getMessage() == (
-        "data.num_workers = 10000: 16 workers are started: this machine allows 2 processor cores"
+        "data.num_workers = 10000: only 16 workers are started, as this machine has 2 processor cores"
     )
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
     try:

@@ -3,11 +3,14 @@
 import json
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import built, composed, run_to_end, trained
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,10 +39,10 @@ def loss_by_formula(
     total = sum(math.exp(value) for value in row)
     probabilities = [math.exp(value) / total for value in row]
     weights = weights or [1.0] * classes
-    if name == "cross_entropy":
-        return -sum(w * q * math.log(p) for w, q, p in zip(weights, smoothed, probabilities))
     loss = 0.0
-    for value, p, q in zip(row, probabilities, smoothed):
+    if name == "cross_entropy":
+        loss = -sum(q * math.log(p) for q, p in zip(smoothed, probabilities))
+    for value, p, q in zip(row, probabilities, smoothed) if name != "cross_entropy" else ():
         if name == "squared_error":
             loss += (p - q) ** 2
         elif name == "huber":
@@ -114,6 +117,46 @@ def test_balanced_class_weights_are_inverse_to_class_counts(tmp_path):
     )
 
 
+COLOURS = {"red": (190, 70, 60), "blue": (60, 80, 190)}
+
+
+def colour_folder(root: Path, *, red: int, blue: int) -> Path:
+    """Write images of two colours with noise, in one folder per class."""
+    generator = np.random.default_rng(0)
+    for (name, colour), count in zip(COLOURS.items(), (red, blue)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(generator.normal(colour, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_balanced_weights_with_label_smoothing_learn_both_classes(tmp_path, name):
+    """400 to 4 images: a weight on the smoothed share of the rare class would outweigh the labels of the other."""
+    data = ("data=image_folder", f"data.root={colour_folder(tmp_path / 'colours', red=4, blue=400)}")
+    overrides = (*data, "data.image_size=16", "data.batch_size=32", "model=mlp", "model.hidden=[16]")
+    run = trained(
+        tmp_path / "run", *overrides, f"loss={name}", "loss.class_weights=balanced", "loss.label_smoothing=0.1"
+    )
+    assert run.state.best["metrics"]["val/accuracy"] == 1
+
+
+def test_class_weights_by_name_or_integer_are_printed_in_class_order(tmp_path, capsys):
+    data = ("data=image_folder", f"data.root={colour_folder(tmp_path / 'colours', red=10, blue=10)}")
+    overrides = (*data, "data.image_size=16", "data.batch_size=4", "model=mlp", "model.hidden=[16]")
+    for number, (weights, expected) in enumerate(
+        {"{red: 9}": [1, 9], "[1,9]": [1, 9], "{blue: 0.5}": [0.5, 1]}.items()
+    ):
+        run = built(tmp_path / str(number), *overrides, f"loss.class_weights={weights}")
+        assert run.training.loss_function.class_weights.tolist() == expected
+        assert f"class weights: blue {expected[0]}, red {expected[1]}" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match="loss.class_weights.rot: the data has no such class; did you mean|its classes"
+    ):
+        built(tmp_path / "wrong", *overrides, "loss.class_weights={rot: 9}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -161,7 +204,7 @@ def test_running_sums_do_not_depend_on_when_they_are_computed():
         sums = RunningSums()
         for number, batch in enumerate(batches):
             sums.add(*batch)
-            sums.take_back(1, torch.tensor(number == 7))
+            sums.discard(1, torch.tensor(float(number == 7)))
             if number % every == 0:
                 assert sums.state_dict()["window"][2] == sum(
                     len(labels) for _, _, labels in batches[: number + 1]

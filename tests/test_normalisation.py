@@ -182,7 +182,7 @@ def test_images_too_large_for_whitening_are_refused_before_they_are_read(tmp_pat
     files = Images(Files(PackedPaths.of(paths), image_size=37, channels=3), torch.tensor([0, 1, 0, 1]))
     settings = {"seed": 0, "val_fraction": 0, "image_size": 37, "channels": 3, "fit": "resize", "limit_train": None}
     settings |= {"num_classes": None, "memory_budget": 0, "normalise": "zca"}
-    with pytest.raises(ConfigError, match="normalise = zca: .*3 x 37 x 37 has 4,107 numbers.*at most 4,096") as caught:
+    with pytest.raises(ConfigError, match="normalise = zca: .*3 x 37 x 37 has 4,107 values.*at most 4,096") as caught:
         prepare(Collection(files, None, None, ["a", "b"]), **settings)
     assert caught.value.subject == "normalise"
     with pytest.raises(ConfigError, match="whitening_epsilon = 0: must be > 0"):
@@ -236,8 +236,8 @@ def test_streamed_files_give_the_same_statistics_input_as_pixels_in_memory(tmp_p
 def test_exact_mean_is_bit_identical_to_the_fitted_mean(monkeypatch, kind, channels):
     pixels = natural(501, channels=channels)
     expected = fitted(pixels, kind).tensors["mean"]
-    for values in (normalisation.VALUES, 1000, 1):  # in one chunk, in several, and one image at a time
-        monkeypatch.setattr(normalisation, "VALUES", values)
+    for values in (normalisation.MAX_CONVERTED_VALUES, 1000, 1):  # in one chunk, in several, and one image at a time
+        monkeypatch.setattr(normalisation, "MAX_CONVERTED_VALUES", values)
         for chunks in ([pixels], [pixels[:100], pixels[100:101], pixels[101:]]):
             mean = exact_mean(chunks, per_pixel=kind != "per_channel")
             assert mean.dtype == expected.dtype and torch.equal(mean, expected)

@@ -52,6 +52,7 @@ NO_EFFECT_ON_RESULTS = {  # free on resume, with equal results
     *("trainer.device", "trainer.threads", "trainer.log_every", "trainer.histograms_every", "trainer.log_graph"),
     *("trainer.log_images", "trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
     *("data.num_workers", "data.timeout_s", "data.on_bad_image", "data.cache_dir", "data.root", "data.download"),
+    "data.mirror",
 }
 OF_THE_RUN = {"run_dir", "resume", "trust", "traceback"}
 

@@ -217,6 +217,8 @@ def test_warm_up_of_each_schedule_equals_values_computed_by_hand():
     assert [inverse_time(step, 10, 4) for step in range(10)] == close([*ramp, *inverse])
     line = [1 - step / 6 for step in range(6)]
     assert [polynomial(step, 10, 4) for step in range(10)] == close([*ramp, *line])
+    ramp_from_half = [0.6, 0.7, 0.8, 0.9]
+    assert [polynomial(step, 10, 4, warmup_start=0.5) for step in range(10)] == close([*ramp_from_half, *line])
     waves = [*half_wave[::3], *[(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]]
     assert [cosine_restarts(step, 10, 4, periods=2) for step in range(10)] == close([*ramp, *waves])
 
@@ -238,6 +240,7 @@ def test_warm_up_of_each_schedule_equals_values_computed_by_hand():
         (partial(inverse_time, decay=-1), "decay"),
         (partial(polynomial, power=0), "power"),
         (partial(polynomial, final=-0.1), "final"),
+        (partial(polynomial, warmup_start=1), "warmup_start"),
         (partial(cosine_restarts, periods=0), "periods"),
         (partial(cosine_restarts, periods=2.5), "periods"),
         (partial(cosine_restarts, multiplier=0.9), "multiplier"),

@@ -525,6 +525,6 @@ def test_finished_run_on_a_read_only_disk_can_be_evaluated_but_not_continued(tmp
     capsys.readouterr()
     evaluate_run(Config(values=values, record={}, job=None))
     out, err = capsys.readouterr()
-    assert "accuracy" in out and "evaluation-test.json is not written" in err and "Read-only file system" in err
+    assert "accuracy" in out and "evaluation-test.json was not written" in err and "Read-only file system" in err
     with pytest.raises((StorageError, OSError), match="Read-only file system"):
         reopened(folder, "trainer.max_epochs=2")

@@ -34,8 +34,8 @@ def generator_and_critic(seed: int) -> TrainState:
         device=CPU,
         skips=False,
         steps_per_epoch=5,
-        restored=[],
-        take_back=sums.take_back,
+        buffers=[],
+        discard=sums.discard,
     )
     factor = FactorSchedule(lambda *_: 1.0, base_lrs=[0.1], total_steps=10, warmup_steps=0)
     return TrainState(
@@ -63,7 +63,7 @@ def train_step(state: TrainState) -> None:
         optimizer.zero_grad()
     state.advance(4)
     assert state.ema is not None
-    state.ema.update(state.model, state.step)
+    state.ema.update(state.step)
     state.settle()
 
 

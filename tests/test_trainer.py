@@ -532,7 +532,7 @@ def test_tf32_is_set_in_torch_on_cuda(tf32, expected):
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     initial = settings_of_torch()
-    settings = {"threads": None, "deterministic": False, "tf32": tf32, "precision": "fp32"}
+    settings = {"threads": None, "deterministic": False, "tf32": tf32, "precision": "fp32", "compile": False}
     try:
         configure_torch({**settings, "device": "cpu"})
         assert settings_of_torch() == initial

@@ -56,3 +56,37 @@ def test_with_tta_keeps_the_training_mode_and_the_state_names(training):
     assert averaged.training == model.training == training
     assert with_tta(model, "none") is model
     assert set(averaged.state_dict()) == set(copy.deepcopy(model).state_dict())
+
+
+def test_mirror_shift_is_the_weighted_mean_of_six_views():
+    """A second implementation: half of the weight on the image and its mirror image, half on two diagonal shifts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 5 * 6, 4)).eval()
+    images = torch.randn(2, 3, 5, 6)
+
+    def shifted(image: torch.Tensor, by: int) -> torch.Tensor:
+        """Row i of the result is row i - by of the image; a row before the first is the second (reflection)."""
+        rows = [abs(i - by) if i - by < 5 else 2 * 4 - (i - by) for i in range(5)]
+        columns = [abs(i - by) if i - by < 6 else 2 * 5 - (i - by) for i in range(6)]
+        return image[:, rows][:, :, columns]
+
+    views = [(images, 1 / 4), (images.flip(3), 1 / 4)]
+    for by in (1, -1):
+        moved = torch.stack([shifted(image, by) for image in images])
+        views += [(moved, 1 / 8), (moved.flip(3), 1 / 8)]
+    expected = sum(weight * model(view) for view, weight in views)
+    torch.testing.assert_close(with_tta(model, "mirror_shift")(images), expected)
+    assert (model(images) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tta", ["mirror", "mirror_shift"])
+def test_views_are_averaged_in_float32(tta):
+    """Logits of 16 bits differ by their rounding, up to 2^-9; the mean must not be rounded again."""
+
+    class Half(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)).bfloat16()
+
+    images = torch.rand(4, 3, 8, 8) + 100 * torch.arange(8.0)
+    averaged = with_tta(Half(), tta)(images)
+    assert averaged.dtype == torch.float32

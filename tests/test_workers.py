@@ -173,7 +173,7 @@ def test_workers_that_keep_dying_are_an_error(tmp_path, caplog):
     with pytest.raises(DataError) as caught:
         read(Faulty(tmp_path, times=100, fault=partial(die, signal.SIGBUS)))
     assert caught.value.subject.startswith("loader worker (pid ")
-    assert "killed by SIGBUS, and so were 3 before it" in str(caught.value) and "memory" in str(caught.value)
+    assert "killed by SIGBUS, after 3 other workers died" in str(caught.value) and "memory" in str(caught.value)
     assert len(caplog.records) == 3
     assert not workers()
 
@@ -190,7 +190,7 @@ def test_exit_code_of_a_worker_is_logged(tmp_path, caplog):
 
 
 def test_hanging_worker_is_an_error_after_timeout_s(tmp_path):
-    with pytest.raises(DataError, match=r"data.timeout_s = 0.3: a loader worker \(pid \d+\) has taken longer"):
+    with pytest.raises(DataError, match=r"data.timeout_s = 0.3: a loader worker \(pid \d+\) took longer"):
         read(Faulty(tmp_path, times=1, fault=partial(time.sleep, 600)), timeout_s=0.3)
     assert not workers()
     with pytest.raises(ConfigError, match="timeout_s = 0: must be > 0"):

@@ -1,4 +1,4 @@
-"""Metrics of a run's model on a split of its data: computed from the run folder, written as JSON, shown as tables."""
+"""Evaluation of a run's model on a split of its data: metrics as tables in the terminal and as a JSON file."""
 
 import errno
 import json
@@ -21,11 +21,16 @@ from trainer.device import configure_tf32
 from trainer.inference.evaluation import measure, predict
 from trainer.inference.load_run import LoadedRun, load_run, with_data_root
 
-MAX_CLASSES = 20  # of a confusion matrix in the terminal; a larger one is only in the JSON file
+MAX_CLASSES = 20  # of a confusion matrix in the terminal; a larger matrix is written only to the JSON file
 
 
 def evaluate_run(config: Config[EvaluateConfig]) -> None:
-    """Rebuild the run, predict the split, compute the metrics, write RUN/evaluation-SPLIT.json and print them."""
+    """Evaluate the run's model on a split, print the metrics and write them to RUN/evaluation-SPLIT.json.
+
+    If the run folder is read-only, a warning is printed and no file is written. Raises CheckpointError if the
+    checkpoint is unusable or the data is not that of the run, DataError if the data has no such split, and StorageError
+    if writing fails for another reason.
+    """
     values = config.values
     folder, split = Path(values["run"]), values["split"]
     run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
@@ -39,22 +44,25 @@ def evaluate_run(config: Config[EvaluateConfig]) -> None:
     except StorageError as error:
         if not is_read_only(error):
             raise
-        print(f"warning: {path} is not written: {error.explanation}", file=sys.stderr)
+        print(f"warning: {path} was not written: {error.explanation}", file=sys.stderr)
     else:
         print(f"written to {path}")
 
 
 def is_read_only(error: StorageError) -> bool:
-    """Return whether a file could not be written because its file system is read-only or belongs to another user."""
+    """Return whether a file could not be written for lack of permission or because its file system is read-only."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def compute(run: LoadedRun, split: str, *, data_config: TrainConfig) -> dict[str, Any]:
-    """Return the metrics of the run's model on one split; raise DataError if the data lack it."""
+    """Return the metrics of the run's model on one split: the dict of `trainer.inference.evaluation.measure`.
+
+    Raises DataError if the data has no such split, and CheckpointError if it is not the data of the run.
+    """
     images = getattr(read_splits(run, split, data_config), split)
     if images is None:
-        raise DataError(f"split={split}", "this run's data has no such part")
+        raise DataError(f"split={split}", f"the data of this run has no {split} split; choose another split")
     batch_size = data_config["data"]["eval_batch_size"]
     normalisation = run.transform.normalisation.to(run.device)
     loader = EvalLoader(images, batch_size=batch_size, normalisation=normalisation, device=run.device)
@@ -63,8 +71,8 @@ def compute(run: LoadedRun, split: str, *, data_config: TrainConfig) -> dict[str
 
 
 def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
-    """Return the splits of the run's data; raise CheckpointError if their fingerprint is not that of the run."""
-    # Training images are read at the size of all others.
+    """Return the splits of the run's data. Raises CheckpointError if their fingerprint differs from that of the run."""
+    # Evaluation needs images of data.image_size, so training images are not read at data.stored_size.
     data = data_config["data"]
     normalisation = run.transform.normalisation
     options: DataOptions = {**data, "stored_size": None} if split == "train" else data
@@ -75,7 +83,7 @@ def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the report as tables."""
+    """Print the report: a line of metrics, a table of classes and, up to MAX_CLASSES, the confusion matrix."""
     console = Console(highlight=False)
     metrics = "  ".join(
         f"{name} {report[name]:.4f}" for name in ("accuracy", "top5_accuracy", "macro_f1", "cross_entropy")
@@ -85,7 +93,7 @@ def show(report: dict[str, Any]) -> None:
     table = Table("class", "precision", "recall", "F1", "samples", title="Classes", title_justify="left")
     for name, row in report["classes"].items():
         scores = (f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
-        table.add_row(Text(printable(name)), *scores, str(row["samples"]))  # a name with brackets is no markup
+        table.add_row(Text(printable(name)), *scores, str(row["samples"]))  # Text: brackets in a name are not markup
     console.print(table)
     if len(names) > MAX_CLASSES:
         return

@@ -1,4 +1,4 @@
-"""Figures of runs and of data, drawn with matplotlib; `save` writes one as an image file."""
+"""Figures of runs and of data, drawn with matplotlib. Each function returns a figure; `save` writes it to a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +11,15 @@ WIDTH = 9.0  # inches
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the suffix chooses the format (.png, .svg, .pdf)."""
+    """Write a figure to a file. The suffix of the path selects the format: .png, .svg or .pdf."""
     figure.savefig(path, dpi=100, facecolor="white")
 
 
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Figure:
-    """Draw train/NAME (thin) and val/NAME (bold) of runs over their steps, from the lines of their metrics.jsonl."""
+    """Draw the metrics train/NAME (dashed) and val/NAME (solid) of runs over their steps.
+
+    `runs` maps the label of a run to the lines of its metrics.jsonl. Lines without the metric are skipped.
+    """
     figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = figure.subplots()
     for index, (run, lines) in enumerate(runs.items()):
@@ -31,7 +34,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) 
 
 
 def image_table(images: np.ndarray, *, rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """Draw images uint8 (R, K, H, W, C) as a table with names to the left and above; C is 1 or 3."""
+    """Draw images, uint8 (R, K, H, W, C) with C = 1 or 3, as a table of R named rows and K named columns."""
     count = len(columns)
     side = WIDTH / (count + 1)
     figure = Figure(figsize=(WIDTH, side * len(rows) + 0.4), layout="constrained")
@@ -49,12 +52,12 @@ def image_table(images: np.ndarray, *, rows: Sequence[str], columns: Sequence[st
             if row == 0:
                 axes.set_title(columns[column], fontsize="small")
         name = axes_of_row[0].set_ylabel(rows[row][:16], rotation=0, ha="right", va="center", fontsize="small")
-        name.set_parse_math(False)  # a name may have a dollar sign in it
+        name.set_parse_math(False)  # a dollar sign in a name must not start a formula
     return figure
 
 
 def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Draw the samples of each class (K numbers per split), one panel per split."""
+    """Draw the number of samples of each class as bars, one panel per split. `counts` maps a split to K numbers."""
     figure = Figure(figsize=(WIDTH, 1.8 * len(counts) + 0.6), layout="constrained")
     panels = figure.subplots(len(counts), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (split, numbers) in zip(panels, counts.items(), strict=True):
@@ -69,14 +72,14 @@ def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]
     return figure
 
 
-def rate_curve(rates: Mapping[str, Sequence[float]], *, steps_per_epoch: int) -> Figure:
-    """Draw the learning rate of each parameter group over the steps of a run."""
+def learning_rate_curves(curves: Mapping[str, Sequence[float]], *, steps_per_epoch: int) -> Figure:
+    """Draw the learning rate of each parameter group over the epochs. `curves` has one value per step of the run."""
     figure = Figure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()
-    for group, values in rates.items():
+    for group, values in curves.items():
         axes.plot(np.arange(len(values)) / steps_per_epoch, values, label=group)
     axes.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     axes.grid(alpha=0.3)
-    if len(rates) > 1:
+    if len(curves) > 1:
         axes.legend(fontsize="small")
     return figure

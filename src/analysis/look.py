@@ -1,6 +1,6 @@
-"""What a training would see: class counts, augmented images and the learning rate, without training.
+"""Preview of a training, without training: class counts, augmented images and the learning rate.
 
-config -> the objects of a training -> tables and figures -> a folder with image files and TensorBoard's events
+config -> objects of a training -> table and figures -> folder with image files and a TensorBoard event file
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis.figures import class_counts, image_table, rate_curve, save
+from analysis.figures import class_counts, image_table, learning_rate_curves, save
 from core.config import Config
 from core.errors import ConfigError, StorageError
 from core.options.declarations import SPLITS, TrainConfig
@@ -27,89 +27,101 @@ from trainer.storage.run_folder import chosen_path
 from trainer.training import Training
 
 EPOCHS = 9  # augmented versions of each image
-MAX_CLASSES = 20  # rows of images
-MAX_POINTS = 1000  # of the learning rate in TensorBoard
+MAX_CLASSES = 20  # classes with a row of images
+MAX_POINTS = 1000  # points of a learning rate curve in TensorBoard, approximately
 
 
 def look_at(config: Config[TrainConfig]) -> None:
-    """Build the training, draw what it would see, write it and print the folder."""
+    """Build the training of a config, write figures of its input to a new folder, and print the class counts.
+
+    Raises ConfigError for the config of a resumed run, and StorageError if the folder exists or cannot be created.
+    """
     values = config.values
     if config.from_run:
-        raise ConfigError("resume", "is for train.py; look takes the config of a new run", value=values["resume"])
+        raise ConfigError(
+            "resume", "is supported by train.py only; look.py takes the config of a new run", value=values["resume"]
+        )
     configure_torch(values["trainer"])
     training, splits = build(config)
     loader = training.train_loader
     assert isinstance(loader, TrainLoader)
     counts = count_classes(splits)
-    rates = learning_rates(training)
+    curves = learning_rates(training)
     figures = {
         "images": image_table(**augmented_images(loader, splits, image_size=values["data"]["image_size"])),
         "classes": class_counts(counts, splits.class_names),
-        "lr": rate_curve(rates, steps_per_epoch=loader.steps_per_epoch),
+        "lr": learning_rate_curves(curves, steps_per_epoch=loader.steps_per_epoch),
     }
     folder = chosen_path(values["run_dir"], job=config.job, names=("look", values["choices"]["data"]))
-    write(figures, rates, folder)
+    write(figures, curves, folder)
     show(counts, splits.class_names)
-    print(f"{', '.join(f'{name}.png' for name in figures)} and TensorBoard's events in {folder}")
+    print(f"{', '.join(f'{name}.png' for name in figures)} and a TensorBoard event file are in {folder}")
 
 
-def write(figures: Mapping[str, Figure], rates: Mapping[str, list[float]], folder: Path) -> None:
-    """Write the figures as image files, and figures and learning rates for TensorBoard, into a new folder."""
+def write(figures: Mapping[str, Figure], curves: Mapping[str, list[float]], folder: Path) -> None:
+    """Create a folder with the figures as PNG files, and with figures and learning rates for TensorBoard.
+
+    `curves` maps a parameter group to its learning rate at each step. Raises StorageError if the folder exists or
+    cannot be created.
+    """
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise StorageError(str(folder), "exists already; choose another run_dir") from None
     except OSError as exception:
-        raise StorageError(str(folder), f"cannot be made: {exception.strerror}") from None
+        raise StorageError(str(folder), f"cannot be created: {exception.strerror}") from None
     with SummaryWriter(str(folder)) as writer:
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
             writer.add_figure(f"look/{name}", figure, close=False)
-        for group, curve in rates.items():
+        for group, curve in curves.items():
             for step in range(0, len(curve), max(1, len(curve) // MAX_POINTS)):
                 writer.add_scalar(f"lr/{group}", curve[step], step)
 
 
 def count_classes(splits: Splits) -> dict[str, list[int]]:
-    """Return the samples of each class, by split."""
+    """Return the number of samples of each class, {split: K numbers}, for the splits that exist."""
     count = len(splits.class_names)
-    parts = {split: getattr(splits, split) for split in SPLITS}
-    return {split: part.labels.bincount(minlength=count).tolist() for split, part in parts.items() if part}
+    images = {split: getattr(splits, split) for split in SPLITS}
+    return {split: some.labels.bincount(minlength=count).tolist() for split, some in images.items() if some}
 
 
 def learning_rates(training: Training) -> dict[str, list[float]]:
-    """Return the learning rate of each parameter group at every step, without metrics for schedules that watch one."""
+    """Return the learning rate of each parameter group at every step: {group: one value per step}.
+
+    Schedules that react to a metric get none, so their curves show no reaction.
+    """
     state, optimizer = training.state, training.state.optimizer
-    rates: dict[str, list[float]] = {group["name"]: [] for group in optimizer.param_groups}
+    curves: dict[str, list[float]] = {group["name"]: [] for group in optimizer.param_groups}
     for step in range(training.settings.total_steps):
         state.schedule.apply(optimizer, step)
         for group in optimizer.param_groups:
-            rates[group["name"]].append(group["lr"])
-    return rates
+            curves[group["name"]].append(group["lr"])
+    return curves
 
 
 def augmented_images(loader: TrainLoader, splits: Splits, *, image_size: int) -> dict[str, Any]:
-    """Return the arguments of `image_table`: images uint8 (classes, 1 + EPOCHS, H, W, C) and the names beside them.
+    """Return the arguments of `image_table`: images, uint8 (classes, 1 + EPOCHS, H, W, C), names of rows and columns.
 
-    They are the first image of each class, and its augmented version in each of the first epochs.
+    A row shows the first training image of a class, without augmentation and as augmented in each of the first epochs.
     """
     labels = splits.train.labels
     present = labels.unique().tolist()[:MAX_CLASSES]
     chosen = torch.tensor([int((labels == label).nonzero()[0]) for label in present])
     versions = [resize(splits.train.read(chosen), image_size=image_size, fit="resize")]  # each (classes, C, H, W)
     for epoch in range(EPOCHS):
-        (batch,) = loader.show([chosen], epoch)
+        (batch,) = loader.read_augmented([chosen], epoch)
         versions.append(batch.images.float().round().clamp(0, 255).to(torch.uint8).cpu())
     images = torch.stack(versions, dim=1)  # (classes, 1 + EPOCHS, C, H, W)
     return {
         "images": images.permute(0, 1, 3, 4, 2).numpy(),
         "rows": [splits.class_names[label] for label in present],
-        "columns": ["as it is", *(f"epoch {epoch}" for epoch in range(EPOCHS))],
+        "columns": ["original", *(f"epoch {epoch}" for epoch in range(EPOCHS))],
     }
 
 
 def show(counts: Mapping[str, list[int]], class_names: list[str]) -> None:
-    """Print the counts as a table."""
+    """Print a table of the number of samples: one row per class, one column per split."""
     table = Table("class", title="Samples", title_justify="left")
     for split in counts:
         table.add_column(split, justify="right")

@@ -18,13 +18,17 @@ from trainer.inference.load_run import LoadedRun, load_run
 
 
 def predict_images(config: Config[PredictConfig]) -> None:
-    """Rebuild the run, decode the images as in training, write one line of probabilities per image."""
+    """Classify image files with a run's model, and write one CSV line per image: file, class and probabilities.
+
+    The images are decoded as in training. Raises DataError if there are no images or one is unreadable, and
+    CheckpointError if the run cannot be loaded.
+    """
     values = config.values
     source, output = Path(values["input"]), Path(values["output"])
     paths = image_paths(source)
     run = load_run(values["run"], checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
     configure_tf32(run.config["trainer"]["tf32"], run.device)
-    content = io.StringIO(newline="")  # the file is written at the end, whole
+    content = io.StringIO(newline="")  # written to disk at the end: an error leaves no partial file
     table = csv.writer(content)
     table.writerow(["file", "class", "probability", *run.class_names])
     for start in range(0, len(paths), values["batch_size"]):
@@ -38,7 +42,10 @@ def predict_images(config: Config[PredictConfig]) -> None:
 
 
 def image_paths(source: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, or the one file; raise DataError if there are none."""
+    """Return the image files in a folder and its subfolders; for a file, return only that file.
+
+    A summary of skipped files is printed to stderr. Raises DataError if there are no images.
+    """
     if not source.exists():
         raise DataError(str(source), "no such file or folder (input)")
     if not source.is_dir() and not source.is_file():
@@ -48,12 +55,14 @@ def image_paths(source: Path) -> list[Path]:
     if skipped.counts:
         print(f"{source}: {skipped}", file=sys.stderr)
     if not paths:
-        raise DataError(str(source), f"no images in it; known endings: {', '.join(sorted(SUFFIXES))}")
+        raise DataError(
+            str(source), f"contains no images (input); supported file extensions: {', '.join(sorted(SUFFIXES))}"
+        )
     return paths
 
 
 def probabilities(run: LoadedRun, paths: list[Path]) -> Tensor:
-    """Return the probabilities (B, K) of B image files, on the CPU."""
+    """Return the class probabilities of B image files: (B, K), on the CPU."""
     with torch.inference_mode():
         images = torch.stack([run.transform(path) for path in paths])  # (B, C, H, W)
         with run.autocast:

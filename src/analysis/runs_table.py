@@ -1,4 +1,4 @@
-"""The table of all runs under a folder, and the mean over seeds of runs that differ in nothing else.
+"""Table of all runs under a folder, and mean and standard deviation over seeds of runs that differ only in their seed.
 
 RUN/config.yaml and RUN/summary.json -> one row per run -> sorted by a metric -> terminal, CSV, learning curves
 """
@@ -26,7 +26,10 @@ from core.run_config import read_run_config
 
 
 def tabulate_runs(config: Config[RunsConfig]) -> None:
-    """Read every summary, sort, print, write."""
+    """Print the runs under a folder, sorted by a metric; on request, write a CSV file and learning curves.
+
+    Raises ConfigError for an unsupported figure format, and DataError if there are no runs or none has the metric.
+    """
     values = config.values
     folder, metric = Path(values["folder"]), values["sort"]
     if values["curves"] and Path(values["curves"]).suffix not in (".png", ".svg", ".pdf"):
@@ -35,10 +38,11 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
         raise DataError(str(folder), "no such folder")
     rows = [row for path in sorted(folder.rglob("config.yaml")) if (row := read_row(path.parent, folder))]
     if not rows:
-        raise DataError(str(folder), "no runs in it")
+        raise DataError(str(folder), "contains no runs (folder)")
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
-        raise DataError(f"sort={metric}", f"no run has it; there are {', '.join(known) or 'no metrics yet'}")
+        explanation = f"no run has this metric; choose one of {', '.join(known)}" if known else "no run has metrics yet"
+        raise DataError(f"sort={metric}", explanation)
     worst = float("inf") if metric.endswith("loss") else float("-inf")
     rows.sort(key=lambda row: row["metrics"].get(metric, worst), reverse=not metric.endswith("loss"))
     show(rows, metric)
@@ -50,7 +54,7 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
 
 
 def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
-    """Write one line per run, with a column per metric."""
+    """Write a CSV file with one line per run and one column per metric; a metric that a run lacks is empty."""
     content = io.StringIO(newline="")
     table = csv.writer(content)
     table.writerow(["run", "model", "data", "seed", "status", "parameters", "seconds", *metrics])
@@ -63,8 +67,11 @@ def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> Non
 
 
 def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
-    """Plot the metric over the steps of every run that has it; a run is named by its model if no other has the same."""
-    from analysis.figures import learning_curves, save  # matplotlib takes half a second to import
+    """Write a figure of train/NAME and val/NAME over the steps of each run.
+
+    The label of a run is its model if all models differ, else its folder.
+    """
+    from analysis.figures import learning_curves, save  # only here: importing matplotlib takes half a second
 
     models = [row["model"] for row in rows]
     key = "model" if len(set(models)) == len(models) else "run"
@@ -73,7 +80,7 @@ def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Pa
 
 
 def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
-    """Return one run's row; None for a folder that is no run or is damaged."""
+    """Return the table row of a run; None if the folder is not a run or its config is damaged."""
     try:
         config = read_run_config(run)
         summary = read_summary(run)
@@ -85,8 +92,8 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
     best, test = (summary[key] if isinstance(summary.get(key), dict) else {} for key in ("best", "test"))
     metrics = {f"test/{name}": value for name, value in test.items()}
     metrics |= best["metrics"] if isinstance(best.get("metrics"), dict) else {}
-    # Runs whose compared options are equal, but for the seed, are seeds of one experiment.
-    same = [(name, value) for name, value in leaves(config) if name != "seed" and is_compared(name)]
+    # Runs belong to one experiment if all compared options except the seed are equal.
+    compared = [(name, value) for name, value in leaves(config) if name != "seed" and is_compared(name)]
     return {
         "run": str(run.relative_to(folder)),
         "model": config["choices"]["model"],
@@ -96,12 +103,12 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "parameters": summary.get("parameters", ""),
         "seconds": summary.get("seconds", ""),
         "metrics": {name: value for name, value in metrics.items() if type(value) in (int, float)},
-        "experiment": repr([pair for pair in same if not isinstance(pair[1], dict)]),
+        "experiment": repr([pair for pair in compared if not isinstance(pair[1], dict)]),
     }
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return a run's summary.json; empty if it does not exist or is damaged."""
+    """Return the summary.json of a run; an empty dict if the file does not exist or is damaged."""
     try:
         summary = json.loads(read_regular(run / "summary.json", follow=False))
     except (OSError, ValueError, RecursionError):
@@ -110,21 +117,23 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], metric: str) -> None:
-    """Print the table of runs and, if an experiment has several seeds, the table of their means."""
+    """Print the table of runs. If an experiment has several seeds, also print the table of means over seeds."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    run = Column("run", no_wrap=True)  # the name is what other commands take
+    run = Column("run", no_wrap=True)  # users copy the name into other commands
     table = Table(run, "model", "data", "seed", "status", "seconds", metric)
     for row in rows:
         value = row["metrics"].get(metric)
         shown = [row[key] for key in ("run", "model", "data", "seed", "status", "seconds")]
-        cells = [Text(printable(str(cell))) for cell in shown]  # a name with brackets is no markup
+        cells = [Text(printable(str(cell))) for cell in shown]  # Text: brackets in a name are not markup
         table.add_row(*cells, "" if value is None else f"{value:.4f}")
     console.print(table)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         if metric in row["metrics"]:
             groups.setdefault(row["experiment"], []).append(row)
-    means = Table("model", "data", "seeds", f"{metric} (mean ± sd)", "runs", title="Over seeds", title_justify="left")
+    means = Table(
+        "model", "data", "seeds", f"{metric} (mean ± sd)", "runs", title="Mean over seeds", title_justify="left"
+    )
     for seeds in (group for group in groups.values() if len(group) > 1):
         values = [row["metrics"][metric] for row in seeds]
         spread = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"

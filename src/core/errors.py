@@ -111,10 +111,20 @@ def sighup_is_ignored(number: signal.Signals) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
+OUT_OF_MEMORY = (  # texts of a RuntimeError of torch
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # AcceleratorError: for the context, or for pinned memory
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+
+
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Return whether an error means out of memory, in Python, torch.cuda (by name: it may not be imported) or torch."""
+    """Return whether an error of Python or torch means out of memory; torch may not be imported."""
     has_known_type = isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError"
-    return has_known_type or "DefaultCPUAllocator" in str(exception)
+    return has_known_type or any(text in str(exception) for text in OUT_OF_MEMORY)
 
 
 def as_preceptor_error(exception: Exception, *, subject: str = "storage", step: str | None = None) -> Exception:
@@ -130,6 +140,10 @@ def as_preceptor_error(exception: Exception, *, subject: str = "storage", step: 
     if is_out_of_memory(exception):
         advice = "out of memory; try a smaller data.batch_size with a larger trainer.accumulate"
         return NumericalError(step or "memory", advice)
+    if NOT_DETERMINISTIC in str(exception):
+        operation = str(exception).partition(" ")[0]
+        explanation = f"{operation} has no deterministic implementation on this device; set false, or train on the cpu"
+        return ConfigError("trainer.deterministic", explanation, value=True)
     return exception
 
 

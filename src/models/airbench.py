@@ -67,7 +67,8 @@ class Airbench(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return the largest value of each map, divided by 9, (B, widths[-1]), for images (B, C, H, W)."""
         maps: Tensor = self.blocks(self.activation(self.whiten(images)))
-        return maps.amax(dim=(2, 3)) / 9
+        # Not amax: its gradient compares values that a compiler may have rounded differently, and is then NaN.
+        return functional.max_pool2d(maps, maps.shape[2:]).flatten(1) / 9
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of images (B, C, H, W)."""
@@ -91,7 +92,9 @@ def block(in_channels: int, width: int) -> nn.Sequential:
 def norm(width: int) -> nn.BatchNorm2d:
     """Return a norm without a trainable scale. Its running statistics cover the last few batches."""
     layer = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
-    layer.register_parameter("weight", None)
+    # A constant scale, as torch's CUDA kernels return no gradient for a shift without a scale.
+    del layer.weight
+    layer.register_buffer("weight", torch.ones(width), persistent=False)
     return layer
 
 

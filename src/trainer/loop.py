@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from core.seeding import fold
+from trainer.device import generator_of, synchronize
 from trainer.durations import due
 from trainer.interfaces import Recorder, Saver, StepResult
 from trainer.monitor.interrupts import Interrupts
@@ -68,8 +69,10 @@ class Loop:
                 reseed(dropout_seed, training.device)
                 result = training.step(batches)
                 state.advance(result.samples)
+                if state.lookahead:
+                    state.lookahead.update(state.step, total_steps=self.settings.total_steps)
                 if state.ema:
-                    state.ema.update(state.model, state.step, updated=state.guard.updated)
+                    state.ema.update(state.step, skipped=state.guard.skipped)
                 self.log_step(result)
                 training.step.clear_gradients()
                 state.settle()
@@ -120,7 +123,7 @@ class Loop:
         Returns None if a signal asks the run to stop meanwhile: then nothing has happened.
         """
         state, settings = self.state, self.settings
-        state.clock.stop()
+        self.stop_clock()
         measured: dict[str, float] | None = {}
         if self.training.val_loader is not None:
             measured = self.training.measure(self.training.val_loader, abandon=self.interrupts.asked)
@@ -152,9 +155,14 @@ class Loop:
         return improved
 
     def report_skipped(self) -> None:
-        """Warn of steps skipped since the last call; NumericalError if none may be."""
-        for text in self.state.guard.skipped(step=self.state.step + 1):
+        """Warn of steps skipped since the last call; raises NumericalError if no step may be skipped."""
+        for text in self.state.guard.report():
             self.recorder.warn(text, step=self.state.step)
+
+    def stop_clock(self) -> None:
+        """Stop the clock once the device has computed the steps that were launched."""
+        synchronize(self.training.device)
+        self.state.clock.stop()
 
     # Checkpoints
 
@@ -168,7 +176,7 @@ class Loop:
             "step": due(self.state.step, self.settings.checkpoint_every),
         }
         if kinds := [kind for kind, is_wanted in wanted.items() if is_wanted]:
-            self.state.clock.stop()
+            self.stop_clock()
             self.save(kinds)
             self.state.clock.start()
 
@@ -198,7 +206,10 @@ def reason_to_stop(
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Seed what dropout draws from, generator by generator (2 us); torch.manual_seed visits every backend (150 us)."""
+    """Seed the default generators of CPU and device, from which models draw random values such as those of dropout.
+
+    This takes 2 us for each; `torch.manual_seed` seeds the generators of all devices, which takes 150 us.
+    """
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    if device.type != "cpu":
+        generator_of(device).manual_seed(seed)

@@ -19,7 +19,7 @@ from core.resume import Changes, changes_between, refuse_changes
 from data.sources.splits import Splits, same_mean
 from trainer.build.training import build
 from trainer.build.trust import trusted_values
-from trainer.device import configure_torch
+from trainer.device import configure_torch, describe
 from trainer.durations import step_name
 from trainer.loop import Judge, Loop, never_prune, reason_to_stop
 from trainer.monitor.interrupts import Interrupts
@@ -237,6 +237,7 @@ class Run:
             "test": dict(test or {}),
             "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
             "seconds": round(state.clock.seconds, 3),
+            "training_seconds": round(state.clock.training, 3),  # of the steps alone
             "samples_per_second": round(state.clock.samples_per_second, 1),
             "seed": self.training.settings.seed,
             "provenance": dict(self.origin),
@@ -246,7 +247,7 @@ class Run:
 
 
 def _machine(training: Training) -> dict[str, Any]:
-    return {"device": device_name(training.device), "threads": torch.get_num_threads()}
+    return {"device": device_name(training.device), **describe(training.device), "threads": torch.get_num_threads()}
 
 
 def _sizes(splits: Splits) -> dict[str, int]:

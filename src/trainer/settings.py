@@ -18,4 +18,4 @@ class Settings:
     checkpoint_keep: int | None
     monitor: str | None  # the metric that decides which checkpoint is the best
     monitor_mode: str
-    tta: str  # none or mirror
+    tta: str  # none, mirror or mirror_shift

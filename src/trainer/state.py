@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.errors import CheckpointError, NumericalError
+from trainer.device import copied_to_host
 from trainer.durations import epochs_at
 from trainer.interfaces import Normalisation, Stateful
 from trainer.monitor.clock import Clock
@@ -23,6 +24,7 @@ from trainer.monitor.early_stopping import EarlyStopping
 from trainer.monitor.metrics import RunningSums, improves
 from trainer.monitor.nonfinite import NonFiniteGuard
 from trainer.optim.ema import ExponentialMovingAverage
+from trainer.optim.lookahead import Lookahead
 from trainer.optim.scheduling import Schedule
 from trainer.snapshot import Snapshot
 
@@ -31,7 +33,7 @@ class TrainState:
     """Models, optimizers, progress and the components that have state.
 
     `models` and `optimizers` are named, so that a training may have several of each. The model named "model" is the one
-    that is trained, and "ema" is its moving average.
+    that is trained, "ema" is its moving average, and "lookahead" has its slow weights.
     """
 
     def __init__(
@@ -45,15 +47,17 @@ class TrainState:
         sums: RunningSums,
         early_stopping: EarlyStopping,
         ema: ExponentialMovingAverage | None,
+        lookahead: Lookahead | None = None,
         normalisation: Normalisation,
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         steps_per_epoch: int,
     ) -> None:
-        self.models = {**models, **({"ema": ema.average} if ema else {})}
+        averages: dict[str, nn.Module] = {"ema": ema.average} if ema else {}
+        self.models = {**models, **averages, **({"lookahead": lookahead.slow} if lookahead else {})}
         self.optimizers = dict(optimizers)
         self.schedule, self.scaler, self.guard, self.sums = schedule, scaler, guard, sums
-        self.early_stopping, self.ema = early_stopping, ema
+        self.early_stopping, self.ema, self.lookahead = early_stopping, ema, lookahead
         self.clock = Clock()
         self.normalisation = normalisation  # the one that all loaders use
         self.config = config  # as it may be written; a resumed run compares its config.yaml with it
@@ -140,11 +144,8 @@ class TrainState:
         for name, optimizer in self.optimizers.items():
             parts[name], plain[name] = optimizer_state(self.models, optimizer)
         parts["data"] = self.normalisation.tensors
-        tensors = {
-            f"{part}.{name}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for part, state in parts.items()
-            for name, tensor in state.items()
-        }
+        named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        tensors = copied_to_host(named)
         checked = {name: tensor for name, tensor in tensors.items() if name not in self._unchecked}
         refuse_nonfinite(checked, step=f"step {self.step} (epoch {self.epoch})")
         values = {

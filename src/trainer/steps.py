@@ -1,6 +1,6 @@
 """The step of classification: forward, loss, backward -> L1, clip -> check -> update.
 
-Other kinds of training are other objects of the same protocol (`trainer.interfaces.Step`).
+Other kinds of training are other classes with the same protocol (`trainer.interfaces.Step`).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,21 +27,24 @@ class ClassificationStep:
         objective: Objective,
         autocast: AbstractContextManager[object],
         penalised: Sequence[nn.Parameter],
+        frozen_after: Sequence[tuple[Sequence[nn.Parameter], int]],
         l1: float,
         clip_norm: float | None,
     ) -> None:
         self.state = state
-        self.forward = forward  # the model as it is called in training: compiled perhaps
+        self.forward = forward  # the model as training calls it: compiled, or recorded as a CUDA graph
         self.objective = objective
         self.autocast = autocast
-        self.penalised = penalised  # the parameters that L1 shrinks
+        self.penalised = penalised  # the parameters with an L1 penalty
+        self.frozen_after = frozen_after  # parameters, and the number of steps that they are trained for
         self.l1, self.clip_norm = l1, clip_norm
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
-        """Update the weights once; gradients of several batches are those of their samples together."""
+        """Update the weights once; the gradient is that of the mean loss over the samples of all batches."""
         state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
         state.guard.remember()
+        self.freeze(step=state.step)
         samples = sum(labels.size(0) for _, labels, _ in batches)
         losses: list[Tensor] = []
         for images, labels, _ in batches:
@@ -63,8 +66,15 @@ class ClassificationStep:
         return StepResult(samples, {"gradient_norm": norm})
 
     def clear_gradients(self) -> None:
+        """Release the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def freeze(self, *, step: int) -> None:
+        """Freeze the parameters that this step, counted from 0, does not train any more."""
+        for parameters, steps in self.frozen_after:
+            for parameter in parameters:
+                parameter.requires_grad_(step < steps)
 
     @torch.no_grad()
     def _add_l1(self) -> None:

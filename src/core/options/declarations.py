@@ -28,6 +28,8 @@ class Mark(Enum):
 
 FREE_ON_RESUME, NOT_COMPARED, IS_PATH = Mark.FREE_ON_RESUME, Mark.NOT_COMPARED, Mark.IS_PATH
 
+DEVICE = re.compile(r"^(auto|cpu|mps|(cuda|xpu)(:\d{1,3})?)$")
+
 # Types with a range
 
 Count = Annotated[int, integer(1)]
@@ -43,7 +45,9 @@ Duration = Annotated[str, duration]
 FilePath = Annotated[str, IS_PATH, file_path]
 Metric = Literal["train/loss", "train/accuracy", "val/loss", "val/accuracy"]
 Mode = Literal["auto", "min", "max"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Annotated[
+    str, like(DEVICE, "auto, cpu, cuda, cuda:N, mps or xpu", words=("auto", "cpu", "cuda", "mps", "xpu"))
+]
 Switch = Literal["auto", True, False]
 
 SPLITS = ("train", "val", "test")
@@ -77,6 +81,7 @@ class DataOptions(TypedDict, total=False):
     batch_size: Required[Count]  # free on resume together with trainer.accumulate: see BATCH_SIZE_KEYS
     eval_batch_size: Required[Count]
     drop_last: Required[Switch]
+    mirror: Required[Annotated[bool, FREE_ON_RESUME, NOT_COMPARED]]
     num_workers: Required[Annotated[CountOrZero, FREE_ON_RESUME, NOT_COMPARED]]
     timeout_s: Required[Annotated[Positive, FREE_ON_RESUME, NOT_COMPARED]]
     memory_budget: Required[NonNegative]
@@ -113,6 +118,7 @@ class ScheduleOptions(TypedDict, total=False):
 
     _target_: Required[str]
     warmup_epochs: Annotated[float, number(0, 1e6)]
+    warmup_start: ShareBelowOne
     momentum: Annotated[list[float], list_of(number(0, 1, without="low high"), length=2)] | None
     rise: OpenShare
     every: ShareAboveZero
@@ -135,7 +141,7 @@ class LossOptions(TypedDict, total=False):
     auxiliary_weight: NonNegative | None
     delta: ShareAboveZero
     label_smoothing: ShareBelowOne
-    class_weights: Literal["balanced"] | list[Positive] | None
+    class_weights: Literal["balanced"] | list[Positive] | dict[str, Positive] | None
 
 
 # train.py: sections of the trainer
@@ -149,6 +155,14 @@ class EarlyStoppingOptions(TypedDict):
     patience: Annotated[Count | None, FREE_ON_RESUME]
     min_delta: Annotated[NonNegative, FREE_ON_RESUME]
     geometric: Annotated[Annotated[float, number(1, without="low")] | None, FREE_ON_RESUME]
+
+
+class LookaheadOptions(TypedDict):
+    """Section `trainer.lookahead`."""
+
+    every: Count | None
+    decay: ShareBelowOne
+    power: NonNegative
 
 
 class CheckpointOptions(TypedDict):
@@ -171,6 +185,7 @@ class TrainerOptions(TypedDict):
     precision: Literal["fp32", "bf16", "fp16"]
     tf32: Switch
     compile: bool
+    cuda_graphs: bool
     channels_last: Switch
     deterministic: bool
     accumulate: Count  # free on resume together with data.batch_size: see BATCH_SIZE_KEYS
@@ -180,7 +195,9 @@ class TrainerOptions(TypedDict):
     ema_decay: OpenShare | None
     weight_decay_on: Literal["all", "weights"]
     bias_lr_factor: Positive
-    tta: Literal["none", "mirror"]
+    freeze_after: dict[str, Duration] | None
+    lookahead: LookaheadOptions
+    tta: Literal["none", "mirror", "mirror_shift"]
     evaluate_every: Duration
     log_every: Annotated[Duration, FREE_ON_RESUME, NOT_COMPARED]
     histograms_every: Annotated[Duration | None, FREE_ON_RESUME, NOT_COMPARED]

@@ -5,7 +5,7 @@ A rule takes a value. It returns None if the value is allowed, and otherwise a t
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from core.errors import suggest
@@ -102,9 +102,31 @@ def file_path(value: Any) -> str | None:
     return None if allowed else "must be a path" + ("; for none type null" if str(value).lower() == "none" else "")
 
 
-def like(pattern: re.Pattern[str], allowed: str) -> Rule:
-    """Return the rule of text that matches a pattern; `allowed` describes it in errors."""
-    return lambda value: None if isinstance(value, str) and pattern.match(value) else f"must be {allowed}"
+def like(pattern: re.Pattern[str], allowed: str, *, words: Sequence[str] = ()) -> Rule:
+    """Return the rule of text that matches a pattern.
+
+    `allowed` describes it in errors, which suggest the most similar of `words` for a misspelt value.
+    """
+
+    def rule(value: Any) -> str | None:
+        if isinstance(value, str) and pattern.match(value):
+            return None
+        hint = suggest(value, words) if isinstance(value, str) else ""
+        return f"must be {allowed}" + (f"; {hint}" if hint else "")
+
+    return rule
+
+
+def mapping_of(rule: Rule) -> Rule:
+    """Return the rule of a section with any keys, whose values satisfy a rule."""
+
+    def checked(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return section(value)
+        wrong = next((allowed for item in value.values() if (allowed := rule(item))), None)
+        return wrong and f"each value {wrong}"
+
+    return checked
 
 
 def flag(value: Any) -> str | None:

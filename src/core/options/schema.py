@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Required, Union, cast, get_args, get
 from core.config import CONFIGS, FROM_ENVIRONMENT, leaves
 from core.errors import ConfigError, suggest
 from core.options.declarations import FREE_ON_RESUME, IS_PATH, NOT_COMPARED, TrainConfig
-from core.options.rules import Rule, either, flag, list_of, one_of, optional, section, text
+from core.options.rules import Rule, either, flag, list_of, mapping_of, one_of, optional, section, text
 
 Schema = type  # a TypedDict of core.options.declarations
 
@@ -36,7 +36,7 @@ def options_of(schema: Schema) -> dict[str, Option]:
         options[key] = Option(
             rule=_rule(hint),
             is_required=key in cast(Any, schema).__required_keys__,
-            takes_arguments="_target_" in keys or get_origin(inner) is dict,
+            takes_arguments="_target_" in keys or any(get_origin(member) is dict for member in _members(inner)),
             is_free_on_resume=FREE_ON_RESUME in marks,
             is_compared=NOT_COMPARED not in marks,
             is_path=_is_path(hint),
@@ -56,8 +56,12 @@ def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
 
 def _is_path(hint: Any) -> bool:
     inner, marks = _unwrapped(hint)
-    is_union = get_origin(inner) in (Union, types.UnionType)
-    return IS_PATH in marks or (is_union and any(_is_path(member) for member in get_args(inner)))
+    return IS_PATH in marks or any(_is_path(member) for member in _members(inner) if member is not inner)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _rule(hint: Any) -> Rule:
@@ -73,6 +77,8 @@ def _rule(hint: Any) -> Rule:
         return one_of(*get_args(hint))
     if get_origin(hint) is list:
         return list_of(_rule(get_args(hint)[0]))
+    if get_origin(hint) is dict and (of := get_args(hint)[1]) is not Any:
+        return section if of is str else mapping_of(_rule(of))
     if is_typeddict(hint) or get_origin(hint) is dict:
         return section
     return {bool: flag, str: text}[hint]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.augment.checks import require_within
 from data.augment.distributions import normal
+from data.device import widest_float
 
 
 class ColorShift:
@@ -42,7 +43,7 @@ class ColorShift:
         if self.contrast:
             # Grey values are rounded to multiples of 1/256: their sum is exact in double precision, in any order.
             shades = (grey(images) * 256).round_()
-            mean = shades.mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).div_(256).float()
+            mean = shades.mean(dim=(1, 2, 3), keepdim=True, dtype=widest_float(images.device)).div_(256).float()
             images = _blend(images, mean, 1 + self.contrast * contrast)
         if images.shape[1] == 3 and self.saturation:
             images = _blend(images, grey(images), 1 + self.saturation * saturation)

@@ -15,6 +15,7 @@ from core.errors import ConfigError
 from data.augment.checks import require_interval, require_within
 from data.augment.distributions import normal, per_pixel
 from data.augment.geometry import rectangles
+from data.device import widest_float
 
 
 class RandomErasing:
@@ -77,12 +78,13 @@ class RandomBlur:
         self.sigma = require_interval("sigma", sigma, high=100)
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
-        sigma = self.sigma[0] + random_values[:, 1:].double() * (self.sigma[1] - self.sigma[0])  # (B, 1)
+        wide = widest_float(images.device)
+        sigma = self.sigma[0] + random_values[:, 1:].to(wide) * (self.sigma[1] - self.sigma[0])  # (B, 1)
         radius = min(math.ceil(3 * self.sigma[1]), min(images.shape[2:]) - 1)
         distance = torch.arange(-radius, radius + 1, device=images.device)
         weights = torch.exp(-0.5 * (distance / sigma) ** 2)  # (B, 2 radius + 1)
         weights = weights / weights.sum(1, keepdim=True)
-        weights = torch.where(random_values[:, :1] < self.probability, weights, (distance == 0).double()).float()
+        weights = torch.where(random_values[:, :1] < self.probability, weights, (distance == 0).to(wide)).float()
         images = functional.pad(images.float(), [radius] * 4, mode="reflect")
         return _weighted_sum(_weighted_sum(images, weights, dim=2), weights, dim=3)
 

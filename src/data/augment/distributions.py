@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
+from data.device import widest_float
 
 
 def normal(uniform: Tensor) -> Tensor:
     """Return standard normal float32 values of the same shape: at most 5.4, as uniform values have steps of 2^-24."""
     # Adding half a step keeps 0 from becoming -inf. The last bits of erfinv may depend on a value's position in its
     # batch: in double precision, they are lost in the rounding to float32.
-    return (math.sqrt(2) * torch.erfinv(2 * (uniform.double() + 2**-25) - 1)).float()
+    wide = uniform.to(widest_float(uniform.device))
+    return (math.sqrt(2) * torch.erfinv((2 * wide - 1) + 2**-24)).float()
 
 
 class SymmetricBeta:
@@ -58,7 +60,8 @@ class SymmetricBeta:
         low, high = self.quantiles[below], self.quantiles[below + 1]
         fraction = position - below
         # In the first interval u grows as x^a: linear interpolation would miss the tail of a large a.
-        fraction = torch.where(below == 0, fraction.double().pow(self.exponent).float(), fraction)
+        wide = fraction.to(widest_float(fraction.device))
+        fraction = torch.where(below == 0, wide.pow(self.exponent).float(), fraction)
         value = low + (high - low) * fraction
         return torch.where(uniform < 0.5, value, 1 - value)
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from core.errors import ConfigError
 from data.augment.checks import require_interval, require_within
 from data.augment.distributions import per_pixel
+from data.device import widest_float
 
 
 class RandomCrop:
@@ -55,6 +56,7 @@ class RandomFlip:
 
     def __init__(self, probability: float) -> None:
         self.probability = require_within("probability", probability, 0, 1)
+        self.mirrors = self.probability > 0
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         return _flipped(images, random_values[:, 0] < self.probability)
@@ -70,6 +72,7 @@ class AlternatingFlip:
 
     num_random_values = 1
     alternates = True
+    mirrors = True
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         return _flipped(images, random_values[:, 0] < 0.5)
@@ -91,6 +94,7 @@ class RandomAffine:
         self.rotate = math.radians(require_within("rotate", rotate, 0, 180))
         self.shear = math.radians(require_within("shear", shear, 0, 80))
         self.mirror = require_within("mirror", mirror, 0, 1)
+        self.mirrors = self.mirror > 0
 
     def __call__(self, images: Tensor, random_values: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -173,13 +177,13 @@ class Elastic:
         # Noise and weights are integers, and their sums stay below 2^53: in double precision these matrix products
         # are exact. So the order of their sums, which depends on the batch size, changes no bit.
         noise = (per_pixel(random_values[:, 0], 2 * height * width) >> 15) | 1  # odd, -65535 to 65535
-        noise = noise.view(-1, 2, height, width).double()
+        noise = noise.view(-1, 2, height, width).to(widest_float(noise.device))
         smooth = self._weights(height, random_values.device) @ noise @ self._weights(width, random_values.device)
         return (smooth * (self.alpha * 2.0**-48)).float()
 
     def _weights(self, size: int, device: torch.device) -> Tensor:
         """Return integers (size, size): 2^16 times the Gaussian of the distance between two positions."""
-        position = torch.arange(size, dtype=torch.float64, device=device)
+        position = torch.arange(size, dtype=widest_float(device), device=device)
         gaussian = torch.exp(-0.5 * ((position - position[:, None]) / self.sigma) ** 2)
         return (gaussian * (2**16 / (self.sigma * math.sqrt(2 * math.pi)))).round()
 
@@ -207,7 +211,7 @@ def rectangles(
     Returns top, left, height and width, float32 (B,) each.
     """
     # In double precision, so that the last bits of the logarithms and roots do not change the result.
-    size, shape, down, right = random_values.double().unbind(1)
+    size, shape, down, right = random_values.to(widest_float(random_values.device)).unbind(1)
     share = area[0] + size * (area[1] - area[0])  # of the image
     # wide = sqrt(share H W ratio) <= W and tall = sqrt(share H W / ratio) <= H limit the ratios.
     least, most = share * width / height, width / (share * height)

@@ -33,6 +33,7 @@ class PerSampleTransform:
                 name, "must be a built-in augmentation, or a callable that takes one image", value=transform
             )
         self.transform = transform
+        self.mirrors = "HorizontalFlip" in type(transform).__name__  # torchvision's
         self.name = name
         self.image_size = image_size
 

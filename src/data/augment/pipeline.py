@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from core.seeding import fold
+from data.device import upload
 
 
 class Step(Protocol):
     """One augmentation.
 
     Optional: a method `fit(mean, covariance)`, which gets the colours of the train split, (C,) and (C, C), on the scale
-    0 to 1.
+    0 to 1. `mirrors = True` marks a step that flips images horizontally.
     """
 
     num_random_values: int  # uniform random values per sample
@@ -89,7 +90,7 @@ class Augmentations:
             )
             if alternates and epoch % 2:
                 drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # both are exact in float32
-            random_values[name] = drawn.to(device)
+            random_values[name] = upload(drawn, device)
         partners = {
             name: torch.randint(samples, (samples,), generator=generator("partner", name, epoch))
             for name, step in self.steps.items()

@@ -1,10 +1,11 @@
-"""Batches for the loop: the same ones wherever the pixels lie.
+"""TrainLoader and EvalLoader: the batches do not depend on where the pixels are stored.
 
-    TrainLoader.steps(epoch, start)  ->  [Batch, ...] for one optimizer step: `accumulate` micro-batches
-    iter(EvalLoader)                 ->  Batch, in the data's order, nothing dropped
+    TrainLoader.steps(epoch, start)  ->  list of Batch for each optimizer step: `accumulate` micro-batches
+    iter(EvalLoader)                 ->  Batch, in the order of the split; no sample is dropped
 
-The order of an epoch is randperm(N) of fold(seed, "order", epoch); step k has the samples order[k B A : (k + 1) B A],
-cut into A micro-batches of B. So a run can go on at any step, and the number of workers changes no number.
+The sample order of an epoch is randperm(N), seeded by fold(seed, "order", epoch). Step k has the samples
+order[k B A : (k + 1) B A], split into A micro-batches of B samples. So a run can resume at any step, and the number of
+workers does not change the results.
 """
 
 import math
@@ -20,31 +21,36 @@ from torch import Tensor
 from core.errors import ConfigError
 from core.seeding import fold
 from data.augment.pipeline import Augmentations
+from data.device import require_memory, upload
 from data.loading.normalisation import Normalisation
 from data.loading.parcels import CannotPack, pack
 from data.loading.prefetch import prefetched
-from data.loading.worker_process import Parts
+from data.loading.worker_process import BatchTensors
 from data.loading.workers import WorkerPool, usable_workers
 from data.sources.images import Files, Images, Problems
 
-# Images (R, C, H, W), labels (R,) and rows (R,) to those of the batch.
+# (images (R, C, H, W), labels (R,), rows (R,)) -> the same of the B samples of a batch; R > B if samples are mixed.
 Augment = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
-# Pixels that are gathered, augmented and normalised by one call each, where they lie ready: as many as stay in a CPU's
-# cache until their step; on CUDA, where starting a call takes as long as a small batch, more.
-AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
+# Pixel values of a group of batches. A `Resident` source gathers a group in one call; augmentation and normalisation
+# are one call each. On a CPU, a group stays in the processor's cache until its steps. On CUDA, groups are larger, as
+# launching a kernel takes as long as computing a small batch.
+GROUP_VALUES = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Batch(NamedTuple):
-    """Images ready for the network, on its device."""
+    """A batch on the device of the model."""
 
     images: Tensor  # float32 (B, C, H, W), normalised
-    labels: Tensor  # int64 (B,); where samples are mixed: float32 (B, K), probabilities
-    indices: Tensor  # int64 (B,), positions in the part that is read
+    labels: Tensor  # int64 (B,), or probabilities if samples are mixed: float32 (B, K)
+    indices: Tensor  # int64 (B,): positions of the samples in their split
 
 
 class TrainLoader:
-    """The training part, a new order each epoch."""
+    """Loads the train split, augmented, in a new order in each epoch.
+
+    Raises ConfigError for a batch size, a count, a timeout or a `drop_last` that is out of range.
+    """
 
     def __init__(
         self,
@@ -67,65 +73,66 @@ class TrainLoader:
         if samples < batch_size:
             explanation = f"must be at most {samples}, the number of training samples"
             raise ConfigError("data.batch_size", explanation, value=batch_size)
-        # A last micro-batch of one sample has no variance for BatchNorm: `auto` leaves out that one, and no other.
-        odd = samples % batch_size
-        self.samples_per_epoch = samples - (odd if drop_last is True or (drop_last == "auto" and odd == 1) else 0)
+        # BatchNorm cannot compute a variance of one sample: `auto` drops a last micro-batch of one sample, no other.
+        remainder = samples % batch_size
+        is_dropped = drop_last is True or (drop_last == "auto" and remainder == 1)
+        self.samples_per_epoch = samples - (remainder if is_dropped else 0)
         self.steps_per_epoch = -(-self.samples_per_epoch // (batch_size * accumulate))
         self.smallest_batch = self.samples_per_epoch % batch_size or batch_size
-        self.samples = samples
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.seed = seed
-        self.device = device
+        self.samples, self.seed, self.device = samples, seed, device
+        self.batch_size, self.accumulate = batch_size, accumulate
         self.augmentations = augmentations
         self.normalisation = normalisation
-        # Transforms from elsewhere take one image after the other, on the CPU: all of augmentation goes to workers.
+        # Callables such as torchvision's transforms take single images on the CPU. Then workers run all augmentation.
         in_workers = augmentations.one_at_a_time
         self.augment_on = torch.device("cpu") if in_workers else device
         self.source = _source(
             images, device=device, num_workers=num_workers, timeout_s=timeout_s, augment_in_workers=in_workers
         )
-        numbers = batch_size * math.prod(images.pixels.shape[1:])  # of a batch
-        at_once = AT_ONCE[device.type] // numbers
-        self.batches_at_once = max(1, at_once) if isinstance(self.source, Resident) else 1
+        values_per_batch = batch_size * math.prod(images.pixels.shape[1:])
+        group_size = GROUP_VALUES.get(device.type, GROUP_VALUES["cuda"]) // values_per_batch
+        self.batches_at_once = max(1, group_size) if isinstance(self.source, Resident) else 1
 
     @property
     def reading(self) -> str:
-        """Where the images come from, for the log."""
+        """Return for the log where the images come from, and which process reads them."""
         if isinstance(self.source, Resident):
             size = self.source.pixels.numel() / 2**20
-            return f"{size:,.1f} MiB of images in memory, {self.batches_at_once} batches made at once"
+            return f"{size:,.1f} MiB of images in memory, {self.batches_at_once} batches per group"
         cached = isinstance(self.source.images.pixels, Files) and self.source.images.pixels.cache is not None
-        by = f"{self.source.num_workers} workers" if self.source.num_workers else "the process itself"
-        return f"images {'read from the image cache' if cached else 'read'} by {by}"
+        reader = f"{self.source.num_workers} loader workers" if self.source.num_workers else "the main process"
+        return f"images {'read from the image cache' if cached else 'read'} by {reader}"
 
     def order(self, epoch: int) -> Tensor:
-        """Positions of this epoch's samples, in the order in which they are seen."""
+        """Return the positions of an epoch's samples in their order: int64 (samples_per_epoch,), on the CPU."""
         generator = torch.Generator().manual_seed(fold(self.seed, "order", epoch))
         return torch.randperm(self.samples, generator=generator)[: self.samples_per_epoch]
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """One list of micro-batches for each optimizer step of this epoch, from step `start` on."""
-        # From the beginning of a group on: a batch lies at the same place in it, whose alignment may change last bits.
-        start *= self.accumulate
-        first = start - start % self.batches_at_once
-        rest = self.order(epoch)[first * self.batch_size :]
-        batches = self.show(rest.split(self.batch_size), epoch, then=self.normalisation) if len(rest) else iter(())
-        batches = prefetched(islice(batches, start - first, None), device=self.device)
+        """Yield a list of micro-batches for each optimizer step of an epoch, from its step `start` on."""
+        # Reading starts with the first batch of a group. So each batch has the same memory offset in its group as in a
+        # complete epoch. Another alignment could change the last bits of results.
+        first_wanted = start * self.accumulate
+        first_read = first_wanted - first_wanted % self.batches_at_once
+        rows = self.order(epoch)[first_read * self.batch_size :]
+        if not len(rows):
+            return
+        batches = self.read_augmented(rows.split(self.batch_size), epoch, transform=self.normalisation)
+        batches = prefetched(islice(batches, first_wanted - first_read, None), device=self.device)
         while step := list(islice(batches, self.accumulate)):
             yield step
 
     def augmented_batches(self, epoch: int) -> Iterator[Batch]:
-        """The micro-batches of this epoch, augmented, but with pixels of 0 to 255 still."""
-        return self.show(self.order(epoch).split(self.batch_size), epoch)
+        """Yield the micro-batches of an epoch, augmented but not normalised: values on the scale 0 to 255."""
+        return self.read_augmented(self.order(epoch).split(self.batch_size), epoch)
 
-    def show(
-        self, batches: Sequence[Tensor], epoch: int, *, then: Callable[[Tensor], Tensor] = lambda images: images
+    def read_augmented(
+        self, batches: Sequence[Tensor], epoch: int, *, transform: Callable[[Tensor], Tensor] = lambda images: images
     ) -> Iterator[Batch]:
-        """Any samples, by their positions (B,) each, as this epoch shows them: pixels of 0 to 255, unless `then`
-        makes something else of them.
+        """Yield a Batch for each tensor of positions (B,), with the augmentation of an epoch.
 
-        What happens to a sample does not depend on its batch: so several are made at once where they lie ready.
+        `transform` is applied to the augmented images (R, C, H, W), on the scale 0 to 255; the default returns them
+        unchanged. A sample's augmentation does not depend on its batch, so a group of batches is processed in one call.
         """
         drawn = self.augmentations.draw(epoch=epoch, samples=self.samples, device=self.augment_on)
         groups = [
@@ -134,11 +141,11 @@ class TrainLoader:
         read = self.source.read([drawn.rows(torch.cat(list(group))) for group in groups], augment=drawn)
         for group, (images, labels, indices) in zip(groups, read, strict=True):
             sizes = [len(batch) for batch in group]
-            yield from map(Batch, then(images).split(sizes), labels.split(sizes), indices.split(sizes))
+            yield from map(Batch, transform(images).split(sizes), labels.split(sizes), indices.split(sizes))
 
 
 class EvalLoader:
-    """A part in its own order, without augmentation."""
+    """Loads a split in its own order, without augmentation. Raises ConfigError as `TrainLoader` does."""
 
     def __init__(
         self,
@@ -161,26 +168,29 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self.source.read(self.batches, augment=_unchanged)
-        ready = (batch._replace(images=self.normalisation(batch.images)) for batch in batches)
-        yield from prefetched(ready, device=self.device)
+        normalised = (batch._replace(images=self.normalisation(batch.images)) for batch in batches)
+        yield from prefetched(normalised, device=self.device)
 
 
 class Resident:
-    """Pixels that lie whole on the device, as uint8; a batch is gathered there."""
+    """All pixels of a split, uint8 (N, C, H, W), in the memory of the device, which gathers the batches."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, *, device: torch.device) -> None:
+        require_memory(pixels, device)
         self.pixels, self.labels, self.device = pixels.to(device), labels.to(device), device
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
-        for rows in torch.cat(list(batches)).to(self.device).split([len(batch) for batch in batches]):
-            # index_select copies whole images; plain indexing takes ten times as long.
+        """Yield a Batch for each tensor of rows (R,). Its images are augmented, on the scale 0 to 255."""
+        for rows in upload(torch.cat(list(batches)), self.device).split([len(batch) for batch in batches]):
+            # index_select copies whole images, which takes a tenth of the time of plain indexing.
             yield Batch(*augment(self.pixels.index_select(0, rows), self.labels.index_select(0, rows), rows))
 
 
 class Streamed:
-    """Images that are decoded, or only fetched, when their batch is due: by this process or by workers.
+    """Images that this process or its workers decode or copy batch by batch.
 
-    They are augmented there too, or else on the device.
+    With `augment_in_workers`, the process that reads a batch also augments it, on the CPU. Otherwise this process
+    augments it on the device.
     """
 
     def __init__(
@@ -194,56 +204,66 @@ class Streamed:
         if num_workers:
             fetch = partial(_fetch_in_worker, images)
             self.workers = WorkerPool(fetch, num_workers=num_workers, timeout_s=timeout_s, pin_memory=self.pin_memory)
-            if isinstance(images.pixels, Tensor):  # they are in memory once: this process maps the workers' copy too
+            if isinstance(images.pixels, Tensor):  # this process maps the memory of the workers, and needs no own copy
                 (self.images,) = self.workers.share().args
 
     def read(self, batches: Sequence[Tensor], *, augment: Augment) -> Iterator[Batch]:
-        there, here = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)
-        results = (
-            self._by_workers(self.workers, batches, there)
-            if self.workers is not None
-            else self._by_itself(batches, there)
-        )
-        # Closing ends the workers: an error that is raised keeps what is here until garbage is collected.
-        with closing(results):
-            for parts, problems in results:
-                self.images.report(problems)
-                yield Batch(*here(*(part.to(self.device, non_blocking=True) for part in parts)))
+        """Yield a Batch for each tensor of rows (R,). Its images are augmented, on the scale 0 to 255.
 
-    def _by_itself(self, batches: Sequence[Tensor], augment: Augment) -> Generator[tuple[Parts, Problems], None, None]:
+        Logs problems of single images. Raises DataError if too many images are bad or workers fail, and ConfigError if
+        the augmentation cannot be sent to workers.
+        """
+        on_cpu, on_device = (augment, _unchanged) if self.augment_in_workers else (_unchanged, augment)
+        results = (
+            self._read_in_workers(self.workers, batches, on_cpu)
+            if self.workers is not None
+            else self._read_here(batches, on_cpu)
+        )
+        # Closing the generator ends workers that are still reading. Without it, an error that was raised would keep the
+        # generator alive, through its traceback, until garbage is collected.
+        with closing(results):
+            for tensors, problems in results:
+                self.images.report(problems)
+                yield Batch(*on_device(*(tensor.to(self.device, non_blocking=True) for tensor in tensors)))
+
+    def _read_here(
+        self, batches: Sequence[Tensor], augment: Augment
+    ) -> Generator[tuple[BatchTensors, Problems], None, None]:
+        """Read the batches in this process."""
         for rows in batches:
             (images, labels, rows), problems = _fetch(self.images, augment, rows)
             if self.pin_memory:
                 images, labels, rows = images.pin_memory(), labels.pin_memory(), rows.pin_memory()
             yield (images, labels, rows), problems
 
-    def _by_workers(
+    def _read_in_workers(
         self, workers: WorkerPool, batches: Sequence[Tensor], augment: Augment
-    ) -> Generator[tuple[Parts, Problems], None, None]:
+    ) -> Generator[tuple[BatchTensors, Problems], None, None]:
+        """Read the batches in worker processes. They skip the bad images that are known."""
         known = self.images.pixels.known if isinstance(self.images.pixels, Files) else Problems()
         try:
             yield from workers.read((augment, known), batches)
         except CannotPack as error:
             explanation = f"cannot be sent to loader workers: {error}; set data.num_workers=0"
-            raise ConfigError(_unpicklable(augment), explanation) from error
+            raise ConfigError(_unpicklable_key(augment), explanation) from error
 
 
-def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[Parts, Problems]:
-    """Fetch or decode the images of a batch, and augment them."""
+def _fetch(images: Images, augment: Augment, rows: Tensor) -> tuple[BatchTensors, Problems]:
+    """Copy or decode the images of a batch on the CPU, augment them, and return them with problems of single images."""
     pixels, problems = images.fetch(rows)
     return augment(pixels, images.labels[rows], rows), problems
 
 
-def _fetch_in_worker(images: Images, task: tuple[Augment, Problems], rows: Tensor) -> tuple[Parts, Problems]:
-    """What a worker does with its own copy of the images; the task has the problems that are known already."""
+def _fetch_in_worker(images: Images, task: tuple[Augment, Problems], rows: Tensor) -> tuple[BatchTensors, Problems]:
+    """Read a batch in a worker process. `task` has the problems that the main process knew when the reading started."""
     augment, known = task
     if isinstance(images.pixels, Files):
         images.pixels.known.add(known)
     return _fetch(images, augment, rows)
 
 
-def _unpicklable(augment: Augment) -> str:
-    """The config key of the augmentation step that cannot be pickled."""
+def _unpicklable_key(augment: Augment) -> str:
+    """Return the config key of the first augmentation step that cannot be pickled, or `augment` if all can."""
     for name, step in getattr(augment, "steps", {}).items():
         try:
             pack(step).close()
@@ -259,6 +279,7 @@ def _unchanged(images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Te
 def _source(
     images: Images, *, device: torch.device, num_workers: int, timeout_s: float, augment_in_workers: bool = False
 ) -> Resident | Streamed:
+    """Return a `Resident` source if the pixels are in memory and workers do not augment them, else `Streamed`."""
     if timeout_s <= 0:
         raise ConfigError("timeout_s", "must be > 0", value=timeout_s)
     if isinstance(images.pixels, Tensor) and not augment_in_workers:
@@ -269,6 +290,7 @@ def _source(
 
 
 def _check_sizes(*, num_workers: int, **sizes: int) -> None:
+    """Raise ConfigError, which names the key, for a size below 1 or a negative number of workers."""
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(name, "must be >= 1", value=value)

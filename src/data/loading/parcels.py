@@ -1,9 +1,11 @@
-"""Hand an object to other processes through one file in memory, which they map: its tensors are shared, not copied.
+"""Parcels: one parcel sends one Python object with its tensors to other processes, without copying the tensors.
 
-    parcel   header | tensor | tensor | ... | pickle, with (offset, dtype, shape) in place of each tensor
+A parcel is an anonymous file in memory. The receiving processes map it, so all of them share the memory of the tensors.
 
-The file has no name, and is not in /dev/shm, which is small in many containers: only the memory bounds it. (Pixels in
-an image cache are not copied: `data.sources.cache.Cache` pickles as its path.)
+    parcel   header | tensor | tensor | ... | pickle that has (offset, dtype, shape) instead of each tensor
+
+The file is not in /dev/shm, which is small in many containers. Its size is limited only by the memory. (An image cache
+is pickled as its path, see `data.sources.cache.Cache`; its pixels are not in the parcel.)
 """
 
 import io
@@ -21,15 +23,18 @@ import torch
 from torch import Tensor
 
 HEADER = struct.Struct("!QQ")  # offset and length of the pickle
-ALIGNMENT = 64  # bytes: of the tensors, as torch aligns its own
+ALIGNMENT = 64  # bytes, of each tensor: torch aligns its CPU tensors in the same way
 
 
 class CannotPack(Exception):
-    """A part of the content cannot be pickled."""
+    """An object cannot be pickled, as a whole or in a part."""
 
 
 def pack(content: object) -> FileIO:
-    """Write a parcel; CannotPack if a part of the content cannot be pickled."""
+    """Return a parcel of an object, as an open file. The caller closes it.
+
+    Raises CannotPack if a part of the object cannot be pickled.
+    """
     file = file_in_memory("parcel")
     try:
         file.seek(ALIGNMENT)
@@ -49,28 +54,31 @@ def pack(content: object) -> FileIO:
 
 
 def unpack(descriptor: int) -> Any:
-    """Return the content of a parcel. The mapping is private: a change of a tensor changes a copy."""
+    """Return the object in a parcel. The descriptor may be closed afterwards.
+
+    The mapping is copy-on-write: a process that changes a tensor does not change it in other processes.
+    """
     content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     start, length = HEADER.unpack_from(content)
     return _Unpacker(io.BytesIO(content[start : start + length]), content).load()
 
 
 def file_in_memory(name: str) -> FileIO:
-    """Return a file without a path, bounded by the memory alone."""
+    """Return an anonymous file. On Linux it is in memory, elsewhere it is a temporary file."""
     if sys.platform == "linux":
         return FileIO(os.memfd_create(name), "r+b")
     return tempfile.TemporaryFile(buffering=0)
 
 
 def write(file: FileIO, content: memoryview) -> None:
-    """Write all of it, however much the system takes at once."""
+    """Write all bytes. A system call may write only some of them, so it is repeated."""
     content = content.cast("B")
     while content:
         content = content[file.write(content) :]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The content of a tensor on the CPU, as bytes in row-major order."""
+    """Return the bytes of a CPU tensor in row-major order: its own memory if it is contiguous, else a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -78,9 +86,10 @@ class _Packer(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, file: FileIO) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.file = file
-        self.written: dict[int, tuple[Tensor, object]] = {}  # by id; the tensor is kept, so that its id stays its own
+        self.written: dict[int, tuple[Tensor, object]] = {}  # by id; keeping the tensor prevents reuse of its id
 
     def persistent_id(self, content: object) -> object:
+        """Write a tensor to the file and return (offset, dtype, shape); None for all that the pickle itself holds."""
         if type(content) is not Tensor or content.device.type != "cpu" or content.layout != torch.strided:
             return None
         if content.requires_grad or content.is_quantized:
@@ -99,8 +108,9 @@ class _Unpacker(pickle.Unpickler):
         super().__init__(stream)
         self.memory = memory
 
-    def persistent_load(self, place: Any) -> Tensor:
-        offset, dtype, shape = place
+    def persistent_load(self, reference: Any) -> Tensor:
+        """Return a tensor that uses the mapped memory, for (offset, dtype, shape)."""
+        offset, dtype, shape = reference
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)

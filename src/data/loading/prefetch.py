@@ -1,9 +1,9 @@
-"""Prefetch on CUDA: the next batch is made while a step computes, on a stream of its own and from pinned memory.
+"""Prefetch on CUDA: the GPU prepares the next batch on a separate stream while it computes a step.
 
-    stream of the data       batch 1   batch 2      batch 3      ...
-    stream of the network              step 1       step 2       ...
+    data stream       batch 1   batch 2      batch 3      ...
+    model's stream              step 1       step 2       ...
 
-A CPU has no time to spare: there a thread that makes batches takes it from the network (docs/performance.md).
+On a CPU, batches are not prefetched: a thread that prepares them would take cores from the model (docs/performance.md).
 """
 
 from collections.abc import Iterator
@@ -17,34 +17,44 @@ Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 def prefetched(batches: Iterator[Tensors], *, device: torch.device) -> Iterator[Tensors]:
-    """Give the same batches; on CUDA each is begun before the one in front of it is given out."""
-    return _on_another_stream(batches, device) if device.type == "cuda" else batches
+    """Return an iterator of the same batches. On CUDA, the next batch is queued before a batch is returned.
+
+    An error that `batches` raises is raised when its batch is requested.
+    """
+    return _prefetched_on_cuda(batches, device) if device.type == "cuda" else batches
 
 
 @cache
 def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The data's: one for all epochs and loaders, as each stream has a memory of its own."""
+    """Return the data stream of a device.
+
+    All epochs and loaders use the same one, as torch's caching allocator keeps separate memory for each stream.
+    """
     return torch.cuda.Stream(device)
 
 
-def _on_another_stream(batches: Iterator[Tensors], device: torch.device) -> Iterator[Tensors]:
-    stream = stream_of(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # what batches are made of may still be on its way
+def _prefetched_on_cuda(batches: Iterator[Tensors], device: torch.device) -> Iterator[Tensors]:
+    data_stream = stream_of(device)
+    # The tensors that batches are made from may still be computed or copied on the model's stream.
+    data_stream.wait_stream(torch.cuda.current_stream(device))
 
-    def begin() -> Tensors | Exception | None:
+    def queue_next() -> Tensors | Exception | None:
+        """Queue the next batch on the data stream; return it, the error that it raised, or None after the last one."""
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(data_stream):
                 return next(batches, None)
         except Exception as exception:
-            return exception  # to be raised in its turn: the steps before it shall be made
+            return exception  # raised when this batch is requested: after the steps of the batches before it
 
-    begun = begin()
-    while begun is not None and not isinstance(begun, Exception):
-        network = torch.cuda.current_stream(device)
-        network.wait_stream(stream)  # before the next one is begun, or it would wait for that too
-        for tensor in begun:
-            tensor.record_stream(network)  # its memory is not given to another batch while the network uses it
-        batch, begun = begun, begin()
+    upcoming = queue_next()
+    while upcoming is not None and not isinstance(upcoming, Exception):
+        model_stream = torch.cuda.current_stream(device)
+        model_stream.wait_stream(data_stream)  # before the next batch is queued: the step must not wait for that one
+        for tensor in upcoming:
+            tensor.record_stream(
+                model_stream
+            )  # the allocator does not reuse its memory while the model's stream uses it
+        batch, upcoming = upcoming, queue_next()
         yield batch
-    if begun is not None:
-        raise begun
+    if upcoming is not None:
+        raise upcoming

@@ -1,4 +1,4 @@
-"""The fork server of all loaders of this process; it starts with the first worker. No torch is imported here."""
+"""The fork server that starts the workers of all loaders of this process. This file must not import torch."""
 
 from functools import cache
 
@@ -10,12 +10,15 @@ PRELOAD = ("data.loading.worker_process",)
 
 
 def warm_up(config: Config[TrainConfig]) -> None:
-    """Start the server if the config asks for workers: called before torch is imported, it imports torch meanwhile."""
+    """Start the server if data.num_workers > 0.
+
+    The command calls this before it imports torch. The server imports torch at the same time, in its own process.
+    """
     if config.values["data"]["num_workers"]:
         worker_server().warm_up()
 
 
 @cache
 def worker_server() -> ForkServer:
-    """Return the server; its first child, or `warm_up`, starts it."""
+    """Return the server. It is started by `warm_up`, or else with its first worker."""
     return ForkServer(PRELOAD)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.errors import ConfigError, DataError
-from data.loading.normalisation import VALUES
+from data.loading.normalisation import MAX_CONVERTED_VALUES
 
 
 def check_pixels(pixels: Tensor, *, split: str) -> None:
@@ -53,5 +53,5 @@ def at_size(pixels: Tensor, image_size: int) -> Iterator[Tensor]:
     if pixels.shape[2:] == (image_size, image_size):
         yield pixels
         return
-    few = max(1, VALUES // pixels[0].numel())  # they are widened to floats
+    few = max(1, MAX_CONVERTED_VALUES // pixels[0].numel())  # they are converted to floats
     yield from (resize(chunk, image_size=image_size, fit="resize") for chunk in pixels.split(few))

@@ -1,14 +1,15 @@
 """Dry-run checks on dummy images before training. Mismatches are reported by config key."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, as_preceptor_error
 from core.options.declarations import DataOptions, TrainConfig
+from data.loading.loaders import TrainLoader
 
 
 def check_model(model: nn.Module, values: TrainConfig) -> None:
@@ -60,15 +61,47 @@ def check_augmentation(steps: Mapping[str, Any], data: DataOptions) -> None:
         )
 
 
-def check_single_image(model: nn.Module, values: TrainConfig, device: torch.device) -> None:
-    """Pass a batch of one image through the model in training mode: batch norm may have no variance to divide by."""
-    data = values["data"]
-    shape = (1, data["channels"], data["image_size"], data["image_size"])
+def dummy_batches(data: DataOptions, loader: TrainLoader, device: torch.device, *, channels_last: bool) -> list[Tensor]:
+    """Return images (B, C, H, W) on the device for each size of batch in an epoch, the usual size first.
+
+    They are uninitialised: only their shapes, dtype and memory layout matter.
+    """
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = data["channels"], data["image_size"], data["image_size"]
+    return [
+        torch.empty(size, *shape, device=device, memory_format=memory_format)
+        for size in dict.fromkeys([loader.batch_size, loader.smallest_batch])
+    ]
+
+
+def check_training(model: nn.Module, values: TrainConfig, images: Sequence[Tensor]) -> None:
+    """Pass dummy batches through a copy of the model in training mode.
+
+    Raises ConfigError if batch norm cannot process a batch of one image, or if `trainer.deterministic` is set and an
+    operation has no deterministic implementation on the device.
+    """
+    if any(len(batch) == 1 for batch in images):
+        _check_single_image(model, values, images[0].new_zeros(1, *images[0].shape[1:]))
+    if values["trainer"]["deterministic"] and images[0].device.type != "cpu":
+        _check_deterministic(model, images[0][:2])
+
+
+def _check_single_image(model: nn.Module, values: TrainConfig, image: Tensor) -> None:
     try:
         with torch.no_grad():
-            copy.deepcopy(model).train()(torch.rand(shape, device=device))
+            copy.deepcopy(model).train()(image)
     except ValueError as exception:
         explanation = f"leaves a batch of one image, on which this model cannot be trained ({exception})"
         raise ConfigError(
-            "data.batch_size", f"{explanation}; use 2 or more, and data.drop_last=auto", value=data["batch_size"]
+            "data.batch_size",
+            f"{explanation}; use 2 or more, and data.drop_last=auto",
+            value=values["data"]["batch_size"],
         ) from None
+
+
+def _check_deterministic(model: nn.Module, images: Tensor) -> None:
+    try:
+        outputs = copy.deepcopy(model).train()(images)
+        torch.autograd.backward([each.sum() for each in ([outputs] if isinstance(outputs, Tensor) else outputs)])
+    except RuntimeError as exception:
+        raise as_preceptor_error(exception) from None

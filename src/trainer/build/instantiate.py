@@ -83,13 +83,23 @@ def _build_within(value: Any, section: str) -> Any:
     return value
 
 
+def locate(name: str) -> object:
+    """Return the object with a dotted name; None if there is none. Raises pydoc.ErrorDuringImport."""
+    found = pydoc.locate(name)
+    if inspect.ismodule(found):
+        # From Python 3.12 on, pydoc finds the module torchvision/models/alexnet.py, not the function of the same name.
+        parent, _, attribute = name.rpartition(".")
+        return getattr(pydoc.locate(parent), attribute, found) if parent else found
+    return found
+
+
 def resolve(section: str, target: Any) -> Any:
     """Return the class or function of a dotted name; ConfigError, with the nearest name, if there is none."""
     key = f"{section}._target_"
     if not isinstance(target, str) or not target:
         raise ConfigError(key, "must be the dotted name of a class or function", value=target)
     try:
-        found = pydoc.locate(target)
+        found = locate(target)
     except pydoc.ErrorDuringImport as error:
         raise ConfigError(key, f"cannot be imported: {error.exc}: {error.value}", value=target) from None
     if found is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, suggest
 from core.options.declarations import LossOptions
 from data.sources.splits import Splits
 from trainer.build.instantiate import construct, parameters_of, resolve
@@ -15,12 +15,9 @@ def build_loss(node: LossOptions, splits: Splits, *, mixes: bool) -> nn.Module:
 
     The class weights `balanced` are computed from the train split.
     """
-    count = len(splits.class_names)
-    weights = node.get("class_weights")
-    if weights == "balanced":
-        node = {**node, "class_weights": balanced_weights(splits.train.labels, count)}
-    elif weights is not None and len(weights) != count:
-        raise ConfigError("loss.class_weights", f"must be a list of {count}, one per class", value=weights)
+    count, weights = len(splits.class_names), class_weights(node, splits)
+    if weights is not None:
+        node = {**node, "class_weights": weights}
     takes = parameters_of(resolve("loss", node["_target_"])) or {}
     # Another loss class need not take the arguments of the built-in ones that are not set.
     given = {key: value for key, value in node.items() if key != "auxiliary_weight" and (value or key in takes)}
@@ -36,6 +33,26 @@ def build_loss(node: LossOptions, splits: Splits, *, mixes: bool) -> nn.Module:
     if not isinstance(value, torch.Tensor) or value.ndim > 0:
         raise ConfigError("loss", "must return one number per batch, as a tensor", value=node["_target_"])
     return loss
+
+
+def class_weights(node: LossOptions, splits: Splits) -> list[float] | None:
+    """Return one weight per class, in the order of the classes, or None if all are equal."""
+    weights, names = node.get("class_weights"), splits.class_names
+    if weights is None:
+        return None
+    if isinstance(weights, str):  # balanced
+        return balanced_weights(splits.train.labels, len(names))
+    if isinstance(weights, dict):
+        for name in weights:
+            if name not in names:
+                hint = suggest(name, names) or f"its classes: {', '.join(names)}"
+                raise ConfigError(f"loss.class_weights.{name}", f"the data has no such class; {hint}")
+        return [float(weights.get(name, 1.0)) for name in names]
+    if len(weights) != len(names):
+        order = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        explanation = f"must be a list of {len(names)}, one per class: {order}"
+        raise ConfigError("loss.class_weights", explanation, value=weights)
+    return [float(weight) for weight in weights]
 
 
 def auxiliary_weight(node: LossOptions, model: nn.Module) -> float:

@@ -8,8 +8,7 @@ Every mistake in a config is found here, before the first step, and reported by 
 folder builds only classes that are trusted (`build.trust`).
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,19 +17,20 @@ from torch import nn
 
 from core.config import Config
 from core.errors import ConfigError
-from core.options.declarations import EarlyStoppingOptions, TrainConfig
+from core.options.declarations import EarlyStoppingOptions, LookaheadOptions, TrainConfig
 from core.seeding import fold
 from data.loading.loaders import TrainLoader
 from data.sources.splits import Splits
-from trainer.build.checks import check_classes, check_monitors, with_classes
+from trainer.build.checks import check_classes, check_monitors, warn_of_mirroring, with_classes
 from trainer.build.data import build_augmentation, build_data, build_loaders
-from trainer.build.dry_run import check_model, check_single_image
+from trainer.build.dry_run import check_model, check_training, dummy_batches
 from trainer.build.generators import seeded
-from trainer.build.loss import auxiliary_weight, build_loss
+from trainer.build.loss import build_loss
 from trainer.build.model import build_model, place
 from trainer.build.normalisation import saved_normalisation
 from trainer.build.optimizer import build_optimizer
 from trainer.build.schedule import build_schedule
+from trainer.build.step import build_step
 from trainer.build.trust import trusted_values
 from trainer.build.weights import initialise
 from trainer.device import autocast, choose_device
@@ -40,12 +40,11 @@ from trainer.monitor.early_stopping import EarlyStopping
 from trainer.monitor.metrics import RunningSums
 from trainer.monitor.nonfinite import NonFiniteGuard
 from trainer.optim.ema import ExponentialMovingAverage
-from trainer.optim.losses import Objective
-from trainer.optim.parameter_groups import decayed_parameters, scale_biases
+from trainer.optim.lookahead import Lookahead
+from trainer.optim.parameter_groups import decayed_parameters, scale_biases, trainable_parameters_of
 from trainer.settings import Settings
 from trainer.snapshot import Snapshot
 from trainer.state import TrainState
-from trainer.steps import ClassificationStep
 from trainer.training import Training
 
 
@@ -68,6 +67,7 @@ def _build(
     settings, seed = values["trainer"], values["seed"]
     check_classes(values)
     augmentation = build_augmentation(values["augment"], values["data"])
+    warn_of_mirroring(augmentation, values)
 
     known = saved_normalisation(saved, str(values["resume"]), kind=values["data"]["normalise"]) if saved else None
     splits = build_data(values["data"], seed=seed, normalisation=known)
@@ -84,8 +84,8 @@ def _build(
     train_loader, val_loader, test_loader = build_loaders(
         values, splits, augmentation, normalisation=normalisation, device=device
     )
-    if train_loader.smallest_batch == 1:
-        check_single_image(model, values, device)
+    dummies = dummy_batches(values["data"], train_loader, device, channels_last=channels_last)
+    check_training(model, values, dummies)
     loop_settings = build_settings(values, train_loader, monitor_mode=monitors.get("trainer.checkpoint", "min"))
     state = build_state(
         values,
@@ -99,11 +99,11 @@ def _build(
         steps_per_epoch=train_loader.steps_per_epoch,
     )
     loss_function = build_loss(values["loss"], splits, mixes=train_loader.augmentations.mixes).to(device)
-    precision = autocast(device, settings["precision"])
+    precision, steps = autocast(device, settings["precision"]), steps_of(train_loader, loop_settings.total_steps)
     training = Training(
         settings=loop_settings,
         state=state,
-        step=build_step(values, state, loss_function, precision),
+        step=build_step(values, state, loss_function, precision, steps=steps, images=dummies),
         loss_function=loss_function,
         autocast=precision,
         train_loader=train_loader,
@@ -135,7 +135,7 @@ def build_settings(values: TrainConfig, loader: TrainLoader, *, monitor_mode: st
     total = total_steps(max_epochs=trainer["max_epochs"], max_steps=trainer["max_steps"], steps_per_epoch=per_epoch)
     if total is None:
         raise ConfigError("trainer.max_epochs", "set it or trainer.max_steps: schedules span the whole run", value=None)
-    steps = partial(to_steps, steps_per_epoch=per_epoch, samples_per_epoch=loader.samples_per_epoch, total_steps=total)
+    steps = steps_of(loader, total)
     return Settings(
         seed=values["seed"],
         total_steps=total,
@@ -149,6 +149,16 @@ def build_settings(values: TrainConfig, loader: TrainLoader, *, monitor_mode: st
         monitor=checkpoint["monitor"],
         monitor_mode=monitor_mode,
         tta=trainer["tta"],
+    )
+
+
+def steps_of(loader: TrainLoader, total_steps: int) -> Callable[[str], int]:
+    """Return the function that converts a duration, such as "2 epochs", to optimizer steps."""
+    return partial(
+        to_steps,
+        steps_per_epoch=loader.steps_per_epoch,
+        samples_per_epoch=loader.samples_per_epoch,
+        total_steps=total_steps,
     )
 
 
@@ -167,7 +177,8 @@ def build_state(
     """Return the state of a new training: model, optimizer, schedule and the components with values of their own."""
     settings, sums = values["trainer"], RunningSums()
     decayed = decayed_parameters(model, settings["weight_decay_on"])
-    optimizer = build_optimizer(values["optimizer"], model, decayed=decayed, device=device)
+    frozen_later = {layer: trainable_parameters_of(model, layer) for layer in settings["freeze_after"] or {}}
+    optimizer = build_optimizer(values["optimizer"], model, decayed=decayed, frozen_later=frozen_later, device=device)
     scale_biases(optimizer, settings["bias_lr_factor"], settings["weight_decay_on"])
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     guard = NonFiniteGuard(
@@ -176,8 +187,8 @@ def build_state(
         device=device,
         skips=settings["on_nonfinite"] == "skip",
         steps_per_epoch=steps_per_epoch,
-        restored=list(model.buffers()),
-        take_back=sums.take_back,
+        buffers=list(model.buffers()),
+        discard=sums.discard,
     )
     return TrainState(
         models={"model": model},
@@ -188,6 +199,7 @@ def build_state(
         sums=sums,
         early_stopping=early_stopping,
         ema=ExponentialMovingAverage(model, decay=settings["ema_decay"]) if settings["ema_decay"] else None,
+        lookahead=build_lookahead(settings["lookahead"], model),
         normalisation=normalisation,
         data=data,
         config=config,
@@ -195,17 +207,8 @@ def build_state(
     )
 
 
-def build_step(
-    values: TrainConfig, state: TrainState, loss_function: nn.Module, precision: AbstractContextManager[object]
-) -> ClassificationStep:
-    """Return the object that makes one optimizer step; it calls the model compiled if the config asks for it."""
-    settings, model = values["trainer"], state.model
-    return ClassificationStep(
-        state,
-        forward=torch.compile(model) if settings["compile"] else model,
-        objective=Objective(loss_function, auxiliary_weight=auxiliary_weight(values["loss"], model)),
-        autocast=precision,
-        penalised=decayed_parameters(model, settings["weight_decay_on"]),
-        l1=settings["l1"],
-        clip_norm=settings["clip_norm"],
-    )
+def build_lookahead(options: LookaheadOptions, model: nn.Module) -> Lookahead | None:
+    """Return the slow weights of a model, if the config asks for them."""
+    if options["every"] is None:
+        return None
+    return Lookahead(model, every=options["every"], decay=options["decay"], power=options["power"])

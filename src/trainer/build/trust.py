@@ -4,13 +4,13 @@ What counts is the module of the object that a name leads to, not the name. A co
 """
 
 import inspect
-import pydoc
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from core.config import Config
 from core.errors import SecurityError
 from core.options.declarations import TrainConfig
+from trainer.build.instantiate import locate
 
 # Of the built-in modules only those that configs name: others read and write files.
 TRUSTED = (
@@ -55,7 +55,7 @@ def _without_default_weights(node: Any) -> Any:
         return node
     filled = {key: _without_default_weights(value) for key, value in node.items()}
     if str(node.get("_target_", "")).startswith("torchvision."):
-        parameters = inspect.signature(pydoc.locate(node["_target_"])).parameters  # type: ignore[arg-type]
+        parameters = inspect.signature(locate(node["_target_"])).parameters  # type: ignore[arg-type]
         absent = {key: None for key in DOWNLOADS if key in parameters and key not in node}
         filled |= {key: value for key, value in absent.items() if parameters[key].default is not None}
     return filled
@@ -99,7 +99,7 @@ def _refuse_target(name: str, target: Any, allowed: tuple[str, ...]) -> None:
     named = isinstance(target, str) and _within(target, allowed)
     if not named or any(part.startswith("_") for part in target.split(".")):  # before an import, which runs code
         raise SecurityError(name, f"not trusted in a run's config; trust=[{package}] allows it", value=target)
-    found = pydoc.locate(target)
+    found = locate(target)
     module = getattr(found, "__module__", None) or ""
     if not (inspect.isclass(found) or inspect.isfunction(found)) or not _within(module, allowed):
         raise SecurityError(name, f"leads to {module or 'nothing'}, which is not trusted", value=target)

@@ -10,7 +10,8 @@ from core.seeding import fold
 from data.sources.splits import Splits, sample
 from trainer.storage.checkpoint import CheckpointFolder, load_weights_file
 
-FITTED = 1000  # training images that a model may fit itself to; 600 MB at 224 px
+FITTED = 5000  # training images that a model may fit itself to, if their pixels fit into FITTED_VALUES
+FITTED_VALUES = 1000 * 3 * 224**2  # 600 MB
 
 
 def initialise(model: nn.Module, values: TrainConfig, splits: Splits, *, shown: str | None) -> list[str]:
@@ -20,7 +21,8 @@ def initialise(model: nn.Module, values: TrainConfig, splits: Splits, *, shown: 
     """
     if hasattr(model, "fit"):
         size, seed = values["data"]["image_size"], fold(values["seed"], "fit")
-        images = sample(splits.train, count=FITTED, image_size=size, seed=seed)
+        count = min(FITTED, FITTED_VALUES // (values["data"]["channels"] * size**2))
+        images = sample(splits.train, count=max(1, count), image_size=size, seed=seed)
         fit_to(splits.normalisation(images), model)
     if not values["init_from"]:
         return []

@@ -20,33 +20,33 @@ def evaluate(
     autocast: AbstractContextManager[object],
     abandon: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss and accuracy of a network in evaluation mode over every sample of `batches`.
+    """Return mean loss and accuracy of a model in evaluation mode over all samples of `batches`.
 
-    None when `abandon`, asked before each batch, says that there is no time for it.
+    Returns None if `abandon`, which is called before each batch, returns true.
     """
     was_training = model.training
     model.eval()
     loss_sum, correct, count = 0.0, 0, 0
-    noted: list[tuple[Tensor, Tensor, Tensor]] = []
+    pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def sum_up() -> None:
-        """In Python's numbers, one batch after the other; waits for the device."""
+        """Add the pending batches in their order, as Python numbers; waits for the device."""
         nonlocal loss_sum, correct, count
-        losses, logits, labels = zip(*noted, strict=True)
+        losses, logits, labels = zip(*pending, strict=True)
         for loss, batch in zip(torch.stack(losses).tolist(), labels, strict=True):
             loss_sum, count = loss_sum + loss * len(batch), count + len(batch)
         correct += int((torch.cat(logits).argmax(1) == torch.cat(labels)).sum())
-        noted.clear()
+        pending.clear()
 
     for images, labels, _ in batches:
         if abandon():
             return None
         with autocast:
             logits = model(images)
-            noted.append((loss_function(logits, labels), logits, labels))
-        if len(noted) * logits.numel() >= MAX_PENDING_LOGITS:
+            pending.append((loss_function(logits, labels), logits, labels))
+        if len(pending) * logits.numel() >= MAX_PENDING_LOGITS:
             sum_up()
-    if noted:
+    if pending:
         sum_up()
     if abandon():
         return None
@@ -61,7 +61,7 @@ def predict(
     *,
     autocast: AbstractContextManager[object] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of all samples in order, on the host; the network is in evaluation mode."""
+    """Return logits (N, K) and labels (N,) of all samples in order, on the CPU; the model is in evaluation mode."""
     with autocast or nullcontext():
         outputs = [(model(images).float().cpu(), labels.cpu()) for images, labels, _ in batches]
     logits, labels = zip(*outputs, strict=True)
@@ -71,8 +71,8 @@ def predict(
 def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, Any]:
     """Return accuracy, top-5 accuracy, macro-F1, cross-entropy, one row per class, and the confusion matrix.
 
-    Undefined figures (a class that was never predicted or never occurs) count as 0; macro-F1 is the plain mean over the
-    classes that occur or were predicted.
+    Undefined metrics (of a class that was never predicted or never occurs) count as 0. Macro-F1 is the unweighted mean
+    over the classes that occur or were predicted.
     """
     from sklearn import metrics  # 2 s to import, and training needs none of it
 

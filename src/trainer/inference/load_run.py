@@ -35,7 +35,7 @@ from trainer.storage.checkpoint import CheckpointFolder
 
 @dataclass(frozen=True)
 class Transform:
-    """Turns an image into the input of the model: size, channels and normalisation as in training."""
+    """Turns an image into the model's input, on the model's device: size, channels and normalisation as in training."""
 
     image_size: int
     channels: int
@@ -43,26 +43,27 @@ class Transform:
     normalisation: Normalisation
 
     def __call__(self, image: str | Path | Tensor) -> Tensor:
-        """An image file, or uint8 pixels (1 or 3, H, W) -> float32 (channels, image_size, image_size)."""
+        """Return float32 (channels, image_size, image_size) for an image file or uint8 pixels (1 or 3, H, W)."""
         if not isinstance(image, Tensor):
             size = self.image_size if self.fit == "resize" else None  # padded images keep their own size
             image = decode(image, image_size=size, channels=self.channels)
         pixels = recolour(image.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
-        return self.normalisation(resize(pixels, image_size=self.image_size, fit=self.fit))[0]
+        resized = resize(pixels, image_size=self.image_size, fit=self.fit)
+        return self.normalisation(resized.to(self.normalisation.device))[0]
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and all that is needed to use it."""
+    """A trained model and what is needed to use it."""
 
     model: nn.Module  # in evaluation mode, with its test-time augmentation
-    probabilities: Callable[[Tensor], Tensor]  # logits (B, K) to what the loss took them for: the softmax, mostly
+    probabilities: Callable[[Tensor], Tensor]  # logits (B, K) -> probabilities; a softmax, unless the loss has its own
     transform: Transform
     class_names: list[str]
     config: TrainConfig
     snapshot: Snapshot
     device: torch.device
-    autocast: AbstractContextManager[object]  # within it the model computes in the precision it was trained in
+    autocast: AbstractContextManager[object]  # the context in which the model computes in its training precision
 
 
 def load_run(
@@ -96,7 +97,7 @@ def load_run(
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),
-        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation),
+        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation.to(place)),
         class_names=class_names,
         config=config,
         snapshot=snapshot,
@@ -106,12 +107,12 @@ def load_run(
 
 
 def _precision(precision: str, device: torch.device) -> str:
-    """Return the precision to compute in: fp16 is for GPUs, so that a CPU computes in fp32."""
+    """Return the precision to compute in: fp32 on a CPU for a run that was trained in fp16."""
     return "fp32" if precision == "fp16" and device.type == "cpu" else precision
 
 
 def with_data_root(run: LoadedRun, root: str | None) -> TrainConfig:
-    """The run's config, its data where it lies on this machine."""
+    """Return the run's config; `root` is the folder of its data on this machine, if it has moved."""
     data = run.config["data"]
     config: TrainConfig = {**run.config, "data": {**data, "root": root} if root else data}
     return fill_environment(config)

@@ -1,26 +1,48 @@
-"""Test-time augmentation: what is evaluated is not the network alone.
+"""Test-time augmentation: an evaluated image's logits are a weighted mean over several views of it.
 
-none     f(x)
-mirror   (f(x) + f(mirror image of x)) / 2        twice the work; for images whose left and right mean nothing
+    none            f(x)
+    mirror          f(x) and f(mirrored x), 1/2 each
+    mirror_shift    f(x) and f(mirrored x), 1/4 each; x shifted by a pixel down-right and up-left, each of them
+                    mirrored and not, 1/8 each (Jordan 2024, section 3.6: six views)
+
+The mean is computed in float32, whatever the precision of the model.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Mirrored(nn.Module):
-    """The mean of the logits for an image and for its mirror image."""
+    """Return the mean of the logits of an image and of its mirror image."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
-        self.training = network.training
+        self.model = model
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, K)."""
-        logits: Tensor = (self.network(images) + self.network(images.flip(3))) / 2
+        """Return the logits (B, K), float32, of images (B, C, H, W)."""
+        logits: Tensor = (self.model(images).float() + self.model(images.flip(3)).float()) / 2
         return logits
 
 
-def with_tta(network: nn.Module, tta: str) -> nn.Module:
-    """The network as it is evaluated; its weights stay where they are."""
-    return Mirrored(network) if tta == "mirror" else network
+class MirroredAndShifted(Mirrored):
+    """Return the mean over six views: half of its weight on the unshifted image, half on two diagonal shifts."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, K), float32, of images (B, C, H, W)."""
+        height, width = images.shape[2:]
+        padded = functional.pad(images, (1, 1, 1, 1), mode="reflect")
+        shifted = [padded[:, :, start : start + height, start : start + width] for start in (0, 2)]
+        views = torch.stack([super(MirroredAndShifted, self).forward(view) for view in shifted]).mean(0)
+        logits: Tensor = (super().forward(images) + views) / 2
+        return logits
+
+
+VIEWS = {"mirror": Mirrored, "mirror_shift": MirroredAndShifted}
+
+
+def with_tta(model: nn.Module, tta: str) -> nn.Module:
+    """Return the model as it is evaluated. It shares the weights of `model`."""
+    return VIEWS[tta](model) if tta in VIEWS else model

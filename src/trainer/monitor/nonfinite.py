@@ -1,11 +1,13 @@
-"""No NaN or infinity reaches the weights: loss and gradient are checked before the update.
-
-A check waits for the device, which costs nothing on a CPU. On CUDA a flag on the device makes a fused update leave the
-weights alone; the host reads the flags only when it waits anyway: at a log line, an evaluation, a checkpoint.
+"""Keep NaN and infinity out of the weights: loss and gradient norm are checked at each step.
 
     trainer.on_nonfinite    stop: the run ends, and nothing after the previous step is saved
                             skip: the step is counted, but changes neither weights nor statistics nor sums
     with loss scaling       an overflowing gradient (not the loss) is skipped by the scaler, which then scales less
+
+Reading a value makes the CPU wait for the device. On a CPU that costs nothing, and the check precedes the update. On
+CUDA the check is a flag on the device: a fused update obeys it, and the CPU reads the flags of many steps at once at a
+log line, an evaluation or a checkpoint. An optimizer that is not fused cannot obey a flag. With `stop`, its run ends at
+the next log line, and nothing of it is saved; with `skip`, the CPU waits at every step.
 
 32 skipped steps in a row end the run.
 """
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 
 from core.errors import NumericalError
 from trainer.durations import step_name
+from trainer.monitor.restorable import RestorableTensors
 
 MOST_IN_A_ROW = 32
 
@@ -27,8 +30,8 @@ MOST_IN_A_ROW = 32
 class NonFiniteGuard:
     """Decides about each update.
 
-    `restored` are the tensors that a forward pass changes: the running statistics of batch norm. `take_back` gets the
-    number of batches of a step, and a flag that is true if they do not count.
+    `buffers` are the tensors that a forward pass changes: the running statistics of batch norm. `discard` gets the
+    number of batches of a step, and a flag (scalar, 0.0 or 1.0) that is 1.0 if they do not count.
     """
 
     def __init__(
@@ -39,114 +42,136 @@ class NonFiniteGuard:
         device: torch.device,
         skips: bool,
         steps_per_epoch: int,
-        restored: Sequence[Tensor],
-        take_back: Callable[[int, Tensor], None],
+        buffers: Sequence[Tensor],
+        discard: Callable[[int, Tensor], None],
     ) -> None:
         self.optimizer, self.scaler, self.skips = optimizer, scaler, skips
         self.steps_per_epoch = steps_per_epoch
-        obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.on_device = device.type == "cuda" and obeys_flag
-        self.restored = restored if skips else ()
-        self.take_back = take_back
-        self.before = [torch.empty_like(tensor) for tensor in self.restored]
-        self.in_a_row = torch.zeros((), device=device)  # steps that were not made, up to the last one
-        self.longest = torch.zeros((), device=device)  # of these, since the host last asked
-        # Whether the last step changed the weights: a flag on the device if only the device knows.
-        self.updated: bool | Tensor = True
-        # Steps since the host last asked: their number, whether they were skipped, and their samples.
-        self.recent: list[tuple[int, Tensor, Sequence[Tensor]]] = []
+        self.obeys_flag = bool(optimizer.defaults.get("fused")) and getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        )
+        self.on_device = device.type == "cuda" and (self.obeys_flag or not (skips or scaler.is_enabled()))
+        self.buffers = RestorableTensors(buffers if skips else ())
+        self.discard = discard
+        self.in_a_row = 0  # skipped steps up to the last one that was read
+        self.skipped: bool | Tensor = False  # was the last update skipped? A flag if only the device knows
+        # Steps whose flags were not read yet: number, flag of the step, flag of its update, sample indices.
+        self.unread: list[tuple[int, Tensor, Tensor, Sequence[Tensor]]] = []
 
     def remember(self) -> None:
         """Copy, before a step, what a skipped step must restore."""
-        for copy, tensor in zip(self.before, self.restored, strict=True):
-            copy.copy_(tensor)
+        self.buffers.remember()
 
     def allows(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> bool:
-        """May the update that makes `step` be made, of the samples `indices`? `norm` is that of the gradient.
+        """Return whether to make the update that leads to `step`, for the samples `indices`; `norm` is the gradient's.
 
-        On the device the answer is always yes: there the update itself obeys the flag.
+        With flags on the device this is always true.
         """
         if self.on_device:
-            not_finite = ~torch.isfinite(norm + loss)
-            wrong = ~torch.isfinite(loss) if self.scaler.is_enabled() else not_finite
-            if not self.scaler.is_enabled():
-                self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]  # fused updates obey it
-            for copy, tensor in zip(self.before, self.restored, strict=True):
-                tensor.copy_(torch.where(wrong, copy, tensor))
-            if self.skips:
-                self.take_back(len(indices), wrong)
-            if self.skips or self.scaler.is_enabled():  # else the run ends, and nothing after that step is saved
-                self.updated = ~not_finite
-            self.recent.append((step, wrong, indices))
-            self._count(not_finite)
+            self._flag(loss, norm, indices, step=step)
             return True
-        if math.isfinite(loss.item()) and (self.scaler.is_enabled() or math.isfinite(norm.item())):
-            self.updated = True
-            if self.scaler.is_enabled():
-                overflows = ~torch.isfinite(norm)
-                self.updated = not overflows.item()
-                self._count(overflows)
-                self._refuse_many(step=step)
-            elif self.skips:
-                self.in_a_row.zero_()
+        if self.scaler.is_enabled():
+            return self._allows_scaled(loss, norm, indices, step=step)
+        if math.isfinite((loss + norm).item()):
+            self.skipped, self.in_a_row = False, 0
             return True
-        what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {self.optimizer.param_groups[0]['lr']:g}"
-        if not self.skips:
-            raise stopped(step_name(step, self.steps_per_epoch), f"{what}; {samples(indices)}")
-        self.updated = False
-        for copy, tensor in zip(self.before, self.restored, strict=True):
-            tensor.copy_(copy)
-        wrong = torch.ones((), dtype=torch.bool, device=loss.device)
-        self.take_back(len(indices), wrong)
-        self.recent.append((step, wrong, indices))
-        self._count(wrong)
-        self._refuse_many(step=step)
+        self._refuse(loss, norm, indices, step=step)
         return False
 
-    def skipped(self, *, step: int) -> list[str]:
-        """What was skipped since the last call, a line a step, for the log; where no step may be, the run ends."""
-        flags = torch.stack([wrong for _, wrong, _ in self.recent]).tolist() if self.recent else []  # waits for it
+    def _flag(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> None:
+        """Set flags on the device, 1.0 for a loss or norm that is not finite: x - x is 0 or NaN; at most 4 kernels."""
+        if self.scaler.is_enabled():
+            losses = torch.stack([loss, loss + norm])
+            is_wrong, is_not_updated = losses.sub_(losses).ne_(0)
+        else:
+            total = loss + norm
+            is_wrong = is_not_updated = total.sub_(total).ne_(0)
+            if self.obeys_flag:
+                self.optimizer.found_inf = is_wrong  # type: ignore[attr-defined]
+        self.buffers.restore(is_wrong)
+        if self.skips:
+            self.discard(len(indices), is_wrong)
+        if self.skips or self.scaler.is_enabled():  # else the run ends, and nothing after that step is saved
+            self.skipped = is_not_updated
+        self.unread.append((step, is_wrong, is_not_updated, indices))
+
+    def _allows_scaled(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> bool:
+        """Return what `allows` returns, with loss scaling: the scaler skips an update with an overflowing gradient."""
+        is_finite, is_update_finite = torch.stack([loss, loss + norm]).isfinite().tolist()
+        if not is_finite:
+            self._refuse(loss, norm, indices, step=step)
+            return False
+        self.skipped = not is_update_finite
+        self.in_a_row = 0 if is_update_finite else self.in_a_row + 1
+        self._refuse_many(self.in_a_row, step=step)
+        return True
+
+    def _refuse(self, loss: Tensor, norm: Tensor, indices: Sequence[Tensor], *, step: int) -> None:
+        """Skip a step before its update, or end the run."""
+        if not self.skips:
+            lr = self.optimizer.param_groups[0]["lr"]
+            what = f"loss {loss.item():g}, gradient norm {norm.item():g}, lr {lr:g}"
+            raise stopped(step_name(step, self.steps_per_epoch), f"{what}; {samples(indices)}")
+        self.skipped = True
+        flag = torch.ones((), device=loss.device)
+        self.buffers.restore(flag)
+        self.discard(len(indices), flag)
+        self.unread.append((step, flag, flag, indices))
+        self.in_a_row += 1
+        self._refuse_many(self.in_a_row, step=step)
+
+    def report(self) -> list[str]:
+        """Return one line for each step skipped since the last call; waits for the device.
+
+        Raises NumericalError if no step may be skipped, or after too many skipped steps in a row.
+        """
+        unread, self.unread = self.unread, []
+        if not unread:
+            return []
+        flags = torch.stack([torch.stack([step[1] for step in unread]), torch.stack([step[2] for step in unread])])
+        are_wrong, are_not_updated = flags.tolist()
+        if self.on_device:
+            self._count(are_not_updated, last_step=unread[-1][0])
         found = [
             (step_name(number, self.steps_per_epoch), indices)
-            for wrong, (number, _, indices) in zip(flags, self.recent, strict=True)
-            if wrong
+            for is_wrong, (number, _, _, indices) in zip(are_wrong, unread, strict=True)
+            if is_wrong
         ]
-        self.recent.clear()
         if found and not self.skips:
             name, indices = found[0]
-            more = f", and {len(found) - 1} of the steps behind it" if len(found) > 1 else ""
+            more = f", and {len(found) - 1} later steps" if len(found) > 1 else ""
             raise stopped(
-                name, f"loss or gradient{more}; {samples(indices)}. That step was skipped, not those behind it"
+                name, f"loss or gradient{more}; {samples(indices)}. Later steps were computed before this check"
             )
-        self._refuse_many(step=step)
         return [f"{name} was skipped: loss or gradient not finite; {samples(indices)}" for name, indices in found]
 
-    def _count(self, wrong: Tensor) -> None:
-        self.in_a_row.add_(1).mul_(wrong)
-        torch.maximum(self.longest, self.in_a_row, out=self.longest)
+    def _count(self, are_skipped: Sequence[float], *, last_step: int) -> None:
+        longest = 0
+        for is_skipped in are_skipped:
+            self.in_a_row = self.in_a_row + 1 if is_skipped else 0
+            longest = max(longest, self.in_a_row)
+        self._refuse_many(longest, step=last_step)
 
-    def _refuse_many(self, *, step: int) -> None:
-        longest = int(self.longest.item())
-        self.longest.zero_()
+    def _refuse_many(self, longest: int, *, step: int) -> None:
         if longest >= MOST_IN_A_ROW:
             raise stopped(step_name(step, self.steps_per_epoch), f"{longest} steps in a row")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {"in_a_row": int(self.in_a_row.item())}
+        """Return plain values for a checkpoint; `report` precedes it."""
+        return {"in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.in_a_row.fill_(state["in_a_row"])
+        self.in_a_row = int(state["in_a_row"])
 
 
 def samples(indices: Sequence[Tensor]) -> str:
-    """The positions of a step's samples in the training part, the first few of them."""
-    found = torch.cat(list(indices)).tolist()
-    return "training samples " + ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+    """Return the positions of a step's samples in the train split, the first few of them, as text."""
+    positions = torch.cat(list(indices)).tolist()
+    return "training samples " + ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
 
 
 def stopped(step: str, details: str) -> NumericalError:
-    """The error for a step that is not finite."""
+    """Return the error for a step that is not finite."""
     advice = "try a lower optimizer.lr, trainer.clip_norm or trainer.on_nonfinite=skip"
     return NumericalError(step, f"not finite: {details}. Nothing of it is saved; {advice}")

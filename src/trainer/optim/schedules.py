@@ -74,12 +74,22 @@ def inverse_time(step: int, total_steps: int, warmup_steps: int, *, decay: float
     return ramp(step, warmup_steps) / (1 + decay * progress(step, total_steps, warmup_steps))
 
 
-def polynomial(step: int, total_steps: int, warmup_steps: int, *, power: float = 1.0, final: float = 0.0) -> float:
-    """final + (1 - final) (1 - progress)^power; power 1 is a straight line down."""
+def polynomial(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    *,
+    power: float = 1.0,
+    final: float = 0.0,
+    warmup_start: float = 0.0,
+) -> float:
+    """Return final + (1 - final) (1 - progress)^power, a line for power 1; the warm-up begins near `warmup_start`."""
+    require("warmup_start", warmup_start, 0 <= warmup_start < 1, "must be in [0, 1)")
     require("power", power, power > 0, "must be > 0")
     require("final", final, 0 <= final <= 1, "must be in [0, 1]")
     left: float = (1 - progress(step, total_steps, warmup_steps)) ** power
-    return ramp(step, warmup_steps) * (final + (1 - final) * left)
+    warmup = warmup_start + (1 - warmup_start) * ramp(step, warmup_steps)
+    return warmup * (final + (1 - final) * left)
 
 
 def cosine(step: int, total_steps: int, warmup_steps: int, *, final: float = 0.0) -> float:

@@ -23,6 +23,10 @@ def introduce(training: Training, recorder: Recorder, values: TrainConfig, sampl
     if left_out:
         text = f"{left_out} of {samples['train']:,} training samples are left out of each epoch (data.drop_last)"
         recorder.say(text)
+    weights = getattr(training.loss_function, "class_weights", None)
+    if weights is not None:
+        pairs = zip(state.data["class_names"], weights.tolist(), strict=True)
+        recorder.say(f"class weights: {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}")
     for text in training.weights_report:
         recorder.say(text)
         recorder.event("init_from", text=text)
@@ -40,8 +44,8 @@ def show_first_batch(training: Training, recorder: Recorder, *, images: bool, gr
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """Return the name of a CUDA device, or the type of another."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def automatic_choices(training: Training) -> list[str]:
@@ -49,8 +53,9 @@ def automatic_choices(training: Training) -> list[str]:
     state, device = training.state, training.device
     fused = "fused" if state.optimizer.defaults.get("fused") else "not fused"
     synchronises = device.type == "cuda" and not state.guard.on_device
-    in_matmuls = torch.get_float32_matmul_precision() == "high"
+    # Only on CUDA, where the trainer sets them: reading them fails if other code uses torch's newer interface.
     has_tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    in_matmuls = has_tf32 and torch.get_float32_matmul_precision() == "high"
     return [
         f"threads {torch.get_num_threads()}",
         *([f"TF32 in convolutions{' and matrix products' * in_matmuls}"] if has_tf32 else []),
