@@ -1,6 +1,6 @@
 """Print a table of all runs under a folder, and the mean over seeds of runs that differ only in their seed.
 
-    python scripts/runs.py [folder=outputs] [sort=test/accuracy] [output=FILE.csv] [curves=FILE.png]
+    python scripts/runs.py [folder=outputs] [sort=val/accuracy] [output=FILE.csv] [curves=FILE.png]
 
 `output` writes the table as CSV, `curves` writes a figure of the learning curves.
 """

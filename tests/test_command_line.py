@@ -185,10 +185,14 @@ def test_runs_table_is_sorted_and_averages_over_seeds(folder):
     out = script("runs", "output=runs.csv", cwd=folder)
     rows = read_table(folder / "runs.csv")
     assert {"digits", "grid/0", "grid/1"} <= {row["run"] for row in rows}
-    values = [float(row["test/accuracy"]) for row in rows]
+    values = [float(row["val/accuracy"]) for row in rows if row["val/accuracy"]]
     assert values == sorted(values, reverse=True)
+    # The last columns: validation and test accuracy with their 95% intervals (digits: 359 test images).
+    digits = next(row for row in rows if row["run"] == "digits")
+    test = float(digits["test/accuracy"])
+    assert f"{test:.4f} ± {1.96 * (test * (1 - test) / 359) ** 0.5:.4f}" in out
     # The grid's runs and the single run differ only in the seed, so they are one experiment.
-    values = [float(row["test/accuracy"]) for row in rows if row["run"] in ("grid/0", "grid/1", "single")]
+    values = [float(row["val/accuracy"]) for row in rows if row["run"] in ("grid/0", "grid/1", "single")]
     mean = sum(values) / 3
     sd = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
     assert f"{mean:.4f} ± {sd:.4f}" in out

@@ -110,7 +110,9 @@ def options(group: str) -> list[str]:
 def keys(group: str, option: str) -> dict[str, Any]:
     """Return the keys that an option's file and its bases set, as typed on the command line, with their values."""
     content = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
-    bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    bases = [
+        base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_" and "@" not in base
+    ]
     prefix = "" if group in ("experiment", "debug") else f"{group}."
     inherited = {key: value for base in bases for key, value in keys(group, base).items()}
     return inherited | dict(leaves(content, prefix))

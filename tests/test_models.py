@@ -25,7 +25,7 @@ from models.resnet import PaddedShortcut, ResNet
 from models.vgg import VGG, average
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("[!_]*.yaml"))
 GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
 
 DIGITS: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": 28}

@@ -21,6 +21,7 @@ from core.config import CONFIGS, leaves
 from core.errors import CheckpointError, ConfigError, StopSignal
 from core.json_lines import read_lines
 from core.options.declarations import (
+    ConvertConfig,
     EvaluateConfig,
     PredictConfig,
     RunsConfig,
@@ -42,6 +43,7 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "runs": RunsConfig,
+    "convert": ConvertConfig,
 }
 RESULTS_DEPEND_ON = {  # free on resume, but other values are another experiment
     *("optimizer.lr", "optimizer.momentum", "optimizer.weight_decay", "optimizer.adamw_lr"),

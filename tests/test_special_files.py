@@ -393,7 +393,7 @@ def test_passwords_in_the_query_of_a_database_url_are_hidden():
 
 def test_sweep_folder_that_does_not_fit_into_a_database_url_is_refused(tmp_path):
     assert sqlite_url(tmp_path / "a % # b" / "sweep.db").startswith("sqlite:///")
-    with pytest.raises(ConfigError, match=r"sweep\.dir = .*: holds a character"):
+    with pytest.raises(ConfigError, match=r"sweep\.dir = .*: contains a character"):
         sqlite_url(tmp_path / "a?b" / "sweep.db")
     assert issubclass(ConfigError, PreceptorError)
 

@@ -10,6 +10,7 @@ import math
 import os
 import pwd
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -246,7 +247,7 @@ def test_trial_that_always_fails_is_retried_twice_and_the_others_complete(tmp_pa
     assert (folder / "tries").read_text() == "xxx"
     assert [trial.state.name for trial in trials_of(folder)] == ["COMPLETE", "FAIL", "COMPLETE"]
     message = f"error[storage] {folder}/trial-0001: No space left on device"
-    assert out.count(message) == 4 and "tried again (2 of 2)" in out.replace("\n", " ")
+    assert out.count(message) == 4 and "queued again (retry 2 of 2)" in out.replace("\n", " ")
     assert f"error[trial] sweep: 1 of 3 trials failed, the first with {message}" in out
     code, out = run_sweep(folder, *QUICK, LR, "sweep.trials=3")  # it is not retried again
     assert code == 5
@@ -282,15 +283,15 @@ def test_changed_search_is_refused_and_more_trials_are_allowed(tmp_path):
     assert code == 0, out
     assert len(trials_of(folder)) == 2
     code, out = run_sweep(folder, *arguments, LR)
-    assert code == 2 and "error[config] sweep.trials = 1: may grow only: the sweep has 2 already" in out
+    assert code == 2 and "error[config] sweep.trials = 1: must be at least 2" in " ".join(out.split())
 
 
 def test_folders_of_another_sweep_are_not_reused(tmp_path):
     folder = tmp_path / "sweep"
     assert run_sweep(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=one")[0] == 0
     code, out = run_sweep(folder, *QUICK, LR, "sweep.trials=1", "sweep.name=other", "model.hidden=[8]")
-    message = f"error[checkpoint] {folder}/trial-0000: holds another run (model.hidden: [16] -> [8])"
-    assert code == 6 and out.count(message) == 2 and "tried again" not in out  # once immediately and once at the end
+    message = f"error[checkpoint] {folder}/trial-0000: contains another run (model.hidden: [16] -> [8])"
+    assert code == 6 and out.count(message) == 2 and "(retry " not in out  # once immediately and once at the end
 
 
 def test_renamed_folder_continues_its_study(tmp_path):
@@ -299,7 +300,7 @@ def test_renamed_folder_continues_its_study(tmp_path):
     folder.rename(renamed)
     other_space = "sweep.space={optimizer:{lr:{log_uniform:[0.01,1.0]}}}"
     code, out = run_sweep(renamed, *QUICK, other_space, "sweep.trials=2")
-    assert code == 6 and "was begun with another search" in out
+    assert code == 6 and "was started with another definition" in " ".join(out.split())
     assert run_sweep(renamed, *QUICK, LR, "sweep.trials=2")[0] == 0
     storage = optuna.storages.RDBStorage(f"sqlite:///{renamed}/sweep.db")
     assert [study.study_name for study in storage.get_all_studies()] == ["sweep"]
@@ -334,7 +335,7 @@ def test_failure_after_the_time_limit_is_retried_at_the_next_launch(tmp_path):
         patched.setattr(trial_process, "train", train)
 
     code, out = run_sweep(tmp_path / "sweep", *QUICK, LR, "sweep.trials=2", "sweep.minutes=0.02", patch=patch)
-    assert code == 0 and "to be tried again by the next sweep (1 of 2)" in out.replace("\n", " "), out
+    assert code == 0 and "left to the next launch (retry 1 of 2)" in out.replace("\n", " "), out
     assert [trial.state for trial in trials_of(tmp_path / "sweep")] == [TrialState.WAITING] * 2
 
 
@@ -435,7 +436,7 @@ INVALID_SPACES = {
     "{optimizer:{lr:{normal:[0,1]}}}": "sweep.space.optimizer.lr.normal = [0, 1]: must be a dimension",
     "{optimizer:{lr:{uniform:[1,0]}}}": "sweep.space.optimizer.lr.uniform = [1, 0]: must be [low, high]",
     "{augment:{choice:[]}}": "sweep.space.augment.choice = []: must be a list of different values",
-    "{data:{batch_size:{choice:[8],when:{model:x}}}}": "sweep.space.data.batch_size.when = model: names no dimension",
+    "{data:{batch_size:{choice:[8],when:{model:x}}}}": "sweep.space.data.batch_size.when = model: is not a dimension",
     "{model:{choice:[mlp,lenet9]}}": "error[config] model = lenet9: no such option; did you mean lenet? One of",
     "{optimizer:{lrr:{uniform:[0,1]}}}": "error[config] optimizer.lrr = 0: unknown key; did you mean optimizer.lr?",
     "{optimizer:{lr:{uniform:[-1,1]}}}": "error[config] optimizer.lr = -1: must be a number > 0",
@@ -750,6 +751,12 @@ def test_infeasible_trials_are_marked_and_never_the_best(tmp_path):
     assert best["model"] == {"hidden": [4]}
     page = (folder / "sweep.html").read_text()
     assert "class='infeasible'" in page and "http" not in page.replace("http-equiv", "")
+    assert not (folder / "errors.txt").exists()  # no trial wrote to it
+    assert "1 complete, 1 infeasible" in page and "trial    1 infeasible" in out and "1 infeasible" in out
+    # It names the command, reads well on a phone, and links to the run folders.
+    assert "python scripts/sweep.py" in page and "name='viewport'" in page
+    assert re.findall(r"<a href='([^']+)'>", page) == ["trial-0000", "trial-0001"]
+    assert all((folder / name / "summary.json").exists() for name in ("trial-0000", "trial-0001"))
 
 
 def test_pareto_front_equals_optunas_and_is_saved_as_experiments(tmp_path):
@@ -798,7 +805,7 @@ def test_diverged_trial_is_a_result_and_is_not_retried(tmp_path):
     code, out = run_sweep(folder, *QUICK, "~sweep.space", space, "sweep.trials=2", "loss=squared_error")
     assert code == 0, out
     assert [trial.user_attrs["outcome"] for trial in trials_of(folder)] == ["diverged"] * 2
-    assert "best    none" not in out and "tried again" not in out
+    assert "best    none" not in out and "(retry " not in out
 
 
 @pytest.mark.slow  # imports torch again

@@ -71,7 +71,8 @@ def learning_rate_of(card: str) -> float:
     content = yaml.safe_load((ROOT / "configs" / "experiment" / f"{card}.yaml").read_text())
     chosen = [default["override /optimizer"] for default in content["defaults"] if "override /optimizer" in default]
     default = ROOT / "configs" / "optimizer" / f"{chosen[0] if chosen else 'sgd'}.yaml"
-    return content.get("optimizer", {}).get("lr", yaml.safe_load(default.read_text())["lr"])
+    lr = content.get("optimizer", {}).get("lr", yaml.safe_load(default.read_text())["lr"])
+    return 0.1 if isinstance(lr, str) else lr  # SGD's default refers to the model
 
 
 def overfit_a_batch(name: str, folder: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def measure(name: str, entry: Entry) -> Entry:
 
 def measure_all(goldens: dict[str, Entry]) -> dict[str, Entry]:
     """Measure every config, sorted by name, at the input that its golden entry gives."""
-    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    names = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml"))
     return {name: measure(name, goldens.get(name, NEW_ENTRY)) for name in names}
 
 

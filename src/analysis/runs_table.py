@@ -18,11 +18,15 @@ from rich.text import Text
 from core.config import Config, leaves
 from core.durable import write_output
 from core.errors import ConfigError, DataError, PreceptorError, printable
+from core.intervals import margin_of
 from core.json_lines import read_lines
 from core.options.declarations import RunsConfig
 from core.options.schema import is_compared
 from core.regular_files import read_regular
 from core.run_config import read_run_config
+
+FINISHED = ("finished", "stopped_early")  # a mean over seeds does not count runs that were interrupted
+CAPTION = "±: 95% interval of an accuracy, from the number of images"
 
 
 def tabulate_runs(config: Config[RunsConfig]) -> None:
@@ -102,6 +106,7 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "status": summary.get("status", "running or killed"),
         "parameters": summary.get("parameters", ""),
         "seconds": summary.get("seconds", ""),
+        "samples": summary["samples"] if isinstance(summary.get("samples"), dict) else {},
         "metrics": {name: value for name, value in metrics.items() if type(value) in (int, float)},
         "experiment": repr([pair for pair in compared if not isinstance(pair[1], dict)]),
     }
@@ -116,20 +121,30 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+def value_with_margin(row: dict[str, Any], metric: str) -> str:
+    """Return a metric of a run, an accuracy with its 95% interval, or "" if the run lacks it."""
+    value, (split, _, name) = row["metrics"].get(metric), metric.partition("/")
+    samples = row["samples"].get(split)
+    if value is None:
+        return ""
+    has_margin = name == "accuracy" and type(samples) is int and samples > 0 and 0 <= value <= 1
+    return f"{value:.4f} ± {margin_of(value, samples):.4f}" if has_margin else f"{value:.4f}"
+
+
 def show(rows: list[dict[str, Any]], metric: str) -> None:
     """Print the table of runs. If an experiment has several seeds, also print the table of means over seeds."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     run = Column("run", no_wrap=True)  # users copy the name into other commands
-    table = Table(run, "model", "data", "seed", "status", "seconds", metric)
+    shown_metrics = [metric, *(["test/accuracy"] if metric != "test/accuracy" else [])]
+    table = Table(run, "model", "data", "seed", "status", "seconds", *shown_metrics, caption=CAPTION)
     for row in rows:
-        value = row["metrics"].get(metric)
         shown = [row[key] for key in ("run", "model", "data", "seed", "status", "seconds")]
         cells = [Text(printable(str(cell))) for cell in shown]  # Text: brackets in a name are not markup
-        table.add_row(*cells, "" if value is None else f"{value:.4f}")
+        table.add_row(*cells, *(value_with_margin(row, name) for name in shown_metrics))
     console.print(table)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        if metric in row["metrics"]:
+        if metric in row["metrics"] and row["status"] in FINISHED:
             groups.setdefault(row["experiment"], []).append(row)
     means = Table(
         "model", "data", "seeds", f"{metric} (mean ± sd)", "runs", title="Mean over seeds", title_justify="left"

@@ -15,6 +15,7 @@ names, and turns an exception into an exit code (errors).
     errors.py         one class per kind of error, each with its exit code
     seeding.py        seeds as a pure function of the run's seed and a purpose
     durable.py        files that are written completely or not at all
+    intervals.py      the 95% interval of an accuracy
     json_lines.py     reading files of one JSON object per line
     processes.py      forks: whether one is safe, ending with the parent, exit codes as text
     fork_server.py    the only code that forks: a server process with one child per job, and the reasons for it

@@ -100,12 +100,14 @@ def resolve_and_check(
         if missing:
             raise ConfigError(missing[0], f"mandatory; set it on the command line: {missing[0]}=...", value="???")
         values = _plain(composed)
+        values.pop("recommended", None)  # values that a model recommends; other keys refer to them
     except InterpolationResolutionError:
         if cycle := _cycle(cast(dict[str, Any], OmegaConf.to_container(composed))):
             explanation = f"refers to itself: {' -> '.join([*cycle, cycle[0]])}; set one of these keys to a value"
             raise ConfigError(cycle[0], explanation) from None
         raise
     record = _without_environment(composed)
+    record.pop("recommended", None)
     if schema is not None:
         declared = options_of(schema)
         if "augment" in declared:  # augment=[] chooses no file, so the section is absent

@@ -1,10 +1,10 @@
-"""Sweeps: searches over configs, each trial in a process of its own, all of it in a database.
+"""Sweeps: searches over configs. Each trial runs in its own process; a database holds the state of the search.
 
-search.py   a whole search: what `scripts/sweep.py` runs
-define/     what is searched: the space, the plan, a trial's config
-execute/    how it is run: the database, the loop over trials, their processes
-results/    what comes of it: the table on the terminal, the report, the best as an experiment card
+search.py   a complete search, which `scripts/sweep.py` runs
+define/     the definition: search space, plan, config of a trial
+execute/    the execution: database, loop over trials, processes
+results/    the results: table in the terminal, report, best trials as experiment cards
 
-config -> define.plan -> execute.sweep (claim a trial, draw its point, start its process, judge, note its result)
+config -> define.plan -> execute.sweep (claim a trial, sample its point, start its process, judge it, store its result)
   -> results.report
 """

@@ -1,6 +1,7 @@
-"""A whole search: the plan, its store, the loop over trials, and the report."""
+"""A complete search: the plan, its store, the loop over trials, and the report."""
 
 import contextlib
+from pathlib import Path
 
 from optuna.trial import TrialState
 
@@ -16,19 +17,22 @@ from sweeps.results.table import Table
 
 
 def search(config: Config[SweepConfig]) -> None:
-    """Run the trials that are left, then write the report. With failed trials, raise the first one's error."""
+    """Run the remaining trials and write the report.
+
+    Raises TrialError, with the exit code of the first failed trial, if trials failed.
+    """
     plan = read_plan(config)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as exception:
-        raise StorageError(str(plan.folder), f"cannot be made: {exception.strerror}") from None
+        raise StorageError(str(plan.folder), f"cannot be created: {exception.strerror}") from None
     store = Store(
         plan.options["storage"],
         folder=plan.folder,
         name=plan.options["name"],
         objectives=plan.objectives,
         pruner=plan.pruner(),
-        patience=plan.options["stale_after"],
+        reconnect_s=plan.options["stale_after"],
     )
     with contextlib.closing(store), database_errors(store.url):
         store.settle_definition(plan.definition())
@@ -36,11 +40,20 @@ def search(config: Config[SweepConfig]) -> None:
         pool = Pool(warm=plan.options["warm"], lock=store.lock, output=plan.folder / "errors.txt")
         with contextlib.closing(pool), Table(plan, store) as table:
             Sweep(plan, store, pool, table).run()
-        from sweeps.results.report import write_report  # not before the trials have run: it imports matplotlib
+        from sweeps.results.report import write_report  # imports matplotlib, so only after the trials
 
         write_report(plan, store, table.console)
-        failed = [trial for trial in store.trials() if trial.state == TrialState.FAIL]
+        trials = store.trials()
+        failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+        if all(trial.state.is_finished() for trial in trials):  # else another process of the sweep may use the file
+            remove_if_empty(plan.folder / "errors.txt")
     if failed:
         first = failed[0].user_attrs
         explanation = f"{len(failed)} of {plan.trials} trials failed, the first with {first['error']}"
         raise TrialError("sweep", explanation, exit_code=first["exit_code"])
+
+
+def remove_if_empty(path: Path) -> None:
+    """Delete a file without content."""
+    if path.exists() and path.stat().st_size == 0:
+        path.unlink()

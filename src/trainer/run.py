@@ -14,7 +14,7 @@ import torch
 
 from core.config import Config, leaves
 from core.errors import CheckpointError, NumericalError, StopSignal, StorageError, as_preceptor_error
-from core.options.declarations import SPLITS, TrainConfig
+from core.options.declarations import TrainConfig
 from core.resume import Changes, changes_between, refuse_changes
 from data.sources.splits import Splits, same_mean
 from trainer.build.training import build
@@ -22,10 +22,12 @@ from trainer.build.trust import trusted_values
 from trainer.device import configure_torch, describe
 from trainer.durations import step_name
 from trainer.loop import Judge, Loop, never_prune, reason_to_stop
+from trainer.monitor import verdict
 from trainer.monitor.interrupts import Interrupts
 from trainer.report.introduction import device_name, introduce, show_first_batch
 from trainer.report.notices import Notices
 from trainer.report.recorder import Recorder
+from trainer.report.summary import summary_of
 from trainer.report.terminal import terminal
 from trainer.snapshot import Snapshot
 from trainer.state import require_values
@@ -89,14 +91,14 @@ class Run:
         with ExitStack() as closing:
             notices = closing.enter_context(Notices())
             configure_torch(values["trainer"])
-            training, splits = build(config)
+            training, _ = build(config)
             origin = provenance() | _machine(training)  # before the folder exists, which git may show as a change
             interrupts = closing.enter_context(Interrupts())  # from here on a signal finds a run to save
             folder = _new_folder(training, config)
             closing.callback(folder.close)
             recorder = Recorder(folder, total_steps=training.settings.total_steps)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
-            introduce(training, recorder, values, _sizes(splits))
+            introduce(training, recorder, values)
             recorder.start(training.record, origin)
             log = values["trainer"]
             show_first_batch(training, recorder, images=log["log_images"], graph=log["log_graph"])
@@ -189,6 +191,13 @@ class Run:
             self.recorder.finish(self.training.record, test, self.state.step)
             status = "finished" if reason == self.training.settings.budget else "stopped_early"
             summary = self.write_summary(status, reason, test=test)
+            for text in verdict.warnings_of(
+                test,
+                steps=self.state.step,
+                first_loss=self.state.sums.first,
+                constant_accuracy=self.training.constant_accuracy or 0.0,
+            ):
+                self.warn(text)
         self.recorder.summary(summary, self.folder.path)
         if summary["status"] == "interrupted":
             self.recorder.say(
@@ -227,32 +236,13 @@ class Run:
 
     def write_summary(self, status: str, reason: str, *, test: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Write summary.json and return its content."""
-        state = self.state
-        summary = {
-            "status": status,
-            "stop_reason": reason,
-            "step": state.step,
-            "epoch": state.epoch,
-            "best": state.best,
-            "test": dict(test or {}),
-            "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-            "seconds": round(state.clock.seconds, 3),
-            "training_seconds": round(state.clock.training, 3),  # of the steps alone
-            "samples_per_second": round(state.clock.samples_per_second, 1),
-            "seed": self.training.settings.seed,
-            "provenance": dict(self.origin),
-        }
+        summary = summary_of(self.training, status=status, reason=reason, test=test or {}, provenance=self.origin)
         self.folder.write_summary(summary)
         return summary
 
 
 def _machine(training: Training) -> dict[str, Any]:
     return {"device": device_name(training.device), **describe(training.device), "threads": torch.get_num_threads()}
-
-
-def _sizes(splits: Splits) -> dict[str, int]:
-    """Return the number of samples of each split that exists."""
-    return {name: len(split) for name in SPLITS if (split := getattr(splits, name)) is not None}
 
 
 def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
@@ -265,7 +255,7 @@ def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             return RunFolder.create(path, record=training.record, first=first)
         except OSError as exception:
-            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from None
+            raise StorageError(str(path), f"cannot be created: {exception.strerror}") from None
         except StorageError:
             if values["run_dir"] is not None or not path.exists():
                 raise

@@ -27,6 +27,8 @@ class Training:
     train_loader: StepLoader
     val_loader: Batches | None
     test_loader: Batches | None
+    samples: Mapping[str, int]  # of each split that exists
+    constant_accuracy: float | None  # on the test split, of always predicting its most frequent class
     device: torch.device
     channels_last: bool  # the memory layout of images and weights
     record: Mapping[str, Any]  # the config as it may be written to disk

@@ -98,7 +98,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _bases(path: Path) -> list[Path]:
     """Return the files of the same group that a file lists in its `defaults`, nearest first."""
-    names = [name for name in _read(path).get("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    names = [
+        name
+        for name in _read(path).get("defaults", ())
+        if isinstance(name, str) and name != "_self_" and "@" not in name
+    ]
     nearest = [path.parent / f"{name}.yaml" for name in names if (path.parent / f"{name}.yaml").exists()]
     return [file for base in nearest for file in (base, *_bases(base))]
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Required, Union, cast, get_args, get
 
 from core.config import CONFIGS, FROM_ENVIRONMENT, leaves
 from core.errors import ConfigError, suggest
-from core.options.declarations import FREE_ON_RESUME, IS_PATH, NOT_COMPARED, TrainConfig
+from core.options.declarations import TrainConfig
 from core.options.rules import Rule, either, flag, list_of, mapping_of, one_of, optional, section, text
+from core.options.value_types import FREE_ON_RESUME, IS_PATH, NOT_COMPARED
 
 Schema = type  # a TypedDict of core.options.declarations
 

@@ -239,3 +239,8 @@ def fingerprint(collection: Collection) -> str:
             digest.update(repr((name, tuple(images.pixels.shape))).encode())
         digest.update(images.labels.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def largest_share(labels: Tensor) -> float:
+    """Return the share of the most frequent of the labels (N,)."""
+    return labels.bincount().max().item() / len(labels)

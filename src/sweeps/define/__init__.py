@@ -1,8 +1,8 @@
 """The definition of a sweep.
 
-space.py    the search space: dimensions, how their values are drawn, their overrides
-compose.py  a trial's config, composed by Hydra; needs neither Optuna nor the database
-plan.py     the settings of a sweep, checked: Plan
+space.py    the search space: dimensions, how their values are sampled, their overrides
+compose.py  the config of a trial, composed by Hydra; imports neither Optuna nor the database
+plan.py     the checked settings of a sweep: Plan
 
 config -> plan.read_plan -> Plan; a trial's point -> space.overrides -> compose.compose_trial -> its config
 """

@@ -1,4 +1,4 @@
-"""A trial's config, composed by Hydra; apart from the rest, as a trial's process needs neither Optuna nor the store."""
+"""The config of a trial, composed by Hydra. A trial's process imports this file, but neither Optuna nor the store."""
 
 import re
 from pathlib import Path
@@ -9,21 +9,21 @@ from core.config import Config
 from core.errors import spell
 from core.options.declarations import TrainConfig
 
-BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that Hydra's grammar takes without quotes
+BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that needs no quotes in Hydra's grammar
 
 
 def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config[TrainConfig]:
-    """A trial's config: the sweep's own with its overrides, less the section `sweep`."""
+    """Return the config of a trial: that of the sweep with the trial's overrides, without the section `sweep`."""
     return compose_config("sweep", arguments, TrainConfig, folders=list(map(Path, config_dirs)), without=["sweep"])
 
 
 def search_path(config_dirs: list[str]) -> list[str]:
-    """The override that makes Hydra look in the user's own folders too."""
+    """Return the override that adds the folders of --config-dir to Hydra's search path, or no override."""
     return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
 
 
 def written(value: Any) -> str:
-    """A value as Hydra's grammar reads it back."""
+    """Return a value as text that Hydra's grammar parses to the same value."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):

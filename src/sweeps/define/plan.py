@@ -1,4 +1,4 @@
-"""What a sweep is to do: its settings, the config that its trials share, and the config of each."""
+"""The plan of a sweep: its settings, the config that all trials share, and the config of each trial."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ MEASURED = (*EVALUATED, "parameters", "seconds", "latency_ms")
 
 @dataclass(frozen=True)
 class Constraint:
-    """What must hold of a metric."""
+    """A bound on a metric."""
 
     metric: str
     sign: str
     bound: float
 
     def violation(self, value: float) -> float:
-        """How far a value is from what is allowed, relative to the bound: 0 or less where the constraint holds."""
+        """Return by how much a value violates the constraint, relative to the bound; <= 0 if it is met."""
         excess = (value - self.bound if "<" in self.sign else self.bound - value) / (abs(self.bound) or 1.0)
         return 1e-12 if excess == 0 and "=" not in self.sign else excess
 
@@ -42,44 +42,44 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep, read and checked. `options` are the values of the config's section `sweep`."""
+    """The checked plan of a sweep. `options` are the values of the config's section `sweep`."""
 
     options: SweepOptions
     folder: Path
     space: list[Dimension]
     objectives: list[tuple[str, str]]  # (maximize or minimize, metric)
     constraints: list[Constraint]
-    base: Config[TrainConfig]  # of a trial for which nothing was drawn
-    given: list[str]  # the overrides on the command line that hold for every trial
-    config_dirs: list[str]  # the user's own, by --config-dir
-    points: list[dict[str, Any]]  # of a grid
+    base: Config[TrainConfig]  # the config of a trial without sampled values
+    given: list[str]  # overrides of the command line, which all trials share
+    config_dirs: list[str]  # folders of --config-dir
+    points: list[dict[str, Any]]  # the points of a grid; empty for other samplers
 
     @property
     def name(self) -> str:
-        """The study's."""
+        """The name of the study."""
         return self.options["name"] or self.folder.resolve().name
 
     @property
     def trials(self) -> int:
-        """How many there are to be."""
+        """The number of trials."""
         wanted = self.options["trials"]
         if self.points:
             return min(wanted or len(self.points), len(self.points))
-        assert wanted is not None  # by read_plan
+        assert wanted is not None  # read_plan checks it
         return wanted
 
     @property
     def prunes(self) -> bool:
-        """Are trials ended early?"""
+        """Return whether trials may be pruned."""
         return self.options["pruner"] != "none"
 
     @property
     def measures_latency(self) -> bool:
-        """Does anything ask for the time of one image?"""
+        """Return whether an objective or constraint needs the latency of one image."""
         return "latency_ms" in [metric for _, metric in self.objectives] + [each.metric for each in self.constraints]
 
     def definition(self) -> dict[str, Any]:
-        """Whatever makes two trials comparable; another machine or a relaunch must agree on it."""
+        """Return the settings that must be equal for trials to be comparable, after a restart or on another machine."""
         known = dict(leaves(self.base.record))
         config = {name: value for name, value in known.items() if is_compared(name) and not isinstance(value, dict)}
         space = {
@@ -89,13 +89,15 @@ class Plan:
         return {**config, **space, **{f"sweep.{key}": dict(self.options)[key] for key in how}}
 
     def sampler(self, number: int) -> BaseSampler:
-        """The sampler of one trial. Its seed is a function of the trial's number, so that a random search has the same
-        points wherever, and however often, it was killed."""
+        """Return the sampler of one trial.
+
+        Its seed is a function of the trial's number, so a random search that is killed continues with the same points.
+        """
         seed = fold(self.base.values["seed"], "sweep", number) % 2**32
         startup = self.options["startup"]
         makers: dict[str, Callable[..., BaseSampler]] = {
             "random": RandomSampler,
-            "grid": RandomSampler,  # its points are fixed before
+            "grid": RandomSampler,  # its points are given
             "tpe": partial(TPESampler, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True),
             "cmaes": partial(CmaEsSampler, n_startup_trials=max(1, startup), warn_independent_sampling=False),
             "nsga2": partial(NSGAIISampler, population_size=max(2, startup)),
@@ -104,7 +106,7 @@ class Plan:
             return makers[self.options["sampler"]](seed=seed)
 
     def pruner(self) -> BasePruner:
-        """Resources are counted in evaluations."""
+        """Return the pruner; its resource is the number of evaluations."""
         grace, reduction = self.options["grace"], self.options["reduction"]
         if self.options["pruner"] == "median":
             return MedianPruner(n_startup_trials=self.options["startup"], n_warmup_steps=grace)
@@ -116,20 +118,20 @@ class Plan:
         return NopPruner()
 
     def arguments(self, point: Mapping[str, Any]) -> list[str]:
-        """A trial's overrides: what holds for all, then what was drawn for it."""
+        """Return the overrides of a trial: those of all trials, then its sampled values."""
         return [*self.given, *overrides(point, dict(leaves(self.base.values)))]
 
     def run_folder(self, number: int, seed_index: int) -> Path:
-        """Where a training of a trial stands."""
+        """Return the run folder of one training of a trial."""
         suffix = f"-seed-{seed_index}" if self.options["seeds"] > 1 else ""
         return self.folder / f"trial-{number:04}{suffix}"
 
 
 def read_plan(config: Config[SweepConfig]) -> Plan:
-    """The plan of a composed config and its command line; ConfigError before anything is begun."""
+    """Return the plan of a composed config. Raises ConfigError before any trial starts."""
     options = config.values["sweep"]
     if config.job is not None:
-        raise ConfigError("--multirun", "a sweep runs its trials itself; give sweep.trials and sweep.space")
+        raise ConfigError("--multirun", "a sweep starts its trials itself; set sweep.trials and sweep.space instead")
     for name in ("resume", "run_dir"):
         if config.values[name] is not None:
             raise ConfigError(
@@ -139,23 +141,25 @@ def read_plan(config: Config[SweepConfig]) -> Plan:
     space = read_space(options["space"])
     objectives = [_objective(text) for text in options["objectives"]]
     if not objectives:
-        raise ConfigError("sweep.objectives", "name one, such as max val/accuracy", value=[])
+        raise ConfigError("sweep.objectives", "must name at least one, such as max val/accuracy", value=[])
     if len(objectives) > 1 and options["pruner"] != "none":
-        explanation = f"cannot prune for {len(objectives)} objectives: which trial is the worse is undefined; use none"
+        explanation = (
+            f"cannot prune for {len(objectives)} objectives: which of two trials is worse is undefined; use none"
+        )
         raise ConfigError("sweep.pruner", explanation, value=options["pruner"])
     if len(objectives) > 1 and options["sampler"] == "cmaes":
-        raise ConfigError("sweep.sampler", "follows one objective; use nsga2, tpe or random", value="cmaes")
+        raise ConfigError("sweep.sampler", "optimises one objective; use nsga2, tpe or random", value="cmaes")
     if options["pruner"] != "none" and objectives[0][1] not in EVALUATED:
         explanation = f"needs an objective that every evaluation measures ({', '.join(EVALUATED)})"
         raise ConfigError("sweep.pruner", explanation, value=options["pruner"])
     if options["sampler"] == "grid":
         points = grid(space)
     elif options["trials"] is None:
-        raise ConfigError("sweep.trials", "say how many; null is the whole grid of sampler=grid", value=None)
+        raise ConfigError("sweep.trials", "must be an integer >= 1; null (all points) is for sampler=grid", value=None)
     else:
         points = []
     monitor = next((metric for _, metric in objectives if metric in EVALUATED), None)
-    if monitor is not None:  # the checkpoint that is tested is the best by what is sought; before what the user gave
+    if monitor is not None:  # the best checkpoint is chosen by the objective; overrides of the user come later and win
         given.insert(0, f"trainer.checkpoint.monitor={monitor}")
     if config.values["trainer"]["threads"] is None:
         share = max(1, len(os.sched_getaffinity(0)) // options["parallel"])
@@ -177,7 +181,7 @@ def read_plan(config: Config[SweepConfig]) -> Plan:
 
 
 def _dry_run(plan: Plan) -> None:
-    """Compose trials until each option and bound was in one, so that errors are found before the first trial."""
+    """Compose trials that together contain each option and bound, so that errors are found before the first trial."""
     left = {dimension.key: list(dimension.options) for dimension in plan.space}
     while any(left.values()):
         point: dict[str, Any] = {}
@@ -186,7 +190,7 @@ def _dry_run(plan: Plan) -> None:
         for dimension in plan.space:
             if dimension.key in calls:
                 point[dimension.key] = calls[dimension.key]
-            elif dimension.is_called_for(point) or dimension is wanted:
+            elif dimension.is_used(point) or dimension is wanted:
                 point[dimension.key] = (left[dimension.key] or dimension.options)[0]
             if point.get(dimension.key) in left[dimension.key]:
                 left[dimension.key].remove(point[dimension.key])
@@ -195,7 +199,7 @@ def _dry_run(plan: Plan) -> None:
 
 def _objective(text: str) -> tuple[str, str]:
     match = OBJECTIVE.match(text)
-    assert match is not None  # by the schema
+    assert match is not None  # the schema checks it
     _check_metric(match[2], "sweep.objectives")
     return {"max": "maximize", "min": "minimize"}[match[1]], match[2]
 
@@ -209,4 +213,4 @@ def _constraint(text: str) -> Constraint:
 
 def _check_metric(name: str, key: str) -> None:
     if name not in MEASURED:
-        raise ConfigError(key, f"measured are {', '.join(MEASURED)}; {suggest(name, MEASURED)}", value=name)
+        raise ConfigError(key, f"must be one of {', '.join(MEASURED)}; {suggest(name, MEASURED)}", value=name)

@@ -1,18 +1,18 @@
-"""The search space: what a sweep may change, as `sweep.space` in YAML says it.
+"""The search space of a sweep, from the config section `sweep.space`.
 
     optimizer:
       lr: {log_uniform: [0.001, 1]}               log lr is uniform
-      momentum: {one_minus_log: [0.5, 0.999]}     log (1 - momentum) is: 0.9 to 0.99 weighs as much as 0.99 to 0.999
-      betas: {1: {one_minus_log: [0.9, 0.9999]}}  one number of a list, by its place
-    augment: {choice: [none, affine]}             a group's options, or any values
+      momentum: {one_minus_log: [0.5, 0.999]}     log (1 - momentum) is uniform: 0.9-0.99 is as likely as 0.99-0.999
+      betas: {1: {one_minus_log: [0.9, 0.9999]}}  one item of a list, by its index
+    augment: {choice: [none, affine]}             options of a group, or any values
     model:
       choice: [mlp, lenet5]
-      hidden: {choice: [[64], [128, 64]], when: {model: mlp}}   only where that was drawn
+      hidden: {choice: [[64], [128, 64]], when: {model: mlp}}   only for these models
 
-A dimension is a key of train.yaml; `log_int`, `int` and `uniform` are the other kinds. A grid also takes `points: N`.
+A dimension is a key of train.yaml. The other kinds are `log_int`, `int` and `uniform`. A grid also needs `points: N`.
 
 Source of the scales: Bergstra & Bengio 2012, Random Search for Hyper-Parameter Optimization, section 2.4; one minus the
-decay of an average is the inverse of the number of steps that it remembers.
+decay of a moving average is the inverse of the number of steps that it averages over.
 """
 
 import itertools
@@ -33,27 +33,29 @@ KINDS = ("choice", "uniform", "log_uniform", "one_minus_log", "int", "log_int")
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key that is searched over."""
+    """One key of the config, and the values that the search may give it."""
 
     key: str  # as on the command line: optimizer.lr
     kind: str
-    options: tuple[Any, ...]  # of a choice; the bounds of all others
-    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # other dimensions' keys and the values that call for this one
-    points: int | None = None  # of a grid
+    options: tuple[Any, ...]  # the values of a choice; [low, high] of all other kinds
+    when: tuple[
+        tuple[str, tuple[Any, ...]], ...
+    ] = ()  # (key of another dimension, its values with which this one is used)
+    points: int | None = None  # number of values in a grid
 
     @property
     def name(self) -> str:
-        """What the study and its plots call it: what is uniform is what is drawn."""
+        """The name in the study and its plots: that of the sampled value."""
         return f"1 - {self.key}" if self.kind == "one_minus_log" else self.key
 
     @property
     def labels(self) -> list[Any]:
-        """The options of a choice as the study knows them: a list by its JSON."""
+        """The options of a choice as the study stores them: lists as JSON."""
         return [_label(option) for option in self.options]
 
     @property
     def distribution(self) -> BaseDistribution:
-        """Optuna's."""
+        """The distribution that Optuna samples from."""
         if self.kind == "choice":
             return CategoricalDistribution(self.labels)
         low, high = self.options
@@ -64,17 +66,17 @@ class Dimension:
         return FloatDistribution(low, high, log=self.kind != "uniform")
 
     def value(self, drawn: Any) -> Any:
-        """The config's value for what was drawn."""
+        """Return the value for the config, for a sampled value."""
         if self.kind == "choice":
             return self.options[self.labels.index(drawn)]
         return 1 - drawn if self.kind == "one_minus_log" else drawn
 
-    def is_called_for(self, values: Mapping[str, Any]) -> bool:
-        """Do the values drawn so far ask for this dimension?"""
+    def is_used(self, values: Mapping[str, Any]) -> bool:
+        """Return whether this dimension is used with the values of the dimensions before it."""
         return all(key in values and values[key] in wanted for key, wanted in self.when)
 
     def grid(self) -> list[Any]:
-        """The values drawn by a grid, evenly spaced on the dimension's own scale."""
+        """Return the values of a grid, evenly spaced on the dimension's scale. Raises ConfigError without `points`."""
         if self.kind == "choice":
             return self.labels
         distribution = self.distribution
@@ -94,21 +96,21 @@ class Dimension:
 
 
 def read_space(tree: Mapping[str, Any]) -> list[Dimension]:
-    """The dimensions, each behind those that its condition names; ConfigError for what cannot be drawn from."""
+    """Return the dimensions, each after those that its `when` names. Raises ConfigError for an invalid space."""
     found = list(_dimensions(tree, ""))
     if not found:
-        raise ConfigError("sweep.space", "empty: say what to search over, as in configs/sweep/random.yaml")
+        raise ConfigError("sweep.space", "is empty; see configs/sweep/random.yaml for an example")
     keys = [dimension.key for dimension in found]
     ordered: list[Dimension] = []
     for dimension in found:
         for key, _ in dimension.when:
             if key not in keys:
-                hint = suggest(key, keys) or f"there are {', '.join(keys)}"
-                raise ConfigError(f"sweep.space.{dimension.key}.when", f"names no dimension; {hint}", value=key)
+                hint = suggest(key, keys) or f"the dimensions are {', '.join(keys)}"
+                raise ConfigError(f"sweep.space.{dimension.key}.when", f"is not a dimension; {hint}", value=key)
     while found:
         ready = [each for each in found if {key for key, _ in each.when} <= {done.key for done in ordered}]
         if not ready:
-            raise ConfigError(f"sweep.space.{found[0].key}.when", "waits for itself, by way of others")
+            raise ConfigError(f"sweep.space.{found[0].key}.when", "depends on itself, through other dimensions")
         ordered += ready
         found = [each for each in found if each not in ready]
     return ordered
@@ -117,42 +119,45 @@ def read_space(tree: Mapping[str, Any]) -> list[Dimension]:
 def _dimensions(tree: Mapping[str, Any], prefix: str) -> Iterator[Dimension]:
     for name, node in tree.items():
         key = f"{prefix}{name}"
-        place = f"sweep.space.{key}"
+        subject = f"sweep.space.{key}"
         if not isinstance(node, dict):
             raise ConfigError(
-                place, f"must be a dimension, such as {{log_uniform: [0.001, 1]}}; {_kinds()}", value=node
+                subject, f"must be a dimension, such as {{log_uniform: [0.001, 1]}}; {_kinds()}", value=node
             )
         kinds = [kind for kind in KINDS if kind in node]
         children = {child: value for child, value in node.items() if child not in (*KINDS, "when", "points")}
         if len(kinds) > 1:
-            raise ConfigError(place, f"is two kinds at once, {' and '.join(kinds)}")
+            raise ConfigError(subject, f"must be of one kind, not {' and '.join(kinds)}")
         if kinds:
             yield _dimension(key, kinds[0], node)
         elif not children or "when" in node or "points" in node:
-            raise ConfigError(place, f"has no kind; {_kinds()}")
+            raise ConfigError(subject, f"has no kind; {_kinds()}")
         yield from _dimensions(children, f"{key}.")
 
 
 def _dimension(key: str, kind: str, node: Mapping[str, Any]) -> Dimension:
-    place, options = f"sweep.space.{key}.{kind}", node[kind]
+    subject, options = f"sweep.space.{key}.{kind}", node[kind]
     if kind == "choice":
         labels = [_label(option) for option in options] if isinstance(options, list) else []
         if not labels or len(set(map(repr, labels))) < len(labels):
-            raise ConfigError(place, "must be a list of different values", value=options)
+            raise ConfigError(subject, "must be a list of different values", value=options)
     else:
-        whole = kind in ("int", "log_int")
+        is_integer = kind in ("int", "log_int")
         numbers = isinstance(options, list) and all(
-            type(bound) is int or (type(bound) is float and not whole and math.isfinite(bound)) for bound in options
+            type(bound) is int or (type(bound) is float and not is_integer and math.isfinite(bound))
+            for bound in options
         )
         if not numbers or len(options) != 2 or options[0] > options[1]:
-            raise ConfigError(place, f"must be [low, high], {'integers' if whole else 'numbers'}", value=options)
+            raise ConfigError(subject, f"must be [low, high], {'integers' if is_integer else 'numbers'}", value=options)
         if kind in ("log_uniform", "log_int") and options[0] <= 0:
-            raise ConfigError(place, "must be > 0, as its logarithm is drawn", value=options)
+            raise ConfigError(subject, "must be > 0, as its logarithm is sampled", value=options)
         if kind == "one_minus_log" and options[1] >= 1:
-            raise ConfigError(place, "must be < 1, as the logarithm of 1 - value is drawn", value=options)
+            raise ConfigError(subject, "must be < 1, as the logarithm of 1 - value is sampled", value=options)
     points = node.get("points")
     if points is not None and (type(points) is not int or points < 1 or kind == "choice"):
-        raise ConfigError(f"sweep.space.{key}.points", "must be an integer >= 1, beside two bounds", value=points)
+        raise ConfigError(
+            f"sweep.space.{key}.points", "must be an integer >= 1, for a kind with two bounds", value=points
+        )
     when = node.get("when", {})
     if not isinstance(when, dict):
         raise ConfigError(f"sweep.space.{key}.when", "must be {KEY: value or [values]} of other dimensions", value=when)
@@ -169,35 +174,35 @@ def _label(option: Any) -> Any:
 
 
 def draw(space: list[Dimension], trial: BaseTrial) -> dict[str, Any]:
-    """A point of the space, by key; dimensions that are not called for have none."""
+    """Sample a point of the space; return its values by key. Dimensions that are not used have none."""
     values: dict[str, Any] = {}
     for dimension in space:
-        if dimension.is_called_for(values):
+        if dimension.is_used(values):
             drawn = trial._suggest(dimension.name, dimension.distribution)  # type: ignore[attr-defined]
             values[dimension.key] = dimension.value(drawn)
     return values
 
 
 def point(space: list[Dimension], params: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's values of what a study has noted."""
+    """Return the config values of the parameters that a study has stored."""
     return {each.key: each.value(params[each.name]) for each in space if each.name in params}
 
 
 def grid(space: list[Dimension]) -> list[dict[str, Any]]:
-    """Every point of a grid, as the study notes it; the first dimension changes slowest."""
+    """Return all points of a grid, as the study stores them; the first dimension changes slowest."""
     points: list[dict[str, Any]] = []
     for drawn in itertools.product(*(dimension.grid() for dimension in space)):
         values: dict[str, Any] = {}
         found: dict[str, Any] = {}
         for dimension, each in zip(space, drawn):
-            if dimension.is_called_for(values):
+            if dimension.is_used(values):
                 values[dimension.key], found[dimension.name] = dimension.value(each), each
         points.append(found)
     return [found for index, found in enumerate(points) if found not in points[:index]]
 
 
 def overrides(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
-    """A point as overrides of the command line; numbers of a list join the others in `base`, the config's leaves."""
+    """Return a point as overrides. Items of a list are put into the list of `base`, the values of the config by key."""
     joined: dict[str, Any] = {}
     for key, value in values.items():
         parent, _, last = key.rpartition(".")

@@ -1,11 +1,12 @@
-"""The execution of a sweep.
+"""Execution of a sweep: claim trials, train them in processes, judge their reports, store their results.
 
-database.py  Optuna's storage at a URL, SQLite's transactions, errors of a database
-store.py     the trials of one study: claim, heartbeat, release, requeue, finish
-running.py   a trial that runs here: its process and its newest messages
-sweep.py     the loop: claims trials, starts their processes, judges their reports, notes their results
-pool.py      the processes of trials, as the sweep sees them
-trial.py     what a trial's process does: trains, reports, sends its result
+database.py  Optuna's storage at a database URL: SQLite transactions, lost connections, database errors
+store.py     Store: the trials of one study (claim, heartbeat, release, requeue, finish)
+owners.py    Owners: the locked token file of each sweep, by which others find dead sweeps
+running.py   Running: a trial that this sweep runs, its process and its last messages
+sweep.py     Sweep: the loop that claims trials, starts their processes, judges reports and stores results
+pool.py      Pool: starts the processes of trials
+trial.py     the code that runs in a trial's process: trains, reports, sends the result
 
 store.claim -> sweep draws a point -> pool starts trial.py -> reports -> sweep judges -> result -> store.finish
 """

@@ -1,10 +1,11 @@
-"""The database of a sweep: Optuna's storage at a URL, how SQLite takes its transactions, and how its errors read.
+"""The database of a sweep: opens Optuna's storage at a URL, retries lost connections, and converts errors.
 
-Everything here is about databases in general; `store` has the trials.
+This file handles any database that Optuna supports. `store` reads and writes the trials.
 """
 
 import functools
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,12 @@ from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from core.durable import write_durably
 from core.errors import ConfigError, StorageError
+from core.regular_files import read_regular
 
-PATIENCE = 60.0  # seconds that SQLite waits for another's transaction
-RETRIES = 3  # of a transaction whose connection was lost
+SQLITE_TIMEOUT_S = 60.0  # the longest time that SQLite waits for the transaction of another process
+RETRIES = 3  # repetitions of a transaction whose connection was lost
 Result = TypeVar("Result")
 Method = TypeVar("Method", bound=Callable[..., Any])
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -30,44 +33,63 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 @contextmanager
 def experimental() -> Iterator[None]:
-    """Use what Optuna calls experimental, some of it for years, without its warning."""
+    """Suppress Optuna's ExperimentalWarning in this context.
+
+    Some features keep this mark for years, so the warning does not help the user.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Return Optuna's storage at a URL. SQLite takes its transactions one by one."""
+    """Return Optuna's storage at a database URL. On SQLite, transactions run one at a time.
+
+    Raises ConfigError for a URL that cannot be parsed, and for a database whose driver is not installed.
+    """
     is_sqlite = url.startswith("sqlite")
-    # Without an isolation level Python's sqlite3 leaves it to us when a transaction begins.
-    connecting = (
-        {"connect_args": {"timeout": PATIENCE, "isolation_level": None}} if is_sqlite else {"pool_pre_ping": True}
+    # With isolation_level=None, Python's sqlite3 begins no transactions. `_begin_immediate` begins them instead.
+    engine_options = (
+        {"connect_args": {"timeout": SQLITE_TIMEOUT_S, "isolation_level": None}}
+        if is_sqlite
+        else {"pool_pre_ping": True}
     )
     try:
-        storage = RDBStorage(url, engine_kwargs=connecting)
+        storage = RDBStorage(url, engine_kwargs=engine_options)
     except ImportError:
-        hint = "pip install 'preceptor[postgresql]' for postgresql+psycopg://..., 'preceptor[mysql]' for mysql+pymysql://..."
-        raise ConfigError("sweep.storage", f"the driver of this database is not installed; {hint}") from None
-    except (sqlalchemy.exc.ArgumentError, ValueError) as exception:  # ValueError: a port that is no number
-        raise ConfigError("sweep.storage", _brief(exception), value=_without_password(url)) from None
+        postgresql = "pip install 'preceptor[postgresql]' (postgresql+psycopg://...)"
+        mysql = "pip install 'preceptor[mysql]' (mysql+pymysql://...)"
+        explanation = f"the driver of this database is not installed; run {postgresql} or {mysql}"
+        raise ConfigError("sweep.storage", explanation) from None
+    except (sqlalchemy.exc.ArgumentError, ValueError) as exception:  # ValueError: the port is not an integer
+        raise ConfigError("sweep.storage", _first_line(exception), value=_without_password(url)) from None
     if is_sqlite:
         event.listen(storage.engine, "connect", _use_write_ahead_log)
-        event.listen(storage.engine, "begin", _begin_at_once)
-        storage.engine.dispose()
+        event.listen(storage.engine, "begin", _begin_immediate)
+        storage.engine.dispose()  # RDBStorage has connected already, and only a new connection calls the first function
     return storage
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the URL of an SQLite file; ConfigError for a path that a URL cannot hold, such as one with `?`."""
+    """Return the URL of an SQLite file.
+
+    Raises ConfigError if the path contains a character that a URL cannot contain, such as `?`.
+    """
     url = f"sqlite:///{file}"
     if sqlalchemy.engine.make_url(url).database != str(file):
-        explanation = "holds a character that a database URL cannot: rename it, or set sweep.storage"
+        explanation = (
+            "contains a character that is not allowed in a database URL; rename the folder, or set sweep.storage"
+        )
         raise ConfigError("sweep.dir", explanation, value=str(file.parent))
     return url
 
 
-def patiently(action: Callable[[], Result]) -> Result:
-    """Run an action that creates tables. Of machines that start together all but one are refused, and try again."""
+def retry_creation(action: Callable[[], Result]) -> Result:
+    """Return the result of an action that creates tables or a study; run it up to 5 times if the database fails.
+
+    If several machines start together, the creation succeeds on one of them. The others fail, and succeed when they
+    retry, as the tables exist then. Raises the database error of the last attempt.
+    """
     for attempt in range(5):
         try:
             return action()
@@ -79,7 +101,10 @@ def patiently(action: Callable[[], Result]) -> Result:
 
 
 def wait_for_restarts(engine: sqlalchemy.Engine, seconds: float) -> None:
-    """Let new connections of an engine wait for a server that restarts, for this time at most."""
+    """Make new connections of an engine retry for up to `seconds`, because the server may be restarting.
+
+    After that time, a connection attempt raises the error of the database driver.
+    """
 
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Any, _: object, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -94,9 +119,10 @@ def wait_for_restarts(engine: sqlalchemy.Engine, seconds: float) -> None:
 
 
 def retried(method: Method) -> Method:
-    """Wrap a method that may run twice: it runs again if the connection to the database was lost meanwhile.
+    """Return the method wrapped so that it runs again if it loses the database connection, up to RETRIES times.
 
-    A new connection waits for the server (`wait_for_restarts`).
+    The method must be safe to run twice: the lost transaction may have been committed. A new connection waits for the
+    server (`wait_for_restarts`). Other database errors are raised at once.
     """
 
     @functools.wraps(method)
@@ -113,19 +139,22 @@ def retried(method: Method) -> Method:
 
 
 def _is_lost_connection(exception: BaseException) -> bool:
-    """Return whether an error, or the error that caused it, means a lost connection."""
+    """Return whether an error, its cause or its context reports a lost connection."""
     errors: list[BaseException | None] = [exception, exception.__cause__, exception.__context__]
     return any(isinstance(error, DBAPIError) and error.connection_invalidated for error in errors)
 
 
 @contextmanager
 def database_errors(url: str) -> Iterator[None]:
-    """Raise a StorageError in place of the errors of the database at a URL. What was written before is kept."""
+    """Convert database errors in this context to StorageError, with the URL but without its password.
+
+    Committed transactions are kept.
+    """
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
         cause = exception.__cause__ or exception
-        raise StorageError(_without_password(url), f"cannot be used: {_brief(cause)}") from exception
+        raise StorageError(_without_password(url), f"cannot be used: {_first_line(cause)}") from exception
 
 
 def _use_write_ahead_log(connection: Any, _: object) -> None:
@@ -133,18 +162,32 @@ def _use_write_ahead_log(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _begin_at_once(connection: sqlalchemy.Connection) -> None:
+def _begin_immediate(connection: sqlalchemy.Connection) -> None:
+    # BEGIN IMMEDIATE takes the write lock before the first read, so no other process writes between read and write.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _brief(exception: BaseException) -> str:
+def _first_line(exception: BaseException) -> str:
+    """Return the first line of an error's message; SQLAlchemy appends the statement and its parameters."""
     return str(exception).partition("\n")[0]
 
 
 def _without_password(url: str) -> str:
+    """Return a URL with `***` instead of its password and of query values whose key contains `pass` or `secret`."""
     try:
         parsed = sqlalchemy.engine.make_url(url)
         hidden = {key: "***" for key in parsed.query if "pass" in key.lower() or "secret" in key.lower()}
         return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
     except (SQLAlchemyError, ValueError):
         return "(cannot be parsed)"
+
+
+def study_name(folder: Path) -> str:
+    """Return the name of a folder's study: the name that the folder had when the sweep was started.
+
+    The file .study in the folder stores it. So a sweep in a renamed folder continues its study.
+    """
+    file = folder / ".study"
+    if not file.exists():
+        write_durably(file, os.fsencode(folder.resolve().name))
+    return os.fsdecode(read_regular(file, follow=False))

@@ -1,6 +1,6 @@
-"""The processes of a sweep, seen from the sweep: one fork server for all trials, or (cold) one for each.
+"""Start the processes of trials: one fork server for all trials (warm), or one server per trial (cold).
 
-core/fork_server.py describes the server, sweeps/execute/trial.py what a trial does.
+core/fork_server.py documents the server. sweeps/execute/trial.py is the code that runs in a trial's process.
 """
 
 import contextlib
@@ -15,29 +15,33 @@ from core.errors import StorageError
 from core.fork_server import Child, ForkServer
 from sweeps.execute.trial import Job, Line
 
-COLD = ("sweeps.execute.trial", "trainer.run")  # with all that a training imports
-WARM = (*COLD, "torch._inductor")  # which the first step of an optimizer would import, in each trial again
+COLD_MODULES = ("sweeps.execute.trial", "trainer.run")  # trainer.run imports all modules that a training needs
+# The first optimizer step imports torch._inductor. The server imports it once, so the trials do not.
+WARM_MODULES = (*COLD_MODULES, "torch._inductor")
 
 
 class TrialLine(Line):
-    """The sweep's end of a trial's line. Its last message is `ended`, with the exit code of the process."""
+    """The sweep's end of the connection to a trial. The last message is {"ended": exit code of the process}."""
 
     def __init__(self, connection: socket.socket, child: Child) -> None:
         super().__init__(connection)
         self.child = child
 
     def receive(self) -> list[dict[str, Any]]:
-        """The objects that have come, at least one after a wait."""
+        """Wait for at least one message, and return all messages that have arrived.
+
+        When the trial closes the connection, return [{"ended": exit code}].
+        """
         try:
             return super().receive()
         except (EOFError, ConnectionResetError):
-            code = self.child.exit_code(5)  # None: it died with the server that would have reported it
+            code = self.child.exit_code(5)  # None: unknown, as the server ended too, or no report came within 5 s
             self.child.end()
             return [{"ended": code}]
 
 
 class Process:
-    """A trial's process: what it says comes through `line`."""
+    """The process of a trial. It sends its messages through `line`; `pid` is None until it reports its pid."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
@@ -45,21 +49,27 @@ class Process:
         self.asked_to_stop = False
 
     def stop(self) -> None:
-        """Ask it to save and end; one that has not told its number yet is asked when it has."""
+        """Send SIGTERM: the process saves a checkpoint and ends. If its pid is unknown, `started` sends it later."""
         self.asked_to_stop = True
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
     def started(self, pid: int) -> None:
-        """Its number is known."""
+        """Store the pid that the process reports; if `stop` was called before, stop the process."""
         self.pid = pid
         if self.asked_to_stop:
             self.stop()
 
 
 class Pool:
-    """Starts trials. `lock` is handed on to every process, so that it is free when the last one is gone."""
+    """Starts the processes of trials.
+
+    warm:     use one fork server for all trials; it imports torch once. Otherwise each trial gets a server of its own.
+    lock:     descriptor of the owner's lock (see `Store`). Every process inherits it, so the lock is free when the last
+              process has ended.
+    output:   file for the stderr of servers and trials
+    """
 
     def __init__(self, *, warm: bool, lock: int, output: Path) -> None:
         self.warm = warm
@@ -68,40 +78,44 @@ class Pool:
         self.servers: list[ForkServer] = []
 
     def start(self, job: Job) -> Process:
-        """Start a trial in a process of its own."""
-        ours, theirs = socket.socketpair()
+        """Start a trial in a new process. Raises StorageError if no fork server stays alive."""
+        sweep_end, trial_end = socket.socketpair()
         server = self._server()
-        with theirs:
+        with trial_end:
             try:
-                child = server.start("sweeps.execute.trial.serve", json.dumps(job).encode(), [theirs.fileno()])
+                child = server.start("sweeps.execute.trial.serve", json.dumps(job).encode(), [trial_end.fileno()])
             except OSError:
-                explanation = f"the process that forks trials does not stay alive; see {self.output}"
+                explanation = f"the fork server of the trials ends immediately; {self.output} contains its error"
                 raise StorageError("sweep", explanation) from None
         if not self.warm:
-            server.finish()
-        return Process(TrialLine(ours, child))
+            server.finish()  # a cold server forks one trial only, and ends with it
+        return Process(TrialLine(sweep_end, child))
 
     def _server(self) -> ForkServer:
+        """Return the shared server (warm), or a new one (cold). Servers that have ended are removed."""
         if self.warm and self.servers:
             return self.servers[0]
         for server in self.servers:
             if not server.is_alive():
                 server.close()
         self.servers = [server for server in self.servers if server.is_alive()]
-        preload = WARM if self.warm else COLD
+        preload = WARM_MODULES if self.warm else COLD_MODULES
         self.servers.append(ForkServer(preload, pass_fds=[self.lock], errors=self.output))
         return self.servers[-1]
 
     def close(self) -> None:
-        """End every process that is left."""
+        """Kill all servers, and with them all trials that still run."""
         for server in self.servers:
             server.close()
         self.servers.clear()
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name.strip()]
+    """Return the GPUs that this process may use, as names for CUDA_VISIBLE_DEVICES, for example ["0", "1"].
+
+    Without CUDA_VISIBLE_DEVICES, the GPUs are counted in /proc. This process does not initialise CUDA.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
     return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]

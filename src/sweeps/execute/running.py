@@ -1,4 +1,4 @@
-"""A trial that runs here: its process, and the newest messages that it sent."""
+"""A trial that this sweep runs: its process, and the last messages that it sent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,19 +11,19 @@ from sweeps.execute.pool import Process
 
 @dataclass
 class Running:
-    """A trial that runs here."""
+    """A trial that this sweep runs."""
 
     trial: Trial
-    point: dict[str, Any]
+    point: dict[str, Any]  # config keys and their values in this trial
     process: Process
-    begun: float
-    last_report: Mapping[str, Any] = field(default_factory=dict)
-    outcome: Mapping[str, Any] | None = None  # its last message: a result, an error, or that it was stopped
+    begun: float  # start time, in seconds of time.monotonic()
+    last_report: Mapping[str, Any] = field(default_factory=dict)  # message of the last evaluation
+    outcome: Mapping[str, Any] | None = None  # the last message: "result", "error" or "stopped"
 
     def keep_report(self, message: Mapping[str, Any]) -> None:
-        """Keep the report of an evaluation in place of the one before."""
+        """Store the report of an evaluation; it replaces the previous report."""
         self.last_report = message
 
     def keep_outcome(self, message: Mapping[str, Any]) -> None:
-        """Keep how the trial ended, until its process has."""
+        """Store the outcome of the trial. The sweep uses it when the process has ended."""
         self.outcome = message

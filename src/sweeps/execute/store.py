@@ -1,28 +1,25 @@
-"""Where trials are kept: Optuna's tables in a database, and the transactions on them that Optuna's API lacks.
+"""The store of a sweep: Optuna's tables in a database, and the transactions that Optuna's API lacks.
 
     WAITING -- claim --> RUNNING -- finish --> COMPLETE, PRUNED or FAIL
        ^                    |
-       +-- release, or no heartbeat of its owner --+
+       +-- release, or requeue: its owner ended or writes no heartbeat --+
 
-A trial is one row from its first moment to its last, so that N trials are N rows whatever is killed when. What was
-found in Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py), and why this file exists:
+A trial is one row from its creation to its result. So N trials are N rows, no matter which process is killed and when.
+Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py) does not guarantee this, for three reasons:
 
-- `ask` takes a waiting trial by `set_trial_state_values(RUNNING)`, which reads the row FOR UPDATE and refuses when it
-  is not WAITING any more: a compare-and-set with PostgreSQL and MySQL. SQLite has no FOR UPDATE, and Python's sqlite3
-  begins a transaction only at the first write: two processes can both read WAITING, and both take the trial. In
-  `database` every transaction on SQLite begins with BEGIN IMMEDIATE, so one is over before the next one reads.
-- `ask` makes a new trial when none waits, and machines that each enqueue "what is missing" enqueue it several times.
-  `fill` counts and inserts in one transaction that holds the study's row.
-- A heartbeat is written by `Study.optimize` alone, and the callback that requeues a stale trial marks the old row FAIL
-  in one transaction and adds a new one in another: killed in between, a trial is lost. Here the claim and its first
-  heartbeat are one transaction, and `requeue` looks again, under the row's lock, before it takes a trial back.
+- Two processes can claim one trial. `ask` claims a waiting trial by `set_trial_state_values(RUNNING)`. It reads the row
+  FOR UPDATE, and fails if the state is no longer WAITING: with PostgreSQL and MySQL, this is a compare-and-set. SQLite
+  has no FOR UPDATE, and Python's sqlite3 begins a transaction only at the first write. So two processes can both read
+  WAITING. In `database`, each SQLite transaction begins with BEGIN IMMEDIATE: it ends before the next one reads.
+- Several machines can create the same trials. `ask` creates a trial if none is waiting. Machines that each enqueue the
+  missing trials enqueue them several times. `fill` counts and inserts in one transaction that locks the study's row.
+- A trial can be lost. Only `Study.optimize` writes heartbeats. Its callback for a stale trial marks the old row FAIL in
+  one transaction, and adds a new row in another. If the process is killed in between, the trial is lost. Here, the
+  claim and its first heartbeat are one transaction. `requeue` reads the heartbeat again under the row's lock.
 """
 
 import datetime
-import fcntl
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,30 +28,43 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.pruners import BasePruner
-from optuna.storages._rdb import models as optunas
+from optuna.storages._rdb import models as typed_models
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError
-from core.regular_files import read_regular
 from sweeps.execute.database import (
     database_errors,
     experimental,
     open_storage,
-    patiently,
     retried,
+    retry_creation,
     sqlite_url,
+    study_name,
     wait_for_restarts,
 )
+from sweeps.execute.owners import Owners
 
-models: Any = optunas  # its columns are typed as columns where they are values
-OWNER = "owner"  # a system attribute of a trial: the token of the sweep that has claimed it
+models: Any = typed_models  # Any, because mypy takes the attribute of a row for a Column, not for its value
+OWNER = "owner"  # system attribute of a trial: the token of the sweep that claimed it
 
 
 class Store:
-    """One study in a database. `owner` is this process's token: a lock in `folder` that ends with it."""
+    """The trials of one study in a database.
+
+    url:          database URL; None is an SQLite file in `folder`
+    folder:       folder of the sweep, which must exist
+    name:         name of the study; None is the name that the folder had when the sweep was started
+    objectives:   (direction, metric) for each objective; a direction is "maximize" or "minimize"
+    pruner:       Optuna's pruner of the study
+    reconnect_s:  seconds that a new connection waits for a database server that restarts
+
+    `owner` is the token of this sweep. It names a file in `folder`/.owners, which this sweep's processes keep locked.
+
+    All methods may raise errors of the database; `database_errors` converts them. The constructor raises StorageError
+    if the database cannot be used, and ConfigError for a URL or a folder that is not allowed.
+    """
 
     def __init__(
         self,
@@ -64,14 +74,14 @@ class Store:
         name: str | None,
         objectives: list[tuple[str, str]],
         pruner: BasePruner | None = None,
-        patience: float = 0,
+        reconnect_s: float = 0,
     ) -> None:
         self.url = url or sqlite_url(folder.resolve() / "sweep.db")
-        self.name = name or _study_name(folder)
+        self.name = name or study_name(folder)
         directions: Any = [direction for direction, _ in objectives]
         with database_errors(self.url):
-            self.storage = patiently(lambda: open_storage(self.url))
-            self.study = patiently(
+            self.storage = retry_creation(lambda: open_storage(self.url))
+            self.study = retry_creation(
                 lambda: optuna.create_study(
                     storage=self.storage,
                     study_name=self.name,
@@ -80,155 +90,150 @@ class Store:
                     load_if_exists=True,
                 )
             )
-        wait_for_restarts(self.storage.engine, patience)
+        wait_for_restarts(self.storage.engine, reconnect_s)
         self.metrics = [metric for _, metric in objectives]
         self.id = self.study._study_id
-        self.owners = folder / ".owners"
-        self.owners.mkdir(exist_ok=True)
-        self.owner = secrets.token_hex(8)
-        # Handed on to every process that this sweep starts: it is free when the last of them is gone. Locked before it
-        # has its name, or another sweep could take it for a dead one's.
-        nameless = self.owners / f".{self.owner}"
-        self.lock = os.open(nameless, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
-        nameless.rename(self.owners / self.owner)
+        self.owners = Owners(folder)
+        self.owner, self.lock = self.owners.token, self.owners.lock
 
     def close(self) -> None:
-        """Release the token. If trials still run, it stays, so that the next sweep sees that their owner is gone."""
-        with suppress(OSError, SQLAlchemyError):
-            if not self._running_of({self.owner}):
-                (self.owners / self.owner).unlink()
+        """Close the connections, and release this sweep's lock.
+
+        The token file is deleted, unless trials of this sweep are still RUNNING in the database. Then the next sweep
+        finds the file unlocked, and requeues these trials.
+        """
+        with suppress(SQLAlchemyError):
+            if not self._owners_of_running({self.owner}):
+                self.owners.forget(self.owner)
         self.storage.engine.dispose()
-        os.close(self.lock)
+        self.owners.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """All of what is done in it, or nothing."""
+        """Open a session with one transaction. It is committed at the end, or rolled back after an exception."""
         with Session(self.storage.engine) as session, session.begin():
             yield session
 
-    # What the sweep is
+    # Definition of the sweep
 
     @retried
     def settle_definition(self, definition: Mapping[str, Any]) -> None:
-        """Note what is searched; CheckpointError, with the differences, when the study is of something else."""
+        """Store the sweep's definition in a new study, or compare it with the stored definition.
+
+        Raises CheckpointError with the differences if they are not equal.
+        """
         text = json.dumps(definition, sort_keys=True)
         with self.transaction() as session:
-            self._hold_study(session)
+            self._lock_study(session)
             rows = session.query(models.StudyUserAttributeModel).filter_by(study_id=self.id, key="definition").all()
             if not rows:
                 row = models.StudyUserAttributeModel(study_id=self.id, key="definition", value_json=json.dumps(text))
                 session.add(row)
-            before = json.loads(json.loads(rows[0].value_json) if rows else text)
-        now = json.loads(text)
-        if before != now:
+            stored = json.loads(json.loads(rows[0].value_json) if rows else text)
+        current = json.loads(text)  # as in the database: tuples become lists
+        if stored != current:
             changed = [
-                f"{key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
-                for key in sorted({*before, *now})
-                if before.get(key) != now.get(key)
+                f"{key}: {json.dumps(stored.get(key))} -> {json.dumps(current.get(key))}"
+                for key in sorted({*stored, *current})
+                if stored.get(key) != current.get(key)
             ]
-            explanation = f"was begun with another search, and its trials cannot be compared: {'; '.join(changed)}."
-            raise CheckpointError(f"sweep {self.name}", f"{explanation} Undo the change, or use another sweep.dir")
+            explanation = f"was started with another definition, so trials are not comparable: {'; '.join(changed)}."
+            raise CheckpointError(f"sweep {self.name}", f"{explanation} Undo the change, or set another sweep.dir")
         with experimental():
             self.study.set_metric_names(self.metrics)
 
-    def _hold_study(self, session: Session) -> None:
+    def _lock_study(self, session: Session) -> None:
+        """Lock the study's row until the transaction ends."""
         models.StudyModel.find_or_raise_by_id(self.id, session, for_update=True)
 
     # Trials
 
     @retried
     def fill(self, count: int) -> None:
-        """As many trials as there are to be, however often and by however many this is called; never fewer."""
+        """Add waiting trials until the study has `count` trials. Several processes may call this at the same time.
+
+        Raises ConfigError if the study already has more trials.
+        """
         with self.transaction() as session:
-            self._hold_study(session)
-            there = session.query(models.TrialModel).filter_by(study_id=self.id).count()
-            if there > count:
-                raise ConfigError("sweep.trials", f"may grow only: the sweep has {there} already", value=count)
-            for number in range(there, count):
+            self._lock_study(session)
+            existing = session.query(models.TrialModel).filter_by(study_id=self.id).count()
+            if existing > count:
+                explanation = f"must be at least {existing}, the number of trials that the sweep already has"
+                raise ConfigError("sweep.trials", explanation, value=count)
+            for number in range(existing, count):
                 session.add(models.TrialModel(study_id=self.id, number=number, state=TrialState.WAITING))
 
     @retried
     def claim(self) -> tuple[int, int] | None:
-        """Claim the first waiting trial with a heartbeat; returns its id and number, or None if none waits."""
+        """Claim the waiting trial with the lowest number, and write its first heartbeat.
+
+        Return its id in the database and its number; None if no trial is waiting.
+        """
         with self.transaction() as session:
             waiting = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.WAITING)
-            # Rows that another machine is just taking are passed over; SQLite does one transaction at a time.
+            # Skip rows that another machine has locked to claim them. SQLite runs one transaction at a time.
             first = waiting.order_by(models.TrialModel.number).limit(1).with_for_update(skip_locked=True).one_or_none()
             if first is None:
                 return None
             first.state = TrialState.RUNNING
             first.datetime_start = datetime.datetime.now()
-            self._sign(session, [first.trial_id])
+            self._write_heartbeats(session, [first.trial_id])
             self._set_owner(session, first.trial_id, self.owner)
             return first.trial_id, first.number
 
     @retried
     def beat(self, trial_ids: list[int]) -> set[int]:
-        """Write a heartbeat of the trials that run here; returns those that another sweep has taken over."""
+        """Write heartbeats of the trials that this sweep runs; return the ids of trials that it no longer owns."""
         with self.transaction() as session:
             mine = {trial_id for trial_id in trial_ids if self._is_mine(session, trial_id)}
-            self._sign(session, sorted(mine))
+            self._write_heartbeats(session, sorted(mine))
         return set(trial_ids) - mine
 
     @retried
     def release(self, trial_id: int) -> None:
-        """Let a trial that was claimed here wait again."""
+        """Set a trial of this sweep to WAITING. A trial that this sweep no longer owns is not changed."""
         with self.transaction() as session:
             if self._is_mine(session, trial_id):
                 models.TrialModel.find_or_raise_by_id(trial_id, session).state = TrialState.WAITING
 
     @retried
     def requeue(self, *, stale_after: float) -> list[int]:
-        """Let the trials wait again whose sweeps are gone: their numbers.
+        """Set the running trials of dead sweeps to WAITING; return the numbers of these trials.
 
-        On this machine that is known at once, by their locks; for another's, by the database's clock.
+        The owner of a trial is dead if it used this folder and its lock is free. It also counts as dead if the trial
+        has no heartbeat for more than `stale_after` seconds, by the database's clock.
         """
-        dead = self._dead_owners()
+        dead = self.owners.dead()
         with self.transaction() as session:
             running = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.RUNNING)
             now = session.execute(sqlalchemy.func.now()).scalar_one().replace(tzinfo=None)
-            taken = []
+            requeued = []
             for trial in running.with_for_update(skip_locked=True).all():
-                seen = models.TrialHeartbeatModel.where_trial_id(trial.trial_id, session)
-                is_stale = seen is None or now - seen.heartbeat > datetime.timedelta(seconds=stale_after)
+                row = models.TrialHeartbeatModel.where_trial_id(trial.trial_id, session)
+                is_stale = row is None or now - row.heartbeat > datetime.timedelta(seconds=stale_after)
                 if is_stale or self._owner_of(session, trial.trial_id) in dead:
                     trial.state = TrialState.WAITING
-                    taken.append(trial.number)
-        for owner in dead - self._running_of(dead):  # not before their trials are free
-            with suppress(OSError):
-                (self.owners / owner).unlink()
-        return taken
+                    requeued.append(trial.number)
+        # A trial whose row another machine has locked was skipped. While it is RUNNING, its owner's token is kept.
+        for owner in dead - self._owners_of_running(dead):
+            self.owners.forget(owner)
+        return requeued
 
-    def _running_of(self, owners: set[str]) -> set[str]:
-        """Those of them that trials which run were claimed by."""
+    def _owners_of_running(self, owners: set[str]) -> set[str]:
+        """Return the tokens in `owners` that own a running trial."""
         if not owners:
             return set()
         with self.transaction() as session:
             running = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.RUNNING).all()
-            found = {self._owner_of(session, trial.trial_id) for trial in running}
-        return {owner for owner in owners if owner in found}
-
-    def _dead_owners(self) -> set[str]:
-        """The sweeps of this folder whose processes are all gone."""
-        dead = set()
-        for path in self.owners.iterdir():
-            if path.name == self.owner or path.name.startswith("."):
-                continue
-            with suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    dead.add(path.name)
-                except OSError:
-                    pass
-                finally:
-                    os.close(descriptor)
-        return dead
+            owners_of_running = {self._owner_of(session, trial.trial_id) for trial in running}
+        return {owner for owner in owners if owner in owners_of_running}
 
     @retried
     def finish(self, trial: Trial, state: TrialState, values: list[float] | None, **attributes: Any) -> bool:
-        """Note a trial's result and what else is known of it; False when the trial is another's by now."""
+        """Store a trial's final state, objective values, and user attributes.
+
+        Return False if the trial is no longer running, or if another sweep owns it. Then its state is not changed.
+        """
         if not self.is_mine(trial._trial_id):
             return False
         for name, value in attributes.items():
@@ -236,31 +241,35 @@ class Store:
         try:
             self.study.tell(trial, values, state=state)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            # Finished in the meantime: by another sweep, or by this one, whose connection was lost before the answer.
+            # The trial has finished since the check. If this sweep owns it and the state is equal, this sweep stored it
+            # before it lost the connection. Otherwise another sweep finished it.
             return self.storage.get_trial(trial._trial_id).state == state and self._is_owner(trial._trial_id)
         return True
 
     @retried
     def is_mine(self, trial_id: int) -> bool:
-        """Does the trial run, claimed by this sweep? Another has it if this one was held up for long."""
+        """Return whether the trial is running and this sweep owns it.
+
+        Another sweep owns it if this sweep wrote no heartbeat for `stale_after` seconds.
+        """
         with self.transaction() as session:
             return self._is_mine(session, trial_id)
 
     @retried
     def trials(self) -> list[FrozenTrial]:
-        """All of them, by number."""
+        """Return all trials, in the order of their numbers."""
         return self.study.get_trials(deepcopy=False)
 
-    def _sign(self, session: Session, trial_ids: list[int]) -> None:
+    def _write_heartbeats(self, session: Session, trial_ids: list[int]) -> None:
         for trial_id in trial_ids:
-            seen = models.TrialHeartbeatModel.where_trial_id(trial_id, session)
-            if seen is None:
+            row = models.TrialHeartbeatModel.where_trial_id(trial_id, session)
+            if row is None:
                 session.add(models.TrialHeartbeatModel(trial_id=trial_id))
             else:
-                seen.heartbeat = session.execute(sqlalchemy.func.now()).scalar_one()
+                row.heartbeat = session.execute(sqlalchemy.func.now()).scalar_one()
 
     def _is_mine(self, session: Session, trial_id: int) -> bool:
-        """Does the trial run, claimed by this sweep? Its row is held from here on."""
+        """Return whether the trial is running and this sweep owns it. Its row is locked until the transaction ends."""
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
         return trial.state == TrialState.RUNNING and self._owner_of(session, trial_id) == self.owner
 
@@ -281,14 +290,3 @@ class Store:
             session.add(models.TrialSystemAttributeModel(trial_id=trial_id, key=OWNER, value_json=json.dumps(owner)))
         else:
             row.value_json = json.dumps(owner)
-
-
-def _study_name(folder: Path) -> str:
-    """Return the name of the study in a sweep folder: the name that the folder had when the sweep was started.
-
-    It is kept in the folder, so a renamed folder continues its study instead of starting another one.
-    """
-    file = folder / ".study"
-    if not file.exists():
-        write_durably(file, os.fsencode(folder.resolve().name))
-    return os.fsdecode(read_regular(file, follow=False))

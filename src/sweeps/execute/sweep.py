@@ -1,10 +1,10 @@
-"""The sweep: trials are claimed, trained in processes of their own, judged, and their results kept.
+"""The loop of a sweep: claim trials, train each in its own process, judge reports, store results.
 
-    claim -> draw a point -> start its process -> reports: note, judge -> result: note
-                 ^                                                          |
-                 +--------------- failed: wait and be tried again ----------+
+    claim -> draw a point -> start a process -> reports: judge -> result: store
+      ^                                                       |
+      +-------------- failed: release, to be retried ---------+
 
-All state is in the store, so the same command continues a killed sweep, and other machines may run it too.
+The store contains all state. So the same command continues a killed sweep, and several machines can run it together.
 """
 
 import math
@@ -27,71 +27,82 @@ from sweeps.execute.running import Running
 from sweeps.execute.store import Store
 from sweeps.results.table import Table
 
-POLL = 0.5  # seconds between looks at the clock; whatever trials say is heard at once
+POLL_S = 0.5  # the longest time that the loop waits for messages; a message ends the wait
 
 
 class Sweep:
-    """The loop of one process. Others, here or elsewhere, may share the store."""
+    """Runs the trials of a plan. Other sweep processes, on this or another machine, may share the store."""
 
     def __init__(self, plan: Plan, store: Store, pool: Pool, table: Table) -> None:
         self.plan, self.store, self.pool, self.table = plan, store, pool, table
-        self.running: dict[int, Running] = {}  # by slot
+        self.running: dict[int, Running] = {}  # by slot; the slot of a trial selects its GPU
         self.selector = selectors.DefaultSelector()
-        self.begun = time.monotonic()
-        self.beaten = -math.inf
-        self.signal: int | None = None
-        self.stopping = False  # no more trials are begun
+        self.started = time.monotonic()
+        self.last_heartbeat = -math.inf
+        self.signal: int | None = None  # the signal that stops the sweep
+        self.stopping = False  # if True, no more trials are started
         self.gpus = gpus() if plan.base.values["trainer"]["device"] != "cpu" else []
 
     def run(self) -> None:
-        """Until no trial is left, or a signal asks to stop: StopSignal, when all have saved."""
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS if not sighup_is_ignored(number)}
+        """Run trials until all have finished or a signal stops the sweep.
+
+        Raises StopSignal after a signal, when all running trials have saved and ended. A SIGINT after another stop
+        signal raises KeyboardInterrupt at once.
+        """
+        previous = {
+            number: signal.signal(number, self._handle_signal)
+            for number in STOP_SIGNALS
+            if not sighup_is_ignored(number)
+        }
         try:
-            while self._continue():
-                self._listen()
+            while self._update():
+                self._handle_messages()
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.signal is not None:
             raise StopSignal(128 + self.signal)
 
-    def _continue(self) -> bool:
-        """Keep in touch with the store and fill the free slots; False when there is nothing left to do here."""
+    def _update(self) -> bool:
+        """Write heartbeats, start trials in free slots and show the table. Return whether the sweep continues."""
         now = time.monotonic()
         minutes = self.plan.options["minutes"]
-        if minutes is not None and now - self.begun > minutes * 60 and not self.stopping:
-            self.table.say(f"{minutes:g} minutes are over: no further trial is started")
+        if minutes is not None and now - self.started > minutes * 60 and not self.stopping:
+            self.table.say(f"sweep.minutes={minutes:g} is reached: no more trials are started")
             self.stopping = True
-        if now - self.beaten > self.plan.options["stale_after"] / 5:
-            self.beaten = now
-            self._keep_in_touch()
+        if now - self.last_heartbeat > self.plan.options["stale_after"] / 5:
+            self.last_heartbeat = now
+            self._write_heartbeats()
         while not self.stopping and len(self.running) < self.plan.options["parallel"]:
-            if not self._begin():
+            if not self._start_trial():
                 break
         self.table.show(self.running)
         if self.running:
             return True
-        # Trials that run on another machine may be left to us when it dies.
+        # Wait for trials that run on another machine: if it dies, this sweep requeues and runs them.
         return not self.stopping and any(not trial.state.is_finished() for trial in self.store.trials())
 
-    def _keep_in_touch(self) -> None:
+    def _write_heartbeats(self) -> None:
+        """Write heartbeats, stop trials that this sweep no longer owns, and requeue trials of dead sweeps."""
         lost = self.store.beat([running.trial._trial_id for running in self.running.values()])
         for running in self.running.values():
             if running.trial._trial_id in lost:
-                self.table.say(f"trial {running.trial.number} was taken over by another sweep: no heartbeat in time")
+                self.table.say(
+                    f"trial {running.trial.number} is stopped: this sweep no longer owns it, as its heartbeat was late"
+                )
                 running.process.stop()
         for number in self.store.requeue(stale_after=self.plan.options["stale_after"]):
-            self.table.say(f"trial {number} is queued again: its process is gone")
+            self.table.say(f"trial {number} is queued again: its sweep has ended or writes no heartbeat")
 
-    def _begin(self) -> bool:
-        """Claim a trial and start it; False when none waits."""
+    def _start_trial(self) -> bool:
+        """Claim a trial, draw its point and start its process. Return False if no trial is waiting."""
         claimed = self.store.claim()
         if claimed is None:
             return False
         trial_id, number = claimed
         slot = next(slot for slot in range(len(self.running) + 1) if slot not in self.running)
         study = self.store.study
-        # As `ask` does, which is not used here: the sampler must see the newest trials.
+        # `Study.ask` clears this cache too, so that the sampler reads the newest trials; `ask` is not used here.
         study._thread_local.cached_all_trials = None
         study.sampler = self.plan.sampler(number)
         if self.plan.points:
@@ -104,25 +115,26 @@ class Sweep:
             "config_dirs": self.plan.config_dirs,
             "folders": [str(folder.resolve()) for folder in folders],
             "seed": self.plan.base.values["seed"],
-            "told": [metric for _, metric in self.plan.objectives],
+            "reported_metrics": [metric for _, metric in self.plan.objectives],
             "latency": self.plan.measures_latency,
             "environment": {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {},
         }
         self.running[slot] = Running(trial, point, self.pool.start(job), time.monotonic())
         self.selector.register(self.running[slot].process.line.connection, selectors.EVENT_READ, slot)
-        if self.stopping:  # a signal came meanwhile
+        if self.stopping:  # a signal arrived while the trial was started
             self.running[slot].process.stop()
         return True
 
-    # What trials say
+    # Messages of trials
 
-    def _listen(self) -> None:
-        for key, _ in self.selector.select(POLL):
+    def _handle_messages(self) -> None:
+        """Wait up to POLL_S for messages of trials, and handle all that have arrived."""
+        for key, _ in self.selector.select(POLL_S):
             running = self.running[key.data]
             try:
                 messages = running.process.line.receive()
             except (EOFError, ConnectionResetError):
-                messages = [{"ended": None}]  # with the server that would have told
+                messages = [{"ended": None}]  # the fork server, which reports exit codes, has ended too
             for message in messages:
                 if "started" in message:
                     running.process.started(message["started"])
@@ -133,49 +145,51 @@ class Sweep:
                     self.selector.unregister(running.process.line.connection)
                     running.process.line.connection.close()
                     del self.running[key.data]
-                    self._conclude(running, message["ended"])
+                    self._handle_end(running, message["ended"])
                     break
                 else:
                     running.keep_outcome(message)
 
     def _judge(self, running: Running, message: Mapping[str, Any]) -> bool:
-        """Return whether to prune the trial. Its first seed decides. A resumed run reports some evaluations again."""
+        """Return whether to prune the trial after this report. Only reports of its first seed can prune it."""
         if message["index"] > 0 or not self.plan.prunes:
             return False
         if not self.store.is_mine(running.trial._trial_id):
             running.process.stop()
             return False
-        trial, number = running.trial, message["evaluation"]
+        trial, evaluation = running.trial, message["evaluation"]
         value = message["report"].get(self.plan.objectives[0][1])
-        if number not in self.store.storage.get_trial(trial._trial_id).intermediate_values:
-            trial.report(math.nan if value is None else value, number)
+        # A resumed run repeats the evaluations after its checkpoint. Each one is stored once.
+        if evaluation not in self.store.storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(math.nan if value is None else value, evaluation)
         return trial.should_prune()
 
-    def _conclude(self, running: Running, exit_code: int | None) -> None:
-        """Note how a trial's process ended."""
+    def _handle_end(self, running: Running, exit_code: int | None) -> None:
+        """Store how a trial ended, after its process has ended. Ignore a trial that this sweep no longer owns."""
         if not self.store.is_mine(running.trial._trial_id):
             return
         outcome = running.outcome or {}
         seconds = round(time.monotonic() - running.begun, 3)
         if "result" in outcome:
-            self._keep(running, outcome["result"], seconds)
+            self._store_result(running, outcome["result"], seconds)
         elif outcome.get("in_use"):
-            # By a sweep that was held up: it may go on, or end. Silence makes the trial wait again.
-            self.table.say(f"trial {running.trial.number}: {outcome['error']}; retried later")
+            # A process of a delayed sweep still uses the run folder, and may continue or end. This sweep writes no more
+            # heartbeats of the trial, so after `stale_after` seconds the trial is requeued.
+            self.table.say(f"trial {running.trial.number}: {outcome['error']}; queued again after sweep.stale_after s")
         elif "error" in outcome and outcome["diverged"]:
-            # A point that diverges is a bad point, not a failed trial: the same bits would diverge again.
+            # Divergence is a property of the point, not a failure of the trial: a retry would diverge again.
             self._finish(running, TrialState.PRUNED, None, outcome="diverged", error=outcome["error"], wall=seconds)
         elif "error" in outcome:
             self._fail(running, outcome["error"], outcome["exit_code"], seconds)
         elif "stopped" in outcome or running.process.asked_to_stop:
             self.store.release(running.trial._trial_id)
         else:
-            self._fail(running, f"error[trial] its process {describe_exit(exit_code)}", 1, seconds)
+            self._fail(running, f"error[trial] the trial's process {describe_exit(exit_code)}", 1, seconds)
 
-    def _keep(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
-        """Mean and standard deviation over the seeds, and how far each constraint is from being met."""
+    def _store_result(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
+        """Store mean and standard deviation of each metric over the seeds, and the violation of each constraint."""
         columns = {name: [result["metrics"].get(name) for result in results] for name in results[0]["metrics"]}
-        columns = {name: values for name, values in columns.items() if None not in values}  # None: it was not finite
+        columns = {name: values for name, values in columns.items() if None not in values}  # None: not finite
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         spread = {name: statistics.stdev(values) for name, values in columns.items() if len(values) > 1}
         is_pruned = results[-1]["pruned"]
@@ -197,40 +211,43 @@ class Sweep:
             self.table.concluded(running, attributes)
 
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
-        """Retry the trial up to sweep.retries times; progress since the last failure resets the count."""
+        """Release the trial for a retry, or store its failure after sweep.retries retries.
+
+        If the trial has progressed since its last failure, the count of retries restarts.
+        """
         step = running.last_report.get("step", 0)
-        before = self.store.storage.get_trial(running.trial._trial_id).user_attrs.get(
-            "failures", {"step": -1, "count": 0}
-        )
-        count = before["count"] + 1 if step <= before["step"] else 1
+        attributes = self.store.storage.get_trial(running.trial._trial_id).user_attrs
+        previous = attributes.get("failures", {"step": -1, "count": 0})
+        count = previous["count"] + 1 if step <= previous["step"] else 1
         retries = self.plan.options["retries"]
-        # To fail the same way again.
-        is_certain = exit_code in (ConfigError.exit_code, CheckpointError.exit_code, SecurityError.exit_code)
-        if self.signal is not None:  # what fails while everything is being stopped is tried by the relaunch
+        would_fail_again = exit_code in (ConfigError.exit_code, CheckpointError.exit_code, SecurityError.exit_code)
+        if self.signal is not None:  # the stop may have caused the failure: the next launch retries the trial
             self.store.release(running.trial._trial_id)
             return
-        if count <= retries and not is_certain:
+        if count <= retries and not would_fail_again:
             running.trial.set_user_attr("failures", {"step": step, "count": count})
             self.store.release(running.trial._trial_id)
-            when = "to be tried again by the next sweep" if self.stopping else "tried again"
-            self.table.say(f"trial {running.trial.number}: {error}; {when} ({count} of {retries})")
+            action = "left to the next launch" if self.stopping else "queued again"
+            self.table.say(f"trial {running.trial.number}: {error}; {action} (retry {count} of {retries})")
             return
         self.table.say(f"trial {running.trial.number}: {error}")
         self._finish(running, TrialState.FAIL, None, outcome="failed", error=error, exit_code=exit_code, wall=seconds)
         if self.plan.options["on_error"] == "stop" and not self.stopping:
-            self.table.say("sweep.on_error=stop: the trials that run are asked to save")
-            self._stop()
+            self.table.say("sweep.on_error=stop: running trials save and stop")
+            self._stop_trials()
 
     # Signals
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Stop all trials; on SIGINT after another stop signal, end this process at once."""
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # at once: the trials go on from their last checkpoints
+            raise KeyboardInterrupt  # the next launch resumes the trials from their last checkpoints
         self.signal = number
-        self.table.say(f"{signal.Signals(number).name}: the trials are asked to save")
-        self._stop()
+        self.table.say(f"{signal.Signals(number).name}: running trials save and stop")
+        self._stop_trials()
 
-    def _stop(self) -> None:
+    def _stop_trials(self) -> None:
+        """Start no more trials, and stop all running ones."""
         self.stopping = True
         for running in self.running.values():
             running.process.stop()

@@ -1,10 +1,11 @@
-"""What a trial does in its process: train, report each evaluation to the sweep, and send the result.
+"""The process of a trial: train, report each evaluation to the sweep, send the result.
 
-    sweep  --socket: JSON lines-->  trial (forked by the sweep's fork server, core/fork_server.py)
-           <-- reports, result --
+    trial  -- started; report of each evaluation; result, error or stopped -->  sweep
+           <-- after each report of an evaluation: whether to prune --
 
-The server has imported torch; a forked trial has it at once. A trial dies with the server, and the server with the
-sweep.
+Messages are JSON lines on a socket. The sweep's fork server (core/fork_server.py) forks the process. The server has
+imported torch already, so the trial need not. If the sweep ends, its server is killed; if the server ends, its trials
+are killed.
 """
 
 import contextlib
@@ -38,23 +39,26 @@ from core.run_config import read_run_config
 from sweeps.define.compose import compose_trial, written
 
 Job = Mapping[str, Any]
-WARM_UP, TIMED = 5, 30  # images whose time is not taken, and is
+WARM_UP_CALLS, TIMED_CALLS = 5, 30  # calls of the model before the latency measurement, and in it
 
 
 class Line:
-    """JSON objects over a socket, one a line."""
+    """Sends and receives messages, JSON objects, over a socket: one per line."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._rest = b""
 
     def send(self, **message: Any) -> None:
-        """One object; who is not there any more does not hear it."""
+        """Send one message. If the other process has closed the socket, the message is lost without an error."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """The objects that have come, at least one after a wait; EOFError behind the last."""
+        """Wait for at least one message, and return all messages that have arrived.
+
+        Raises EOFError after the last message, when the other process has closed the socket.
+        """
         while True:
             content = self.connection.recv(65536)
             if not content:
@@ -65,13 +69,21 @@ class Line:
 
 
 def serve(payload: bytes, descriptors: Sequence[int]) -> int:
-    """Run one job. `payload`: the job as JSON; `descriptors`: the trial's end of its line."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the sweep asks a trial to save by SIGTERM
+    """Run one job, which the fork server passes on; return the exit code of the process.
+
+    payload:      the job as JSON
+    descriptors:  one descriptor: the trial's end of the socket to the sweep
+    """
+    # The fork server blocks these signals. The sweep sends SIGTERM to a trial that shall save and end.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return run(json.loads(payload), Line(socket.socket(fileno=descriptors[0])))
 
 
 def run(job: Job, line: Line) -> int:
-    """Train, report, and tell the result: the process's exit code."""
+    """Train once for each seed, send the reports and the result, and return the exit code of the process.
+
+    Exceptions are sent to the sweep as an error. A pruned training ends the job.
+    """
     try:
         line.send(started=os.getpid())
         os.environ.update(job["environment"])
@@ -99,7 +111,11 @@ def run(job: Job, line: Line) -> int:
 
 
 def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
-    """Start or resume one training in this process; after each evaluation the sweep decides whether it continues."""
+    """Start or resume one training, and return {"metrics": metrics by name, "pruned": bool}.
+
+    After each evaluation, the sweep decides whether to prune. `index` is the index of the seed. The metrics are those
+    of the best checkpoint, `parameters`, `seconds` of the training, and `latency_ms` if the job measures it.
+    """
     config = config_of(job, folder, index)
     fit_and_report(config, job, index, line)
     summary = json.loads((folder / "summary.json").read_text())
@@ -114,48 +130,50 @@ def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
 
 
 def fit_and_report(config: Config[TrainConfig], job: Job, index: int, line: Line) -> None:
-    """Run or resume the training of a config; nothing if it has finished."""
+    """Run or resume the training of a config, and report each evaluation. Do nothing if the run has finished."""
     from trainer.run import execute
 
     def judge(evaluation: Mapping[str, Any], settings: Any) -> bool:
+        """Report an evaluation, wait for the sweep's decision, and return whether to prune."""
         number = -(-evaluation["step"] // settings.evaluate_every)
-        report = {name: value for name, value in evaluation.items() if name in ("epoch", *job["told"])}
+        report = {name: value for name, value in evaluation.items() if name in ("epoch", *job["reported_metrics"])}
         line.send(report=report, evaluation=number, step=evaluation["step"], index=index)
-        return any(answer["prune"] for answer in line.receive())
+        return any(message["prune"] for message in line.receive())
 
     execute(config, judge=judge)
 
 
 def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
-    """Return the config of a trial's training: that of its folder if it was started before.
+    """Return the config of a trial's training: a new config, or that of the run in `folder`, to resume it.
 
-    Then only options that are free on resume may have changed. Raises CheckpointError if the folder holds another run.
+    A resumed run gets the new values of options that are free on resume. Raises CheckpointError if the folder contains
+    a run with other values of compared options.
     """
     composed = compose_trial(
         [*job["arguments"], f"seed={job['seed'] + index}", f"run_dir={written(str(folder))}"], job["config_dirs"]
     )
-    # Classes that the sweep's own command names are trusted on a resume too.
-    targets = {str(value) for name, value in leaves(composed.values) if name.rpartition(".")[2] == "_target_"}
-    trust = sorted({target.partition(".")[0] for target in targets} | set(composed.values["trust"]))
+    # The sweep's command line and configs name these classes, so a resumed trial trusts their packages too.
+    class_names = {str(value) for name, value in leaves(composed.values) if name.rpartition(".")[2] == "_target_"}
+    trust = sorted({name.partition(".")[0] for name in class_names} | set(composed.values["trust"]))
     if not (folder / "config.yaml").exists():
         return replace(composed, values={**composed.values, "trust": trust})
-    before = dict(leaves(read_run_config(folder)))
+    stored = dict(leaves(read_run_config(folder)))
     changes, free = {}, names_of(TrainConfig, free_on_resume=True)
     for name, value in leaves(composed.record):
-        is_counted = name.endswith("num_classes") and value is None
-        if isinstance(value, dict) or is_counted or before.get(name) == value:
+        is_inferred = name.endswith("num_classes") and value is None  # from the data, when the run was started
+        if isinstance(value, dict) or is_inferred or stored.get(name) == value:
             continue
         if is_compared(name):
-            explanation = f"holds another run ({name}: {spell(before.get(name))} -> {spell(value)})"
-            raise CheckpointError(str(folder), f"{explanation}; move it away, or choose another sweep.dir")
-        if name in free and name != "trainer.threads":  # with another number of threads the last bits would differ
+            explanation = f"contains another run ({name}: {spell(stored.get(name))} -> {spell(value)})"
+            raise CheckpointError(str(folder), f"{explanation}; move the folder, or set another sweep.dir")
+        if name in free and name != "trainer.threads":  # another number of threads would change the last bits
             changes[name] = value
-    own = {"resume": str(folder), "trust": trust, **changes}
-    return resumed_config(folder, [f"{name}={written(value)}" for name, value in own.items()])
+    overrides = {"resume": str(folder), "trust": trust, **changes}
+    return resumed_config(folder, [f"{name}={written(value)}" for name, value in overrides.items()])
 
 
 def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
-    """The median time of one image through the trained network, on the device of the run, in milliseconds."""
+    """Return the median time of a forward pass of one image, in milliseconds, on the device of the run."""
     import torch
 
     from trainer.inference.load_run import load_run
@@ -165,10 +183,10 @@ def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
     image = torch.rand(1, data["channels"], data["image_size"], data["image_size"], device=restored.device)
     times = []
     with torch.no_grad():
-        for _ in range(WARM_UP + TIMED):
-            begun = time.perf_counter()
+        for _ in range(WARM_UP_CALLS + TIMED_CALLS):
+            start = time.perf_counter()
             restored.model(image)
             if restored.device.type == "cuda":
                 torch.cuda.synchronize(restored.device)
-            times.append(1000 * (time.perf_counter() - begun))
-    return round(statistics.median(times[WARM_UP:]), 4)
+            times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times[WARM_UP_CALLS:]), 4)

@@ -1,4 +1,4 @@
-"""A trial as an experiment card, which `train.py` runs as it is."""
+"""Experiment cards: a trial as a YAML file that `train.py` runs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ from sweeps.define.space import point
 from sweeps.results.ranking import spread
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss")
-# What belongs to this machine or to a sweep, rather than to the recipe.
+# Keys that belong to this machine or sweep, not to the recipe.
 LEFT_OUT = ("run_dir", "resume", "traceback", "trust", "trainer.threads", "trainer.log_graph", "trainer.log_images")
 
 
 def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
-    """Write SWEEP/experiment/NAME.yaml: the groups' options that were chosen, and what differs from them."""
+    """Write SWEEP/experiment/NAME.yaml: the option of each group, and all values that differ from these options."""
     config = compose_trial(plan.arguments(point(plan.space, trial.params)), plan.config_dirs)
     chosen = {group: config.values["choices"][group] for group in GROUPS if group in config.values["choices"]}
     start = [f"{group}={written(option)}" for group, option in chosen.items()]
-    # The data's values first: a network's number of classes and the like follow from them, and need not be said again.
+    # The values of the data come first: others, such as model.num_classes, follow from them and are then left out.
     data = [(key, value) for key, value in _differing(plan, config, start) if key.startswith("data.")]
     rest = _differing(plan, config, [*start, *(f"{key}={written(value)}" for key, value in data)])
     card: dict[str, Any] = {}
@@ -37,10 +37,10 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
         node[last] = value
     path = plan.folder / "experiment" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
-    figures = ", ".join(f"{metric} {spread(trial, metric)}" for _, metric in plan.objectives)
+    metrics = ", ".join(f"{metric} {spread(trial, metric)}" for _, metric in plan.objectives)
     lines = [
         "# @package _global_",
-        f"# Trial {trial.number} of the sweep {plan.name}: {figures} (validation, seeds: {trial.user_attrs['seeds']}).",
+        f"# Trial {trial.number} of the sweep {plan.name}: {metrics} (validation, seeds: {trial.user_attrs['seeds']}).",
         f"# {command(plan, name)}",
         "",
         "defaults:",
@@ -52,7 +52,7 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
 
 
 def _differing(plan: Plan, config: Config[TrainConfig], arguments: list[str]) -> list[tuple[str, Any]]:
-    """The leaves of a trial's config that train.py would not have by these overrides alone."""
+    """Return the values of a trial's config that train.py would not compose from these overrides alone."""
     composed = compose_config("train", arguments, TrainConfig, folders=list(map(Path, plan.config_dirs)), missing=None)
     before = dict(leaves(composed.record))
     return [
@@ -64,6 +64,6 @@ def _differing(plan: Plan, config: Config[TrainConfig], arguments: list[str]) ->
 
 
 def command(plan: Plan, name: str) -> str:
-    """What runs a card."""
+    """Return the command that trains a card."""
     paths = "".join(f" '{path}'" for path in search_path(plan.config_dirs))
-    return f"scripts/train.py --config-dir={plan.folder} experiment={name}{paths}"
+    return f"python scripts/train.py --config-dir={plan.folder} experiment={name}{paths}"

@@ -1,4 +1,4 @@
-"""sweep.html: one page, its figures in it as PNG.
+"""sweep.html: a page that contains its figures as PNG, so it can be moved and sent.
 
 facts -> trade-offs -> learning curves -> importance -> slices and parallel coordinates -> leaderboard
 """
@@ -6,7 +6,11 @@ facts -> trade-offs -> learning curves -> importance -> slices and parallel coor
 import base64
 import html
 import io
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
 
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
@@ -16,7 +20,7 @@ from sweeps.define.plan import EVALUATED, Plan
 from sweeps.define.space import point
 from sweeps.results import figures
 from sweeps.results.card import command
-from sweeps.results.ranking import brief, is_feasible, metric_names, outcome, spread
+from sweeps.results.ranking import brief, by_last_value, is_feasible, metric_names, outcome, spread
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2833; max-width: 1040px; margin: 2em auto; padding: 0 1em }
@@ -39,8 +43,11 @@ def render(
     *,
     has_card: bool,
 ) -> str:
-    """Return the page of all trials, of complete ones by rank (`order`), the Pareto front and each dimension's share of
-    the variance. With `has_card` it shows the command of the best card."""
+    """Return the page.
+
+    `order` are the complete trials by rank, `front` the Pareto front, and `shares` the importance of each dimension.
+    With `has_card`, the page shows the command that trains the best card.
+    """
     best = order[0].number if order and is_feasible(order[0]) else -1
     parts = [
         *_facts(plan, trials, order, has_card=has_card),
@@ -51,23 +58,26 @@ def render(
         "<h2>Leaderboard</h2>",
         _leaderboard(plan, trials, order, best),
     ]
-    head = f"<meta charset='utf-8'><title>Sweep {html.escape(plan.name)}</title><style>{STYLE}</style>"
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head += f"<title>Sweep {html.escape(plan.name)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
 def _facts(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], *, has_card: bool) -> list[str]:
     counts = {kind: sum(outcome(trial) == kind for trial in trials) for kind in map(outcome, trials)}
-    infeasible = sum(not is_feasible(trial) for trial in order)
     facts = [
         f"{', '.join(f'{each} {name}' for each, name in plan.objectives)}",
         *(["subject to " + ", ".join(map(str, plan.constraints))] if plan.constraints else []),
-        f"{plan.options['sampler']} search, pruner {plan.options['pruner']}, {plan.options['seeds']} seed(s) a trial",
-        ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        + (f", {infeasible} infeasible" if infeasible else ""),
+        f"{plan.options['sampler']} search, pruner {plan.options['pruner']}, {plan.options['seeds']} seed(s) per trial",
+        ", ".join(f"{count} {kind}" for kind, count in counts.items()),
+        f"{datetime.now():%Y-%m-%d %H:%M}, Preceptor {version('preceptor')}",
+        shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]]),
     ]
     parts = [f"<h1>Sweep {html.escape(plan.name)}</h1>", *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
     if has_card:
-        text = "The best configuration is written as an experiment card; retrain it on other seeds before you trust it:"
+        text = (
+            "The best config is saved as an experiment card. Train it with other seeds before you rely on its result:"
+        )
         parts += [f"<p>{text}</p>", f"<p><code>{html.escape(command(plan, 'best'))}</code></p>"]
     return parts
 
@@ -79,9 +89,9 @@ def _trade_offs(
     if len(names) == 1 or not order:
         return []
     chosen = [trial.number for trial in front]
-    title = "Pareto front" if len(plan.objectives) > 1 else "What is sought, against what must hold"
+    title = "Pareto front" if len(plan.objectives) > 1 else "Objective and constraints"
     return [
-        f"<h2>{title}</h2><p>Red: the front (no trial is better in every respect); orange: infeasible.</p>",
+        f"<h2>{title}</h2><p>Red: the Pareto front (no other trial is better in all metrics); orange: infeasible.</p>",
         *(_figure(figures.trade_off(plan, trials, (other, metric), chosen), title) for other in names[1:]),
     ]
 
@@ -94,7 +104,7 @@ def _learning_curves(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> li
     curves = {number: read_lines(path) for number, path in runs.items()}
     by_number = {trial.number: trial for trial in trials}
     return [
-        "<h2>Learning curves</h2><p>Red: the best; grey: pruned, with a dot where.</p>",
+        "<h2>Learning curves</h2><p>Red: the best trial; grey: pruned trials, with a dot at their end.</p>",
         _figure(figures.learning_curves(curves, by_number, metric, best), "learning curves"),
     ]
 
@@ -103,11 +113,11 @@ def _importance(plan: Plan, trials: Sequence[FrozenTrial], shares: Mapping[str, 
     if not shares:
         return []
     metric = plan.objectives[0][1]
-    text = f"Share of the variance of {metric} that each explains alone, by a random forest over complete trials."
+    text = f"Share of the variance of {metric} that each dimension explains alone (fANOVA over complete trials)."
     if any(outcome(trial) == "pruned" for trial in trials):
-        text += " Pruned trials are not among them: what made those poor counts for less here than it should."
+        text += " Pruned trials are left out, so dimensions that made trials poor appear less important than they are."
     if any(each.when for each in plan.space):
-        text += " Dimensions that are drawn only under a condition are left out."
+        text += " Dimensions with a condition are left out."
     return ["<h2>Importance</h2>", f"<p>{html.escape(text)}</p>", _figure(figures.importances(shares), "importance")]
 
 
@@ -118,26 +128,30 @@ def _dimensions(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[st
     sign = 1 if direction == "maximize" else -1
     lines = figures.parallel_coordinates(plan, trials, metric, sign=sign, best=best)
     return [
-        "<h2>Slices</h2><p>Each dimension by itself; crosses are pruned trials, at the best they had.</p>",
+        "<h2>Slices</h2><p>One plot per dimension; crosses are pruned trials, at their best value.</p>",
         _figure(figures.slices(plan, trials, metric, best), "slices"),
-        "<h2>Parallel coordinates</h2><p>A line a trial; the darker, the better.</p>",
+        "<h2>Parallel coordinates</h2><p>One line per trial; darker lines are better.</p>",
         _figure(lines, "parallel coordinates"),
     ]
 
 
 def _leaderboard(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], best: int) -> str:
-    """Every trial, complete ones by rank; mean ± sd over seeds."""
+    """Return the table of all trials: complete ones by rank, pruned ones by their last value, then all others."""
     names = metric_names(plan)
-    rows = [*order, *(trial for trial in trials if trial.state != TrialState.COMPLETE)]
+    pruned = by_last_value(plan, [trial for trial in trials if trial.state == TrialState.PRUNED])
+    others = [trial for trial in trials if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED)]
+    rows = [*order, *pruned, *others]
     columns = ["trial", "outcome", *names, *(each.key for each in plan.space), "seconds"]
     lines = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
     for trial in rows:
         values = point(plan.space, trial.params)
-        kind = outcome(trial) if is_feasible(trial) else "infeasible"
+        kind = outcome(trial)
         metrics = [spread(trial, name) for name in names]
-        cells = [str(trial.number), kind, *metrics, *(brief(values.get(each.key, "")) for each in plan.space)]
+        cells = [kind, *metrics, *(brief(values.get(each.key, "")) for each in plan.space)]
         cells.append(str(trial.user_attrs.get("wall", "")))
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        folder = plan.run_folder(trial.number, 0).name
+        row = f"<td><a href='{folder}'>{trial.number}</a></td>"
+        row += "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         hint = html.escape(trial.user_attrs.get("error", ""))
         lines.append(f"<tr class='{'best' if trial.number == best else kind}' title='{hint}'>{row}</tr>")
     return f"<table>{''.join(lines)}</table>"

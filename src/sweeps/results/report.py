@@ -1,4 +1,4 @@
-"""What a sweep leaves: sweep.html (see `page`), trials.csv, and the best as experiment cards (see `card`)."""
+"""The report of a sweep: sweep.html (see `page`), trials.csv, and the best trials as experiment cards (see `card`)."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from sweeps.results.table import leaderboard
 
 
 def write_report(plan: Plan, store: Store, console: Console) -> None:
-    """Write the page, the table and the cards of everything that the store and the run folders hold by now."""
+    """Write the page, the table and the cards of all trials that are in the store so far."""
     trials = store.trials()
     order = ranked(plan, trials)
     feasible = [trial for trial in order if is_feasible(trial)]
@@ -47,7 +47,7 @@ def write_report(plan: Plan, store: Store, console: Console) -> None:
 
 
 def write_table(plan: Plan, trials: list[FrozenTrial], path: Path) -> None:
-    """trials.csv: a row a trial, every metric with its standard deviation over seeds."""
+    """Write trials.csv: one row per trial, each metric with its standard deviation over seeds."""
     names = sorted({name for trial in trials for name in trial.user_attrs.get("metrics", {})})
     content = io.StringIO()
     table = csv.writer(content)
@@ -65,7 +65,10 @@ def write_table(plan: Plan, trials: list[FrozenTrial], path: Path) -> None:
 
 
 def importance_of(store: Store) -> dict[str, float]:
-    """fANOVA's shares by dimension (Hutter et al. 2014); none for a few trials, or where all have the same value."""
+    """Return the share of each dimension in the variance of the objective, by fANOVA (Hutter et al. 2014).
+
+    Returns {} for fewer than four complete trials, or if all have the same value.
+    """
     complete = [trial for trial in store.trials() if trial.state == TrialState.COMPLETE]
     if len(complete) < 4 or len({trial.values[0] for trial in complete}) == 1:
         return {}

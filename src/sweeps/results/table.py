@@ -1,4 +1,4 @@
-"""What the terminal shows of a sweep: a table that lives where there is a terminal, lines where there is none."""
+"""The terminal output of a sweep: lines, and a live table if the output is a terminal."""
 
 import sys
 import time
@@ -14,13 +14,13 @@ from sweeps.define.plan import Plan
 from sweeps.define.space import point
 from sweeps.execute.running import Running
 from sweeps.execute.store import Store
-from sweeps.results.ranking import brief, is_feasible, metric_names, ranked, spread
+from sweeps.results.ranking import brief, is_feasible, metric_names, outcome, ranked, spread
 
-SHOWN = 5  # of the best trials
+SHOWN = 5  # best trials in the live table
 
 
 class Table:
-    """Best so far, what runs, and how long it will take."""
+    """The best trials so far, the running trials, and the remaining time."""
 
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan, self.store = plan, store
@@ -41,20 +41,24 @@ class Table:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """A line, above the table."""
+        """Print a line above the table."""
         self.console.print(text, markup=False)
 
     def concluded(self, running: Running, attributes: Mapping[str, Any]) -> None:
-        """A trial's line."""
+        """Print the line of a trial that has ended."""
         self.done_here += 1
         metrics = attributes.get("metrics", {})
-        figures = "  ".join(f"{name} {metrics[name]:.4f}" for _, name in self.plan.objectives if name in metrics)
-        told = "  ".join(f"{key}={brief(value)}" for key, value in running.point.items())
+        values = "  ".join(f"{name} {metrics[name]:.4f}" for _, name in self.plan.objectives if name in metrics)
+        violated = any(
+            each.violation(metrics[each.metric]) > 0 for each in self.plan.constraints if each.metric in metrics
+        )
+        kind = "infeasible" if violated and attributes["outcome"] == "complete" else attributes["outcome"]
+        point_text = "  ".join(f"{key}={brief(value)}" for key, value in running.point.items())
         number = running.trial.number
-        self.say(f"trial {number:4} {attributes['outcome']:9} {figures:22} {attributes['wall']:6.1f} s  {told}")
+        self.say(f"trial {number:4} {kind:10} {values:22} {attributes['wall']:6.1f} s  {point_text}")
 
     def show(self, running: Mapping[int, Running]) -> None:
-        """The live table, twice a second at most."""
+        """Update the live table, at most twice a second."""
         if self.live is None or time.monotonic() - self.shown < 0.5:
             return
         self.shown = time.monotonic()
@@ -62,31 +66,32 @@ class Table:
         now = Grid("trial", "running", "epoch", *(name for _, name in self.plan.objectives), "s", title="running")
         for each in running.values():
             report = each.last_report.get("report", {})
-            figures = [f"{report[name]:.4f}" if name in report else "" for _, name in self.plan.objectives]
-            told = " ".join(f"{key}={brief(value)}" for key, value in each.point.items())
+            metrics = [f"{report[name]:.4f}" if name in report else "" for _, name in self.plan.objectives]
+            point_text = " ".join(f"{key}={brief(value)}" for key, value in each.point.items())
             seconds = f"{time.monotonic() - each.begun:.0f}"
-            now.add_row(str(each.trial.number), told, str(report.get("epoch", "")), *figures, seconds)
+            now.add_row(str(each.trial.number), point_text, str(report.get("epoch", "")), *metrics, seconds)
         self.live.update(Group(leaderboard(self.plan, trials, rows=SHOWN), now, self.count(trials)), refresh=True)
 
     def count(self, trials: list[FrozenTrial]) -> str:
-        """How many are done, pruned, failed, and how long the rest will take."""
-        outcomes = [trial.user_attrs.get("outcome", "") for trial in trials if trial.state.is_finished()]
-        told = [f"{len(outcomes)} of {self.plan.trials} done"]
-        told += [f"{outcomes.count(kind)} {kind}" for kind in ("pruned", "diverged", "failed") if kind in outcomes]
+        """Return how many trials are done, pruned and failed, and the remaining time, as text."""
+        outcomes = [outcome(trial) for trial in trials if trial.state.is_finished()]
+        parts = [f"{len(outcomes)} of {self.plan.trials} done"]
+        kinds = ("infeasible", "pruned", "diverged", "failed")
+        parts += [f"{outcomes.count(kind)} {kind}" for kind in kinds if kind in outcomes]
         left = self.plan.trials - len(outcomes)
         if self.done_here and left > 0:
             seconds = (time.monotonic() - self.begun) / self.done_here * left
-            told.append(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
-        return ", ".join(told)
+            parts.append(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
+        return ", ".join(parts)
 
 
 def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
-    """The best trials, mean ± standard deviation over seeds."""
+    """Return the table of the best trials: mean ± standard deviation over seeds."""
     names = metric_names(plan)
     table = Grid("trial", *names, *(dimension.key for dimension in plan.space), title="best", title_justify="left")
     for trial in ranked(plan, trials)[:rows]:
         values = point(plan.space, trial.params)
-        figures = [spread(trial, name) for name in names]
+        metrics = [spread(trial, name) for name in names]
         number = str(trial.number) if is_feasible(trial) else f"{trial.number} infeasible"
-        table.add_row(number, *figures, *(brief(values.get(dimension.key, "")) for dimension in plan.space))
+        table.add_row(number, *metrics, *(brief(values.get(dimension.key, "")) for dimension in plan.space))
     return table

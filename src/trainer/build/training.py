@@ -17,10 +17,10 @@ from torch import nn
 
 from core.config import Config
 from core.errors import ConfigError
-from core.options.declarations import EarlyStoppingOptions, LookaheadOptions, TrainConfig
+from core.options.declarations import SPLITS, EarlyStoppingOptions, LookaheadOptions, TrainConfig
 from core.seeding import fold
 from data.loading.loaders import TrainLoader
-from data.sources.splits import Splits
+from data.sources.splits import Splits, largest_share
 from trainer.build.checks import check_classes, check_monitors, warn_of_mirroring, with_classes
 from trainer.build.data import build_augmentation, build_data, build_loaders
 from trainer.build.dry_run import check_model, check_training, dummy_batches
@@ -109,6 +109,8 @@ def _build(
         train_loader=train_loader,
         val_loader=val_loader,
         test_loader=test_loader,
+        samples={name: len(split) for name in SPLITS if (split := getattr(splits, name)) is not None},
+        constant_accuracy=largest_share(splits.test.labels) if splits.test else None,
         device=device,
         channels_last=channels_last,
         record=record,

@@ -6,4 +6,5 @@ nonfinite.py        keeps NaN and infinity out of the weights
 restorable.py       tensors that a flag on the device restores
 interrupts.py       SIGTERM, SIGINT and SIGHUP as requests
 clock.py            wall-clock time and throughput
+verdict.py          warnings about a finished run that has learned nothing
 """

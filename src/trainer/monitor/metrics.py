@@ -24,6 +24,7 @@ class RunningSums:
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._window: Sums = (0.0, 0, 0)
         self._total: Sums = (0.0, 0, 0)
+        self.first: float | None = None  # mean loss of the first batch of the run
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: its mean loss (scalar), logits (B, K), and labels (B,) or probabilities (B, K)."""
@@ -49,6 +50,7 @@ class RunningSums:
         ends = torch.tensor(counts).cumsum(0).to(labels.device) - 1
         right = (logits.argmax(1) == labels).cumsum(0)[ends].diff(prepend=labels.new_zeros(1)).tolist()
         losses = torch.stack([loss for loss, _, _ in self._pending]).tolist()
+        self.first = losses[0] if self.first is None else self.first
         loss_sum, correct, samples = self._window
         for loss, hits, count in zip(losses, right, counts, strict=True):
             if not math.isnan(loss):
@@ -59,10 +61,11 @@ class RunningSums:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums for a checkpoint: [loss summed, correct predictions, samples] each; waits for the device."""
         self.sum_up()
-        return {"window": list(self._window), "total": list(self._total)}
+        return {"window": list(self._window), "total": list(self._total), "first": self.first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
+        self.first = state["first"]
         loss, correct, samples = state["window"]
         self._window = loss, correct, samples
         loss, correct, samples = state["total"]

@@ -4,5 +4,6 @@ recorder.py             recorder: metrics.jsonl, events.jsonl, TensorBoard and t
 tensorboard_writer.py   TensorBoard event file
 terminal.py             progress bar or plain lines, and train.log
 introduction.py         facts shown before the first step
+summary.py              content of summary.json
 notices.py              warnings logged by Preceptor's packages
 """

@@ -1,7 +1,5 @@
 """Show the facts of a new run before its first step: model, data, device, automatic choices, first batch, graph."""
 
-from collections.abc import Mapping
-
 import torch
 
 from core.options.declarations import TrainConfig
@@ -9,8 +7,9 @@ from trainer.report.recorder import Recorder
 from trainer.training import Training
 
 
-def introduce(training: Training, recorder: Recorder, values: TrainConfig, samples: Mapping[str, int]) -> None:
-    """Log the facts of a new run; `samples` are the sizes of its splits."""
+def introduce(training: Training, recorder: Recorder, values: TrainConfig) -> None:
+    """Log the facts of a new run."""
+    samples = training.samples
     choices, state, folder = values["choices"], training.state, recorder.folder.path
     count = sum(parameter.numel() for parameter in state.model.parameters())
     splits = ", ".join(f"{split} {number:,}" for split, number in samples.items())

@@ -35,7 +35,7 @@ LOGGER = logging.getLogger("preceptor.tracking")
 EVENT_FILES = "events.out.tfevents.*"
 EVENT_TIME = re.compile(r"tfevents\.(\d+)\.")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
-FINAL_METRICS = ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/accuracy", "train/loss")
+FINAL_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/accuracy", "train/loss")
 
 
 Method = TypeVar("Method", bound=Callable[..., None])

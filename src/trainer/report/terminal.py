@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.errors import printable
+from core.intervals import margin_of
 from core.regular_files import append_regular
 
 
@@ -117,7 +118,8 @@ class Display:
             metrics = "  ".join(f"{name} {value:.4f}" for name, value in best["metrics"].items())
             rows.append(("best", f"step {best['step']:,} (epoch {best['epoch']:g})  {metrics}"))
         if test:
-            rows.append(("test", f"accuracy {test['accuracy']:.2%}  loss {test['loss']:.4f}"))
+            margin = margin_of(test["accuracy"], summary["samples"]["test"])
+            rows.append(("test", f"accuracy {test['accuracy']:.2%} ± {margin:.2%} (95%)  loss {test['loss']:.4f}"))
         rows += [
             ("parameters", f"{summary['parameters']:,}"),
             ("time", f"{summary['seconds']:.1f} s; {summary['samples_per_second']:,.0f} samples/s in training steps"),

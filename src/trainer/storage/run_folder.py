@@ -76,7 +76,7 @@ class RunFolder:
             if lock >= 0:
                 os.close(lock)
             refuse_existing(path)
-            raise StorageError(str(path), f"cannot be made: {exception.strerror}") from exception
+            raise StorageError(str(path), f"cannot be created: {exception.strerror}") from exception
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return cls(path, lock)

@@ -19,6 +19,7 @@ from core.errors import CheckpointError, SecurityError
 
 LARGEST_HEADER = 16 * 2**20  # bytes; ours have some kilobytes, and a class name takes its length twice
 MOST_BRACKETS = 100_000  # a tensor has three: 33,000 tensors, which take two seconds to read
+GIT_LFS = b"version h"  # the start of a pointer: "version https://git-lfs.github.com/spec/v1"
 MOST_DIMENSIONS = 64  # as torch
 DTYPES = {
     "F64": torch.float64,
@@ -64,8 +65,12 @@ def refuse_foreign_format(head: bytes, source: Path) -> None:
     """Refuse what can carry code by its first bytes; in safetensors eight bytes of length come first, then JSON."""
     if len(head) < 9:
         raise CheckpointError(str(source), f"not a safetensors file: it has {len(head)} bytes")
+    if head.startswith(GIT_LFS):
+        raise CheckpointError(str(source), "is a Git LFS pointer, not the file itself; get it with: git lfs pull")
     if head[8:9] != b"{":
-        raise SecurityError(str(source), "not safetensors; pickle, torch.save and zip files are never opened")
+        command = f"python scripts/convert.py input={source} output={source.with_suffix('.safetensors')}"
+        explanation = "not safetensors; pickle, torch.save and zip files are not opened here, as they can run code."
+        raise SecurityError(str(source), f"{explanation} To convert the weights: {command}")
 
 
 def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
