@@ -84,6 +84,13 @@ def test_weights_of_another_model_are_refused_with_names_of_both(tmp_path):
         built(tmp_path / "run", f"init_from={path}")
 
 
+def test_run_of_another_model_is_refused_with_the_option_to_add(tmp_path):
+    trained(tmp_path / "run", "trainer.max_steps=1")
+    other = ("model=resnet20", "model.depths=[1,1]", "model.widths=[4,8]")
+    with pytest.raises(CheckpointError, match="none of its weights fits this model.*it is a run of model=mlp"):
+        built(tmp_path / "other", f"init_from={tmp_path / 'run'}", *other)
+
+
 def test_pickle_file_names_the_command_that_converts_it(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
     command = rf"python scripts/convert.py input={tmp_path}/weights.pth output={tmp_path}/weights.safetensors"

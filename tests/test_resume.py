@@ -444,6 +444,12 @@ def test_resume_of_a_finished_run_changes_no_file(tmp_path, capfd, extra):
     assert contents(folder) == before and folder.stat().st_mtime_ns == folder_mtime
     output = capfd.readouterr().out
     assert "nothing to do" in output and ("a larger trainer.max_epochs" in output) == (not extra)
+    change = "trainer.early_stopping.patience=null" if extra else "trainer.max_epochs=3"
+    assert not extra or f"python scripts/train.py resume={folder} {change}" in output.replace("\n", "")
+    resumed = reopened(folder, change)  # what the message names continues the run
+    assert resumed is not None
+    run_to_end(resumed)
+    assert resumed.state.step == (120 if extra else 18)
     assert ("stopped_early" in before["summary.json"][1].decode()) == bool(extra)
 
 

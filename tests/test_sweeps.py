@@ -5,6 +5,7 @@ imported, so that a complete search takes a second or two.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pwd
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -46,6 +48,7 @@ from sweeps.define.plan import read_plan
 from sweeps.define.space import draw, grid, overrides, read_space
 from sweeps.execute import trial as trial_process
 from sweeps.execute.store import Store
+from sweeps.results.card import command
 
 pytestmark = pytest.mark.thorough
 
@@ -796,6 +799,18 @@ def test_best_experiment_reproduces_the_best_trial_bit_identically(tmp_path):
         runpy.run_path(str(SWEEP_SCRIPT.with_name("train.py")), run_name="__main__")
     actual, expected = last_state(tmp_path / "best"), last_state(folder / "trial-0000-seed-1")
     assert actual[0] == expected[0] and actual[2] == expected[2]
+
+
+def test_command_of_a_card_can_be_pasted_into_a_shell(tmp_path):
+    """Folders with spaces and the brackets of Hydra's search path are quoted."""
+    folder = tmp_path / "my sweeps"
+    folder.mkdir()
+    config = compose_config("sweep", ["sweep=random", f"sweep.dir='{folder}'"], SweepConfig, folders=[folder])
+    plan = read_plan(dataclasses.replace(config, config_dirs=[str(folder)]))
+    assert shlex.split(command(plan, "best")) == [
+        *("python", "scripts/train.py", f"--config-dir={folder}", "experiment=best"),
+        f"hydra.searchpath=[file://{folder}]",
+    ]
 
 
 def test_diverged_trial_is_a_result_and_is_not_retried(tmp_path):

@@ -1,10 +1,10 @@
-"""Sweeps: searches over configs. Each trial runs in its own process; a database holds the state of the search.
+"""Sweeps: searches over configs. Each trial is trained in its own process; a database stores all state of the search.
 
-search.py   a complete search, which `scripts/sweep.py` runs
-define/     the definition: search space, plan, config of a trial
-execute/    the execution: database, loop over trials, processes
-results/    the results: table in the terminal, report, best trials as experiment cards
+search.py   a complete search, called by `scripts/sweep.py`
+define/     definition of a sweep: search space, plan, config of a trial
+execute/    execution: database, loop over trials, processes
+results/    results: table on the terminal, report, experiment cards of the best trials
 
-config -> define.plan -> execute.sweep (claim a trial, sample its point, start its process, judge it, store its result)
+config -> define.plan -> execute.sweep (claim a trial, sample its point, start its process, prune it, store its result)
   -> results.report
 """

@@ -1,4 +1,4 @@
-"""A complete search: the plan, its store, the loop over trials, and the report."""
+"""A complete search: read the plan, open the store, run the trials, write the report."""
 
 import contextlib
 from pathlib import Path
@@ -17,9 +17,10 @@ from sweeps.results.table import Table
 
 
 def search(config: Config[SweepConfig]) -> None:
-    """Run the remaining trials and write the report.
+    """Run all trials that have not finished, then write the report.
 
-    Raises TrialError, with the exit code of the first failed trial, if trials failed.
+    Raises TrialError if trials failed, with the exit code of the first one. Raises ConfigError, StorageError,
+    CheckpointError (the folder belongs to a sweep with another definition) or StopSignal before the report is written.
     """
     plan = read_plan(config)
     try:
@@ -45,7 +46,8 @@ def search(config: Config[SweepConfig]) -> None:
         write_report(plan, store, table.console)
         trials = store.trials()
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-        if all(trial.state.is_finished() for trial in trials):  # else another process of the sweep may use the file
+        # If trials are unfinished, another process of the sweep may still write to errors.txt.
+        if all(trial.state.is_finished() for trial in trials):
             remove_if_empty(plan.folder / "errors.txt")
     if failed:
         first = failed[0].user_attrs
@@ -54,6 +56,6 @@ def search(config: Config[SweepConfig]) -> None:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Delete a file without content."""
+    """Delete a file if it exists and is empty."""
     if path.exists() and path.stat().st_size == 0:
         path.unlink()

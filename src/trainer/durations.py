@@ -1,4 +1,4 @@
-"""The step is the only counter: durations become optimizer steps once, at build, and epochs are computed from steps."""
+"""Durations in optimizer steps. The step is the only counter: durations are converted when a training is built."""
 
 import math
 
@@ -6,7 +6,7 @@ from core.options.rules import DURATION
 
 
 def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, total_steps: int) -> int:
-    """`"2 epochs"`, `"100 steps"`, `"5000 samples"` or `"10%"` (of the run) as optimizer steps, at least 1."""
+    """Return a duration in optimizer steps, at least 1: "2 epochs", "100 steps", "5000 samples" or "10%" of the run."""
     match = DURATION.match(duration)
     if match is None:
         raise ValueError(f"no duration: {duration!r}")
@@ -18,7 +18,7 @@ def to_steps(duration: str, *, steps_per_epoch: int, samples_per_epoch: int, tot
         "%": total_steps / 100,
     }[match[2].rstrip("s")]
     steps = amount * per_unit
-    # Shares are rounded up, so that ten times "10%" ends with the run, and not a step or two before it.
+    # Shares are rounded up, so that ten times "10%" ends at the end of the run, not some steps before it.
     return max(1, math.ceil(steps - 1e-9) if match[2] == "%" else round(steps))
 
 
@@ -28,13 +28,13 @@ def due(step: int, every: int | None, *, total_steps: int | None = None) -> bool
 
 
 def total_steps(*, max_epochs: int | None, max_steps: int | None, steps_per_epoch: int) -> int | None:
-    """The nearer of the two budgets in steps, or None where neither is set."""
+    """Return the smaller of the two limits in steps, or None if neither is set."""
     budgets = [max_epochs and max_epochs * steps_per_epoch, max_steps]
     return min((budget for budget in budgets if budget), default=None)
 
 
 def warmup_steps(epochs: float, *, steps_per_epoch: int) -> int:
-    """Warm-up epochs, fractions too, as steps."""
+    """Return a warm-up in steps; epochs may be a fraction."""
     return math.ceil(epochs * steps_per_epoch)
 
 
@@ -45,5 +45,5 @@ def epochs_at(step: int, steps_per_epoch: int) -> float:
 
 
 def step_name(step: int, steps_per_epoch: int) -> str:
-    """Return how errors name a step: with the epochs done before it."""
+    """Return the name of a step in errors, with the epochs done before it."""
     return f"step {step} (epoch {epochs_at(step - 1, steps_per_epoch)})"

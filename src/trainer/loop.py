@@ -3,9 +3,9 @@
     fit:       schedule -> step (forward, loss, backward, L1, clip, check, update) -> average -> log -> conclude
     conclude:  evaluate, decide -> commit
 
-Whatever changes the weights or ends the run is in `fit` or in the step object it calls, in the order in which it
-happens. The step is the only counter and all randomness is a function of it, so a run resumed at any commit point ends
-with the same bits. An evaluation that a signal prevented is deferred: the resumed run begins with it.
+All code that changes the weights or ends the run is in `fit`, or in the step object that it calls, in the order of
+execution. The step is the only counter, and all random values are a function of it. So a run that is resumed at any
+commit point ends with the same bits. If a signal prevents an evaluation, the resumed run starts with it.
 """
 
 import math
@@ -25,16 +25,16 @@ from trainer.settings import Settings
 from trainer.state import TrainState
 from trainer.training import Training
 
-Judge = Callable[[Mapping[str, Any], Settings], bool]  # a line of metrics.jsonl -> is the run to be pruned?
+Judge = Callable[[Mapping[str, Any], Settings], bool]  # a line of metrics.jsonl -> whether to prune the run
 
 
 def never_prune(line: Mapping[str, Any], settings: Settings) -> bool:
-    """The judge of a run that is not part of a sweep."""
+    """Return false: the judge of a run that is not part of a sweep."""
     return False
 
 
 class Loop:
-    """Trains until there is a reason to stop."""
+    """The training loop of a run."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Loop:
         self.pruned = False
 
     def fit(self) -> str:
-        """Train from wherever the state is, and return the reason to stop."""
+        """Train from the present step on, and return the reason to stop."""
         state, training, seed = self.state, self.training, self.settings.seed
         if self.evaluation_is_due():
             state.schedule.apply(state.optimizer, state.step - 1)  # the log shows the learning rate of that step
@@ -90,7 +90,7 @@ class Loop:
         return reason
 
     def evaluation_is_due(self) -> bool:
-        """Return whether this step is to be evaluated and has not been yet: a run may be stopped before it."""
+        """Return whether this step is to be evaluated and was not: a signal can stop a run before its evaluation."""
         settings, step = self.settings, self.state.step
         return step > self.state.evaluated and due(step, settings.evaluate_every, total_steps=settings.total_steps)
 
@@ -118,9 +118,9 @@ class Loop:
         self.recorder.step(state.step, state.epoch, measurements)
 
     def evaluate(self) -> bool | None:
-        """Measure, record, and inform what decides by it; return whether this is the best evaluation so far.
+        """Evaluate, record the metrics, and pass them to schedule and early stopping; return whether this is the best.
 
-        Returns None if a signal asks the run to stop meanwhile: then nothing has happened.
+        Returns None if a signal asks the run to stop during the evaluation: then nothing is changed.
         """
         state, settings = self.state, self.settings
         self.stop_clock()
@@ -135,7 +135,7 @@ class Loop:
         self.report_skipped()
         improved = state.note_evaluation(metrics, monitor=settings.monitor, mode=settings.monitor_mode)
         state.schedule.observe(metrics)
-        epochs = state.step / state.steps_per_epoch  # not rounded: this decides
+        epochs = state.step / state.steps_per_epoch  # not rounded: early stopping depends on it
         state.early_stopping.observe(metrics.get(state.early_stopping.monitor, math.nan), epochs)
         line = {
             "step": state.step,
@@ -167,10 +167,10 @@ class Loop:
     # Checkpoints
 
     def commit(self, *, evaluated: bool, improved: bool, ends: bool) -> None:
-        """The one commit point of a step: whatever a checkpoint holds is settled now."""
+        """End the step: from here on, a checkpoint may save the state."""
         self.state.settle()
         self.saver.check()
-        wanted = {  # the best first: a crash in between must not leave a `last` that names a best that does not exist
+        wanted = {  # `best` first: a crash in between must not leave a `last` that refers to a missing best
             "best": improved,
             "last": evaluated or ends,
             "step": due(self.state.step, self.settings.checkpoint_every),
@@ -185,7 +185,7 @@ class Loop:
         self.report_skipped()
         self.recorder.flush()
         keep = {"last": 2, "best": 2, "step": self.settings.checkpoint_keep}
-        self.saver.wait()  # so that no more than one copy of the state waits to be written
+        self.saver.wait()  # so at most one copy of the state waits to be written
         self.saver.save(kinds, self.state.state_dict(), keep=keep)
 
 

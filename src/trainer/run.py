@@ -1,4 +1,4 @@
-"""A run: one training with its folder, from the config to summary.json.
+"""A run: a training with its folder, from the config to summary.json.
 
 execute:  create | resume -> fit (trainer.loop) -> finish
 """
@@ -57,7 +57,7 @@ def execute(config: Config[TrainConfig], *, judge: Judge = never_prune) -> float
 
 
 class Run:
-    """A training and all that is open for it. Enter it to train: leaving records a failure and closes everything."""
+    """A training and its open files. Train inside a `with` block: its end records a failure and closes everything."""
 
     def __init__(
         self,
@@ -80,20 +80,20 @@ class Run:
         self._closing = closing  # that of `create` or `resume`, which close everything if they fail
 
     def _keep_open(self) -> "Run":
-        """Take over what `create` or `resume` has opened: from here on the end of the run closes it."""
+        """Take over the files that `create` or `resume` has opened: the end of the run closes them."""
         self._closing = self._closing.pop_all()
         return self
 
     @classmethod
     def create(cls, config: Config[TrainConfig], *, judge: Judge = never_prune) -> "Run":
-        """Build the training, then make the run folder, and log what the run begins with."""
+        """Build the training, create the run folder, and log the facts of the new run."""
         values = config.values
         with ExitStack() as closing:
             notices = closing.enter_context(Notices())
             configure_torch(values["trainer"])
             training, _ = build(config)
-            origin = provenance() | _machine(training)  # before the folder exists, which git may show as a change
-            interrupts = closing.enter_context(Interrupts())  # from here on a signal finds a run to save
+            origin = provenance() | _machine(training)  # before the folder exists, as git could report it as a change
+            interrupts = closing.enter_context(Interrupts())  # from here on, a signal stops and saves the run
             folder = _new_folder(training, config)
             closing.callback(folder.close)
             recorder = Recorder(folder, total_steps=training.settings.total_steps)
@@ -111,7 +111,7 @@ class Run:
         with ExitStack() as closing:
             notices = closing.enter_context(Notices())
             configure_torch(config.values["trainer"])
-            trusted_values(config)  # refuses what the config may not name, before the folder is touched
+            trusted_values(config)  # refuses untrusted classes before the folder is changed
             folder = RunFolder.open(Path(str(config.values["resume"])))
             closing.callback(folder.close)
             snapshot, path, damaged = folder.checkpoints.load("last", "best", "step")
@@ -138,7 +138,9 @@ class Run:
     def _record_resume(self, changes: Changes, *, checkpoint: Path, damaged: Mapping[Path, str]) -> None:
         """Log where the run continues, and what has changed."""
         for file, text in damaged.items():
-            file.rename(file.with_suffix(".damaged"))  # or it would count as one of the newest, which are kept
+            file.rename(
+                file.with_suffix(".damaged")
+            )  # else it would count as one of the newest checkpoints, which are kept
             self.warn(f"{text}; moved to {file.stem}.damaged")
         if changes:
             self.folder.write_config(self.training.record)
@@ -159,7 +161,7 @@ class Run:
         with self._closing:
             if isinstance(exception, Exception):
                 self.fail(exception)
-        if exception is None and self.interrupts.received is not None:  # after the end: a grid of runs must end with it
+        if exception is None and self.interrupts.received is not None:  # also ends a grid of runs
             raise StopSignal(self.interrupts.exit_code)
 
     @property
@@ -177,7 +179,7 @@ class Run:
     def finish(self, reason: str) -> None:
         """Test the best weights and write summary.json.
 
-        A run stopped by a signal, or pruned, is saved but not tested: the resumed run tests.
+        A run that a signal stopped, or that was pruned, is saved but not tested; the resumed run tests.
         """
         self.saver.wait()
         if self.state.best and reason != "pruned" and not self.interrupts.received:
@@ -216,10 +218,10 @@ class Run:
         self.state.evaluated_model.load_state_dict(best.weights)
 
     def fail(self, exception: Exception) -> None:
-        """Save the last step and record the failure; raises the error that the user can act on, if it is another."""
+        """Save the last step, and record the failure. Raises another error if the user can act on that one."""
         step = step_name(self.state.step + 1, self.state.steps_per_epoch)
         error = as_preceptor_error(exception, subject=str(self.folder.path), step=step)
-        with suppress(Exception):  # the first error is the one to report
+        with suppress(Exception):  # report the first error
             self._keep_last_step(exception)
         with suppress(Exception):
             self.write_summary("failed", str(error))
@@ -227,7 +229,7 @@ class Run:
             raise error from exception
 
     def _keep_last_step(self, exception: Exception) -> None:
-        """A failure between steps, such as in reading data, loses none of them; after NaN nothing is saved."""
+        """Save the last step after a failure between steps, such as in reading data; after NaN, nothing is saved."""
         state = self.state
         self.saver.retry()
         if state.settled and state.step > self.saver.saved and not isinstance(exception, NumericalError):
@@ -246,7 +248,7 @@ def _machine(training: Training) -> dict[str, Any]:
 
 
 def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
-    """Create the folder that the config names, or the default, whose name another run may take in the same second."""
+    """Create the folder of the config, or a default one, whose name another run may take in the same second."""
     values, first = config.values, training.state.state_dict()
     names = (values["choices"]["model"], values["choices"]["data"])
     while True:
@@ -262,7 +264,7 @@ def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
 
 
 def _restore(training: Training, splits: Splits, snapshot: Snapshot) -> None:
-    """Load the state; CheckpointError if the data or the model is not what the run was trained on."""
+    """Load the state. Raises CheckpointError if data or model are not those of the run."""
     training.state.load_state_dict(snapshot)
     size = training.record["data"]["image_size"]
     if not same_mean(splits.train, training.state.normalisation.tensors, image_size=size):
@@ -270,12 +272,14 @@ def _restore(training: Training, splits: Splits, snapshot: Snapshot) -> None:
 
 
 def _is_finished(folder: RunFolder, step: int) -> bool:
-    """Return whether the run was trained to its end at this step, and tested, before."""
+    """Return whether the run has ended at this step, and was tested."""
     summary = folder.read_summary()
     return summary.get("status") in ("finished", "stopped_early") and summary.get("step") == step
 
 
 def _nothing_to_do(folder: RunFolder, reason: str) -> str:
     text = f"nothing to do: {folder.path} is finished ({reason})"
-    key = "early_stopping.patience" if reason == "early_stopping" else reason
-    return f"{text}; a larger trainer.{key} continues it"
+    if reason == "early_stopping":
+        command = f"python scripts/train.py resume={shlex.quote(str(folder.path))} trainer.early_stopping.patience=null"
+        return f"{text}; a larger patience continues it, or none: {command}"
+    return f"{text}; a larger trainer.{reason} continues it"

@@ -1,4 +1,4 @@
-"""A snapshot: the state of a training at a commit point, as a checkpoint holds it."""
+"""A snapshot: the state of a training at a commit point, which a checkpoint contains."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """The step after which it was taken."""
+        """The number of steps done."""
         step: int = self.values["step"]
         return step
 
@@ -26,5 +26,5 @@ class Snapshot:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The state_dict to evaluate with: the moving average if there is one."""
+        """The state dict to evaluate: that of the moving average if there is one, else that of the model."""
         return self.part("ema") or self.part("model")

@@ -1,4 +1,4 @@
-"""The state of a training: whatever survives a restart, in one object; nothing outside it is saved.
+"""The state of a training: one object with everything that a checkpoint saves.
 
     model.*  ema.*                            tensors of each named model
     optimizer.<model>.<parameter>.<state>     tensors of each named optimizer
@@ -30,7 +30,7 @@ from trainer.snapshot import Snapshot
 
 
 class TrainState:
-    """Models, optimizers, progress and the components that have state.
+    """Models, optimizers, progress and the components with state.
 
     `models` and `optimizers` are named, so that a training may have several of each. The model named "model" is the one
     that is trained, "ema" is its moving average, and "lookahead" has its slow weights.
@@ -60,14 +60,14 @@ class TrainState:
         self.early_stopping, self.ema, self.lookahead = early_stopping, ema, lookahead
         self.clock = Clock()
         self.normalisation = normalisation  # the one that all loaders use
-        self.config = config  # as it may be written; a resumed run compares its config.yaml with it
-        self.data = data  # class names, fingerprint, counts: what a checkpoint must record of its data
+        self.config = config  # for checkpoints; a resumed run compares its config.yaml with it
+        self.data = data  # class names, fingerprint and counts of the data, for checkpoints
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self.evaluated = 0  # the step of the last evaluation
         self.best: dict[str, Any] = {}  # step, epoch and metrics of the best evaluation
-        self.settled = True  # may a checkpoint hold this state? Not within a step or an evaluation
-        # Masks hold infinities on purpose: those buffers are not checked before a save.
+        self.settled = True  # whether a checkpoint may save this state; false within a step or an evaluation
+        # Masks contain infinities on purpose: such buffers are not checked before a save.
         self._unchecked = {
             f"{part}.{name}"
             for part, model in self.models.items()
@@ -92,17 +92,17 @@ class TrainState:
 
     @property
     def epoch(self) -> float:
-        """Epochs done: 3 after the third, 2.5 in the middle of the third."""
+        """The number of epochs done: 3 after the third, 2.5 in the middle of the third."""
         return epochs_at(self.step, self.steps_per_epoch)
 
     # Changes
 
     def unsettle(self) -> None:
-        """Begin a change: until `settle`, no checkpoint may hold the state."""
+        """Start a change: until `settle`, no checkpoint may save the state."""
         self.settled = False
 
     def settle(self) -> None:
-        """End a change: the state is one that a checkpoint may hold."""
+        """End a change: a checkpoint may save the state."""
         self.settled = True
 
     def advance(self, samples: int) -> None:
@@ -124,7 +124,7 @@ class TrainState:
 
     @property
     def _components(self) -> dict[str, Stateful]:
-        """What holds plain values, by the name in a checkpoint."""
+        """The components with plain values, by their names in a checkpoint."""
         return {
             "schedule": self.schedule,
             "scaler": self.scaler,
@@ -135,7 +135,7 @@ class TrainState:
         }
 
     def state_dict(self) -> Snapshot:
-        """Return all that a resumed run needs, copied to the host: training may continue while it is written.
+        """Return everything that a resumed run needs, copied to the CPU: training can continue while it is written.
 
         Raises NumericalError, before anything is written, if a tensor holds NaN or an infinity.
         """
@@ -190,7 +190,7 @@ class TrainState:
             raise CheckpointError("checkpoint", f"its values are not those of a run: {exception!r}") from None
 
 
-VALUES = {  # of a snapshot, beside those of the components
+VALUES = {  # of a snapshot, besides those of the components
     "evaluated": int,
     "best": dict,
     "config": dict,
@@ -201,7 +201,7 @@ VALUES = {  # of a snapshot, beside those of the components
 
 
 def require_values(snapshot: Snapshot) -> None:
-    """Raise CheckpointError if a plain value of a snapshot is missing or of another kind, whatever its hash."""
+    """Raise CheckpointError if a plain value of a snapshot is missing or of another type, even if the hash matches."""
     for name, kind in VALUES.items():
         if not isinstance(snapshot.values.get(name), kind):
             raise CheckpointError("checkpoint", f"has no value {name!r}, or one of another kind")
@@ -210,7 +210,7 @@ def require_values(snapshot: Snapshot) -> None:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state_dict whose tensors have the model's names, shapes and dtypes; RuntimeError for any other."""
+    """Load a state dict. Raises RuntimeError unless its names, shapes and dtypes are those of the model."""
     for name, own in model.state_dict().items():
         if name in weights and weights[name].dtype != own.dtype:
             raise RuntimeError(f"{name} has dtype {weights[name].dtype}, not {own.dtype}")
@@ -218,7 +218,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], *, step: str) -> None:
-    """Raise NumericalError for a tensor with NaN or infinity: an update may overflow though its gradient was finite."""
+    """Raise NumericalError for a tensor with NaN or infinity: an update can overflow with a finite gradient."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):  # the sum first: it reads memory once
             continue
@@ -227,7 +227,7 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], *, step: str) -> None:
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return how data of another fingerprint differs, and what to do."""
+    """Return how data with another fingerprint differs, and what to do."""
     old, new = before["counts"], now["counts"]
     splits = [split for split in ("train", "val", "test") if old.get(split) != new.get(split)]
     counts = ", ".join(f"{split} {old.get(split, 'none')} -> {new.get(split, 'none')} images" for split in splits)
@@ -239,7 +239,7 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:
-    """Return whether a tensor can be an optimizer's state of a parameter: real numbers, one per weight, row or step."""
+    """Return whether a tensor can be an optimizer's state of a parameter: real values, one per weight, row or step."""
     sides = zip(tensor.shape, parameter.shape, strict=False)
     is_part = tensor.ndim != parameter.ndim or all(side in (1, full) for side, full in sides)
     return is_part and not tensor.is_complex() and (tensor.is_floating_point() or tensor.ndim == 0)

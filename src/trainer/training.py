@@ -1,4 +1,4 @@
-"""What a config is built into: everything a run trains with, before any file is opened."""
+"""The objects of a training that are built from a config, before any file is opened."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ from trainer.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The parts of a training, as `trainer.build` makes them."""
+    """The objects of a training; `trainer.build` creates them."""
 
     settings: Settings
     state: TrainState
@@ -31,7 +31,7 @@ class Training:
     constant_accuracy: float | None  # on the test split, of always predicting its most frequent class
     device: torch.device
     channels_last: bool  # the memory layout of images and weights
-    record: Mapping[str, Any]  # the config as it may be written to disk
+    record: Mapping[str, Any]  # the config for files, without values of environment variables
     weights_report: list[str]  # what `init_from` loaded, one fact per line
 
     def measure(self, batches: Batches, *, abandon: Callable[[], bool]) -> dict[str, float] | None:

@@ -1,8 +1,9 @@
 """The definition of a sweep.
 
-space.py    the search space: dimensions, how their values are sampled, their overrides
+space.py    the search space: dimensions, their distributions, a sampled point as overrides
 compose.py  the config of a trial, composed by Hydra; imports neither Optuna nor the database
 plan.py     the checked settings of a sweep: Plan
 
-config -> plan.read_plan -> Plan; a trial's point -> space.overrides -> compose.compose_trial -> its config
+config of the sweep -> plan.read_plan -> Plan
+point of a trial -> space.overrides -> compose.compose_trial -> config of the trial
 """

@@ -1,4 +1,7 @@
-"""The config of a trial, composed by Hydra. A trial's process imports this file, but neither Optuna nor the store."""
+"""The config of a trial, composed by Hydra.
+
+The process of a trial imports this file. To start faster, it imports neither Optuna nor the store.
+"""
 
 import re
 from pathlib import Path
@@ -13,17 +16,23 @@ BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")  # text that needs no quotes in 
 
 
 def compose_trial(arguments: list[str], config_dirs: list[str]) -> Config[TrainConfig]:
-    """Return the config of a trial: that of the sweep with the trial's overrides, without the section `sweep`."""
+    """Return the checked config of a trial, composed from sweep.yaml without the section `sweep`.
+
+    arguments:    overrides of the trial, as on the command line
+    config_dirs:  folders of --config-dir
+
+    Raises ConfigError for an override that is not allowed.
+    """
     return compose_config("sweep", arguments, TrainConfig, folders=list(map(Path, config_dirs)), without=["sweep"])
 
 
 def search_path(config_dirs: list[str]) -> list[str]:
-    """Return the override that adds the folders of --config-dir to Hydra's search path, or no override."""
+    """Return the override that adds the folders of --config-dir to Hydra's search path; [] if there are none."""
     return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
 
 
 def written(value: Any) -> str:
-    """Return a value as text that Hydra's grammar parses to the same value."""
+    """Return a value as text for an override: Hydra's grammar parses this text to the same value."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):

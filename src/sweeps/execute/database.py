@@ -1,6 +1,6 @@
-"""The database of a sweep: opens Optuna's storage at a URL, retries lost connections, and converts errors.
+"""The database of a sweep: open Optuna's storage at a URL, retry after lost connections, convert errors.
 
-This file handles any database that Optuna supports. `store` reads and writes the trials.
+Supports every database that Optuna supports. store.py reads and writes the trials.
 """
 
 import functools
@@ -23,8 +23,8 @@ from core.durable import write_durably
 from core.errors import ConfigError, StorageError
 from core.regular_files import read_regular
 
-SQLITE_TIMEOUT_S = 60.0  # the longest time that SQLite waits for the transaction of another process
-RETRIES = 3  # repetitions of a transaction whose connection was lost
+SQLITE_TIMEOUT_S = 60.0  # maximum time that SQLite waits for the transaction of another process
+RETRIES = 3  # repetitions of a transaction that lost its connection
 Result = TypeVar("Result")
 Method = TypeVar("Method", bound=Callable[..., Any])
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -35,7 +35,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 def experimental() -> Iterator[None]:
     """Suppress Optuna's ExperimentalWarning in this context.
 
-    Some features keep this mark for years, so the warning does not help the user.
+    Optuna marks some features as experimental for years, so the warning does not help the user.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -43,9 +43,10 @@ def experimental() -> Iterator[None]:
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Return Optuna's storage at a database URL. On SQLite, transactions run one at a time.
+    """Return Optuna's storage at a database URL. With SQLite, transactions run one at a time.
 
-    Raises ConfigError for a URL that cannot be parsed, and for a database whose driver is not installed.
+    Raises ConfigError if the URL cannot be parsed, or if the driver of the database is not installed. Raises errors of
+    SQLAlchemy and Optuna if the database cannot be opened.
     """
     is_sqlite = url.startswith("sqlite")
     # With isolation_level=None, Python's sqlite3 begins no transactions. `_begin_immediate` begins them instead.
@@ -59,21 +60,21 @@ def open_storage(url: str) -> RDBStorage:
     except ImportError:
         postgresql = "pip install 'preceptor[postgresql]' (postgresql+psycopg://...)"
         mysql = "pip install 'preceptor[mysql]' (mysql+pymysql://...)"
-        explanation = f"the driver of this database is not installed; run {postgresql} or {mysql}"
+        explanation = f"the driver of this database is not installed; type {postgresql} or {mysql}"
         raise ConfigError("sweep.storage", explanation) from None
     except (sqlalchemy.exc.ArgumentError, ValueError) as exception:  # ValueError: the port is not an integer
         raise ConfigError("sweep.storage", _first_line(exception), value=_without_password(url)) from None
     if is_sqlite:
         event.listen(storage.engine, "connect", _use_write_ahead_log)
         event.listen(storage.engine, "begin", _begin_immediate)
-        storage.engine.dispose()  # RDBStorage has connected already, and only a new connection calls the first function
+        storage.engine.dispose()  # RDBStorage has already connected, but only new connections call _use_write_ahead_log
     return storage
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the URL of an SQLite file.
+    """Return the database URL of an SQLite file.
 
-    Raises ConfigError if the path contains a character that a URL cannot contain, such as `?`.
+    Raises ConfigError if the path contains a character that has another meaning in a URL, such as `?`.
     """
     url = f"sqlite:///{file}"
     if sqlalchemy.engine.make_url(url).database != str(file):
@@ -85,10 +86,10 @@ def sqlite_url(file: Path) -> str:
 
 
 def retry_creation(action: Callable[[], Result]) -> Result:
-    """Return the result of an action that creates tables or a study; run it up to 5 times if the database fails.
+    """Return the result of an action that creates tables or a study. Run it up to 5 times if the database fails.
 
-    If several machines start together, the creation succeeds on one of them. The others fail, and succeed when they
-    retry, as the tables exist then. Raises the database error of the last attempt.
+    If several machines start at the same time, only one of them creates the tables. The others fail, and succeed when
+    they retry, because then the tables exist. Raises the database error of the fifth attempt.
     """
     for attempt in range(5):
         try:
@@ -101,9 +102,9 @@ def retry_creation(action: Callable[[], Result]) -> Result:
 
 
 def wait_for_restarts(engine: sqlalchemy.Engine, seconds: float) -> None:
-    """Make new connections of an engine retry for up to `seconds`, because the server may be restarting.
+    """Make each new connection of an engine retry for up to `seconds`, because the server may be restarting.
 
-    After that time, a connection attempt raises the error of the database driver.
+    If no attempt succeeds in this time, the connection raises the error of the database driver.
     """
 
     @event.listens_for(engine, "do_connect")
@@ -119,10 +120,10 @@ def wait_for_restarts(engine: sqlalchemy.Engine, seconds: float) -> None:
 
 
 def retried(method: Method) -> Method:
-    """Return the method wrapped so that it runs again if it loses the database connection, up to RETRIES times.
+    """Wrap a method: if it loses the database connection, it runs again, up to RETRIES times.
 
-    The method must be safe to run twice: the lost transaction may have been committed. A new connection waits for the
-    server (`wait_for_restarts`). Other database errors are raised at once.
+    The method must have the same effect if it runs twice, because the lost transaction may have been committed. A new
+    connection waits for the server (`wait_for_restarts`). Other database errors are raised at once.
     """
 
     @functools.wraps(method)
@@ -146,10 +147,7 @@ def _is_lost_connection(exception: BaseException) -> bool:
 
 @contextmanager
 def database_errors(url: str) -> Iterator[None]:
-    """Convert database errors in this context to StorageError, with the URL but without its password.
-
-    Committed transactions are kept.
-    """
+    """Convert database errors in this context to StorageError, whose subject is the URL without its password."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as exception:
@@ -158,17 +156,18 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def _use_write_ahead_log(connection: Any, _: object) -> None:
+    """Set the journal mode of a new SQLite connection: with WAL, readers and a writer do not block each other."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _begin_immediate(connection: sqlalchemy.Connection) -> None:
-    # BEGIN IMMEDIATE takes the write lock before the first read, so no other process writes between read and write.
+    """Begin an SQLite transaction with the write lock, so that no other process writes between its read and write."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _first_line(exception: BaseException) -> str:
-    """Return the first line of an error's message; SQLAlchemy appends the statement and its parameters."""
+    """Return the first line of an error's message. The other lines are SQLAlchemy's: SQL statement and parameters."""
     return str(exception).partition("\n")[0]
 
 
@@ -183,9 +182,9 @@ def _without_password(url: str) -> str:
 
 
 def study_name(folder: Path) -> str:
-    """Return the name of a folder's study: the name that the folder had when the sweep was started.
+    """Return the name of a folder's study: the name of the folder when the sweep was started for the first time.
 
-    The file .study in the folder stores it. So a sweep in a renamed folder continues its study.
+    The file FOLDER/.study stores the name, so a sweep in a renamed folder continues its study.
     """
     file = folder / ".study"
     if not file.exists():

@@ -2,20 +2,21 @@
 
     WAITING -- claim --> RUNNING -- finish --> COMPLETE, PRUNED or FAIL
        ^                    |
-       +-- release, or requeue: its owner ended or writes no heartbeat --+
+       +--------------------+  release, or requeue if the owner has ended or writes no heartbeat
 
 A trial is one row from its creation to its result. So N trials are N rows, no matter which process is killed and when.
 Optuna 5.0.0 (study/study.py, storages/_rdb/storage.py) does not guarantee this, for three reasons:
 
 - Two processes can claim one trial. `ask` claims a waiting trial by `set_trial_state_values(RUNNING)`. It reads the row
-  FOR UPDATE, and fails if the state is no longer WAITING: with PostgreSQL and MySQL, this is a compare-and-set. SQLite
+  FOR UPDATE, and fails if the state is no longer WAITING. With PostgreSQL and MySQL, this is a compare-and-set. SQLite
   has no FOR UPDATE, and Python's sqlite3 begins a transaction only at the first write. So two processes can both read
-  WAITING. In `database`, each SQLite transaction begins with BEGIN IMMEDIATE: it ends before the next one reads.
-- Several machines can create the same trials. `ask` creates a trial if none is waiting. Machines that each enqueue the
-  missing trials enqueue them several times. `fill` counts and inserts in one transaction that locks the study's row.
+  WAITING. In database.py, each SQLite transaction begins with BEGIN IMMEDIATE: it ends before the next one reads.
+- Several machines can create the same trials. `ask` creates a trial if none is waiting. If each machine enqueues the
+  missing trials, they are enqueued several times. `fill` counts and inserts in one transaction that locks the study's
+  row.
 - A trial can be lost. Only `Study.optimize` writes heartbeats. Its callback for a stale trial marks the old row FAIL in
   one transaction, and adds a new row in another. If the process is killed in between, the trial is lost. Here, the
-  claim and its first heartbeat are one transaction. `requeue` reads the heartbeat again under the row's lock.
+  claim and its first heartbeat are one transaction. `requeue` reads the heartbeat while it locks the trial's row.
 """
 
 import datetime
@@ -53,16 +54,16 @@ OWNER = "owner"  # system attribute of a trial: the token of the sweep that clai
 class Store:
     """The trials of one study in a database.
 
-    url:          database URL; None is an SQLite file in `folder`
+    url:          database URL; None: the SQLite file sweep.db in `folder`
     folder:       folder of the sweep, which must exist
-    name:         name of the study; None is the name that the folder had when the sweep was started
-    objectives:   (direction, metric) for each objective; a direction is "maximize" or "minimize"
+    name:         name of the study; None: the name of the folder when the sweep was started for the first time
+    objectives:   (direction, metric) of each objective; a direction is "maximize" or "minimize"
     pruner:       Optuna's pruner of the study
-    reconnect_s:  seconds that a new connection waits for a database server that restarts
+    reconnect_s:  maximum time in seconds that a new connection waits for a database server that restarts
 
-    `owner` is the token of this sweep. It names a file in `folder`/.owners, which this sweep's processes keep locked.
+    The attribute `owner` is the token of this sweep, and `lock` the descriptor of its locked token file (owners.py).
 
-    All methods may raise errors of the database; `database_errors` converts them. The constructor raises StorageError
+    All methods can raise errors of the database; `database_errors` converts them. The constructor raises StorageError
     if the database cannot be used, and ConfigError for a URL or a folder that is not allowed.
     """
 
@@ -99,8 +100,8 @@ class Store:
     def close(self) -> None:
         """Close the connections, and release this sweep's lock.
 
-        The token file is deleted, unless trials of this sweep are still RUNNING in the database. Then the next sweep
-        finds the file unlocked, and requeues these trials.
+        The token file is deleted, unless trials of this sweep are still RUNNING in the database. In that case, the next
+        sweep finds the file unlocked, and requeues these trials.
         """
         with suppress(SQLAlchemyError):
             if not self._owners_of_running({self.owner}):
@@ -110,7 +111,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """Open a session with one transaction. It is committed at the end, or rolled back after an exception."""
+        """Yield a session with one transaction. It is committed at the end, or rolled back after an exception."""
         with Session(self.storage.engine) as session, session.begin():
             yield session
 
@@ -120,7 +121,7 @@ class Store:
     def settle_definition(self, definition: Mapping[str, Any]) -> None:
         """Store the sweep's definition in a new study, or compare it with the stored definition.
 
-        Raises CheckpointError with the differences if they are not equal.
+        Raises CheckpointError, with all differences, if the definitions are not equal.
         """
         text = json.dumps(definition, sort_keys=True)
         with self.transaction() as session:
@@ -130,7 +131,7 @@ class Store:
                 row = models.StudyUserAttributeModel(study_id=self.id, key="definition", value_json=json.dumps(text))
                 session.add(row)
             stored = json.loads(json.loads(rows[0].value_json) if rows else text)
-        current = json.loads(text)  # as in the database: tuples become lists
+        current = json.loads(text)  # converted as in the database: tuples become lists
         if stored != current:
             changed = [
                 f"{key}: {json.dumps(stored.get(key))} -> {json.dumps(current.get(key))}"
@@ -138,7 +139,7 @@ class Store:
                 if stored.get(key) != current.get(key)
             ]
             explanation = f"was started with another definition, so trials are not comparable: {'; '.join(changed)}."
-            raise CheckpointError(f"sweep {self.name}", f"{explanation} Undo the change, or set another sweep.dir")
+            raise CheckpointError(f"sweep {self.name}", f"{explanation} Undo these changes, or set another sweep.dir")
         with experimental():
             self.study.set_metric_names(self.metrics)
 
@@ -150,7 +151,7 @@ class Store:
 
     @retried
     def fill(self, count: int) -> None:
-        """Add waiting trials until the study has `count` trials. Several processes may call this at the same time.
+        """Add waiting trials until the study has `count` trials. Several processes can call this at the same time.
 
         Raises ConfigError if the study already has more trials.
         """
@@ -167,11 +168,12 @@ class Store:
     def claim(self) -> tuple[int, int] | None:
         """Claim the waiting trial with the lowest number, and write its first heartbeat.
 
-        Return its id in the database and its number; None if no trial is waiting.
+        Return (id in the database, number) of the trial; None if no trial is waiting.
         """
         with self.transaction() as session:
             waiting = session.query(models.TrialModel).filter_by(study_id=self.id, state=TrialState.WAITING)
-            # Skip rows that another machine has locked to claim them. SQLite runs one transaction at a time.
+            # Skip rows that another machine has locked, because it claims them. With SQLite, nothing is locked here:
+            # transactions run one at a time.
             first = waiting.order_by(models.TrialModel.number).limit(1).with_for_update(skip_locked=True).one_or_none()
             if first is None:
                 return None
@@ -183,25 +185,26 @@ class Store:
 
     @retried
     def beat(self, trial_ids: list[int]) -> set[int]:
-        """Write heartbeats of the trials that this sweep runs; return the ids of trials that it no longer owns."""
+        """Write a heartbeat of each trial that this sweep owns; return the ids that it no longer owns."""
         with self.transaction() as session:
-            mine = {trial_id for trial_id in trial_ids if self._is_mine(session, trial_id)}
-            self._write_heartbeats(session, sorted(mine))
-        return set(trial_ids) - mine
+            owned = {trial_id for trial_id in trial_ids if self._is_mine(session, trial_id)}
+            self._write_heartbeats(session, sorted(owned))
+        return set(trial_ids) - owned
 
     @retried
     def release(self, trial_id: int) -> None:
-        """Set a trial of this sweep to WAITING. A trial that this sweep no longer owns is not changed."""
+        """Set a trial to WAITING, if this sweep still owns it."""
         with self.transaction() as session:
             if self._is_mine(session, trial_id):
                 models.TrialModel.find_or_raise_by_id(trial_id, session).state = TrialState.WAITING
 
     @retried
     def requeue(self, *, stale_after: float) -> list[int]:
-        """Set the running trials of dead sweeps to WAITING; return the numbers of these trials.
+        """Set the running trials of dead sweeps to WAITING, and return their numbers.
 
-        The owner of a trial is dead if it used this folder and its lock is free. It also counts as dead if the trial
-        has no heartbeat for more than `stale_after` seconds, by the database's clock.
+        A sweep is dead if its token file is in this folder and unlocked. A sweep with another folder is treated as dead
+        if it wrote no heartbeat of the trial for `stale_after` seconds, by the database's clock. So is a live sweep in
+        this folder.
         """
         dead = self.owners.dead()
         with self.transaction() as session:
@@ -214,7 +217,8 @@ class Store:
                 if is_stale or self._owner_of(session, trial.trial_id) in dead:
                     trial.state = TrialState.WAITING
                     requeued.append(trial.number)
-        # A trial whose row another machine has locked was skipped. While it is RUNNING, its owner's token is kept.
+        # Rows that another machine has locked were skipped. Keep the token of a dead sweep while such a trial is
+        # RUNNING: the next call needs the token to requeue the trial.
         for owner in dead - self._owners_of_running(dead):
             self.owners.forget(owner)
         return requeued
@@ -230,9 +234,9 @@ class Store:
 
     @retried
     def finish(self, trial: Trial, state: TrialState, values: list[float] | None, **attributes: Any) -> bool:
-        """Store a trial's final state, objective values, and user attributes.
+        """Store the final state, objective values and user attributes of a trial, and return True.
 
-        Return False if the trial is no longer running, or if another sweep owns it. Then its state is not changed.
+        If the trial is no longer running or another sweep owns it, return False and do not change its state.
         """
         if not self.is_mine(trial._trial_id):
             return False
@@ -241,8 +245,8 @@ class Store:
         try:
             self.study.tell(trial, values, state=state)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            # The trial has finished since the check. If this sweep owns it and the state is equal, this sweep stored it
-            # before it lost the connection. Otherwise another sweep finished it.
+            # The trial has finished since the check. If this sweep owns it and the state is equal, the previous attempt
+            # stored the state and then lost the connection. Otherwise another sweep has finished the trial.
             return self.storage.get_trial(trial._trial_id).state == state and self._is_owner(trial._trial_id)
         return True
 
@@ -250,7 +254,7 @@ class Store:
     def is_mine(self, trial_id: int) -> bool:
         """Return whether the trial is running and this sweep owns it.
 
-        Another sweep owns it if this sweep wrote no heartbeat for `stale_after` seconds.
+        A sweep loses its trial if it writes no heartbeat for `stale_after` seconds, and another sweep requeues it.
         """
         with self.transaction() as session:
             return self._is_mine(session, trial_id)
@@ -261,6 +265,7 @@ class Store:
         return self.study.get_trials(deepcopy=False)
 
     def _write_heartbeats(self, session: Session, trial_ids: list[int]) -> None:
+        """Set the heartbeats of trials to the current time of the database's clock."""
         for trial_id in trial_ids:
             row = models.TrialHeartbeatModel.where_trial_id(trial_id, session)
             if row is None:
@@ -269,11 +274,12 @@ class Store:
                 row.heartbeat = session.execute(sqlalchemy.func.now()).scalar_one()
 
     def _is_mine(self, session: Session, trial_id: int) -> bool:
-        """Return whether the trial is running and this sweep owns it. Its row is locked until the transaction ends."""
+        """Return whether the trial is running and this sweep owns it. Lock its row until the transaction ends."""
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
         return trial.state == TrialState.RUNNING and self._owner_of(session, trial_id) == self.owner
 
     def _is_owner(self, trial_id: int) -> bool:
+        """Return whether this sweep is the last owner of the trial, also of a finished one."""
         with self.transaction() as session:
             return self._owner_of(session, trial_id) == self.owner
 
@@ -281,6 +287,7 @@ class Store:
         return session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id, key=OWNER).one_or_none()
 
     def _owner_of(self, session: Session, trial_id: int) -> str | None:
+        """Return the token of the sweep that claimed the trial last; None if no sweep has claimed it."""
         row = self._owner_row(session, trial_id)
         return json.loads(row.value_json) if row else None
 

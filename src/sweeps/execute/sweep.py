@@ -208,7 +208,7 @@ class Sweep:
 
     def _finish(self, running: Running, state: TrialState, values: list[Any] | None, **attributes: Any) -> None:
         if self.store.finish(running.trial, state, values, **attributes):
-            self.table.concluded(running, attributes)
+            self.table.print_outcome(running, attributes)
 
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
         """Release the trial for a retry, or store its failure after sweep.retries retries.

@@ -1,5 +1,6 @@
-"""Experiment cards: a trial as a YAML file that `train.py` runs."""
+"""Experiment cards: the config of a trial as a YAML file, SWEEP/experiment/NAME.yaml, for `experiment=NAME`."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from sweeps.define.space import point
 from sweeps.results.ranking import spread
 
 GROUPS = ("model", "data", "augment", "optimizer", "schedule", "loss")
-# Keys that belong to this machine or sweep, not to the recipe.
-LEFT_OUT = ("run_dir", "resume", "traceback", "trust", "trainer.threads", "trainer.log_graph", "trainer.log_images")
+# Keys whose values depend on the machine or the sweep, and do not belong to the recipe of a training.
+OMITTED_KEYS = ("run_dir", "resume", "traceback", "trust", "trainer.threads", "trainer.log_graph", "trainer.log_images")
 
 
 def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
-    """Write SWEEP/experiment/NAME.yaml: the option of each group, and all values that differ from these options."""
+    """Write SWEEP/experiment/NAME.yaml, from which train.py composes the config of a trial.
+
+    The card selects an option of each group in GROUPS, and contains every value that differs from these options.
+    """
     config = compose_trial(plan.arguments(point(plan.space, trial.params)), plan.config_dirs)
     chosen = {group: config.values["choices"][group] for group in GROUPS if group in config.values["choices"]}
     start = [f"{group}={written(option)}" for group, option in chosen.items()]
-    # The values of the data come first: others, such as model.num_classes, follow from them and are then left out.
+    # The values of `data` are compared first. Others, such as model.num_classes, are interpolated from them, so they no
+    # longer differ and are not written.
     data = [(key, value) for key, value in _differing(plan, config, start) if key.startswith("data.")]
     rest = _differing(plan, config, [*start, *(f"{key}={written(value)}" for key, value in data)])
     card: dict[str, Any] = {}
@@ -40,8 +45,8 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
     metrics = ", ".join(f"{metric} {spread(trial, metric)}" for _, metric in plan.objectives)
     lines = [
         "# @package _global_",
-        f"# Trial {trial.number} of the sweep {plan.name}: {metrics} (validation, seeds: {trial.user_attrs['seeds']}).",
-        f"# {command(plan, name)}",
+        f"# Trial {trial.number} of the sweep {plan.name}: {metrics} (seeds: {trial.user_attrs['seeds']}).",
+        f"#   command   {command(plan, name)}",
         "",
         "defaults:",
         *(f"  - override /{group}: {option}" for group, option in chosen.items()),
@@ -52,18 +57,18 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
 
 
 def _differing(plan: Plan, config: Config[TrainConfig], arguments: list[str]) -> list[tuple[str, Any]]:
-    """Return the values of a trial's config that train.py would not compose from these overrides alone."""
+    """Return the keys and values of a trial's config that differ from what train.py composes from `arguments`."""
     composed = compose_config("train", arguments, TrainConfig, folders=list(map(Path, plan.config_dirs)), missing=None)
-    before = dict(leaves(composed.record))
+    composed_values = dict(leaves(composed.record))
     return [
         (key, value)
         for key, value in leaves(config.record)
-        if not (key.partition(".")[0] == "choices" or key in LEFT_OUT or (isinstance(value, dict) and value))
-        and (key not in before or before[key] != value)
+        if not (key.partition(".")[0] == "choices" or key in OMITTED_KEYS or (isinstance(value, dict) and value))
+        and (key not in composed_values or composed_values[key] != value)
     ]
 
 
 def command(plan: Plan, name: str) -> str:
-    """Return the command that trains a card."""
-    paths = "".join(f" '{path}'" for path in search_path(plan.config_dirs))
-    return f"python scripts/train.py --config-dir={plan.folder} experiment={name}{paths}"
+    """Return the shell command that trains with the card NAME. Its arguments are quoted, so it can be pasted."""
+    arguments = [f"--config-dir={plan.folder}", f"experiment={name}", *search_path(plan.config_dirs)]
+    return shlex.join(["python", "scripts/train.py", *arguments])

@@ -1,6 +1,6 @@
-"""sweep.html: a page that contains its figures as PNG, so it can be moved and sent.
+"""The HTML page sweep.html. It embeds its figures as PNG, so the page is a single file.
 
-facts -> trade-offs -> learning curves -> importance -> slices and parallel coordinates -> leaderboard
+Sections: summary, trade-offs, learning curves, importance, slices, parallel coordinates, leaderboard.
 """
 
 import base64
@@ -43,14 +43,17 @@ def render(
     *,
     has_card: bool,
 ) -> str:
-    """Return the page.
+    """Return the HTML text of the page.
 
-    `order` are the complete trials by rank, `front` the Pareto front, and `shares` the importance of each dimension.
-    With `has_card`, the page shows the command that trains the best card.
+    trials:    all trials of the study
+    order:     the complete trials by rank, the best first
+    front:     the trials of the Pareto front
+    shares:    the importance of each dimension, 0 to 1; empty if it is unknown
+    has_card:  whether experiment/best.yaml exists; then the page shows the command that trains it
     """
     best = order[0].number if order and is_feasible(order[0]) else -1
     parts = [
-        *_facts(plan, trials, order, has_card=has_card),
+        *_summary(plan, trials, has_card=has_card),
         *_trade_offs(plan, trials, order, front),
         *_learning_curves(plan, trials, best),
         *_importance(plan, trials, shares),
@@ -63,10 +66,11 @@ def render(
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _facts(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], *, has_card: bool) -> list[str]:
+def _summary(plan: Plan, trials: Sequence[FrozenTrial], *, has_card: bool) -> list[str]:
+    """Return the heading, the settings of the sweep, the number of trials per outcome, and the commands."""
     counts = {kind: sum(outcome(trial) == kind for trial in trials) for kind in map(outcome, trials)}
     facts = [
-        f"{', '.join(f'{each} {name}' for each, name in plan.objectives)}",
+        ", ".join(f"{direction} {metric}" for direction, metric in plan.objectives),
         *(["subject to " + ", ".join(map(str, plan.constraints))] if plan.constraints else []),
         f"{plan.options['sampler']} search, pruner {plan.options['pruner']}, {plan.options['seeds']} seed(s) per trial",
         ", ".join(f"{count} {kind}" for kind, count in counts.items()),
@@ -75,9 +79,7 @@ def _facts(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTria
     ]
     parts = [f"<h1>Sweep {html.escape(plan.name)}</h1>", *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
     if has_card:
-        text = (
-            "The best config is saved as an experiment card. Train it with other seeds before you rely on its result:"
-        )
+        text = "experiment/best.yaml is the config of the best trial. Train it with other seeds to confirm its result:"
         parts += [f"<p>{text}</p>", f"<p><code>{html.escape(command(plan, 'best'))}</code></p>"]
     return parts
 
@@ -85,26 +87,32 @@ def _facts(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTria
 def _trade_offs(
     plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[FrozenTrial], front: Sequence[FrozenTrial]
 ) -> list[str]:
+    """Return one plot per further metric, over which the first objective is plotted."""
     names, metric = metric_names(plan), plan.objectives[0][1]
     if len(names) == 1 or not order:
         return []
-    chosen = [trial.number for trial in front]
-    title = "Pareto front" if len(plan.objectives) > 1 else "Objective and constraints"
+    front_numbers = [trial.number for trial in front]
+    if len(plan.objectives) > 1:
+        title = "Pareto front"
+        meaning_of_red = "the Pareto front (no other feasible trial is better in one objective and worse in none)"
+    else:
+        title, meaning_of_red = "Objective and constraints", "the best feasible trial"
     return [
-        f"<h2>{title}</h2><p>Red: the Pareto front (no other trial is better in all metrics); orange: infeasible.</p>",
-        *(_figure(figures.trade_off(plan, trials, (other, metric), chosen), title) for other in names[1:]),
+        f"<h2>{title}</h2><p>Dots are complete trials; red: {meaning_of_red}; orange: infeasible trials.</p>",
+        *(_figure(figures.trade_off(plan, trials, (other, metric), front_numbers), title) for other in names[1:]),
     ]
 
 
 def _learning_curves(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[str]:
+    """Return the learning curves of the first seed of each trial, if evaluations measure the first objective."""
     metric = plan.objectives[0][1]
     if metric not in EVALUATED:
         return []
-    runs = {each.number: plan.run_folder(each.number, 0) / "metrics.jsonl" for each in trials if each.params}
-    curves = {number: read_lines(path) for number, path in runs.items()}
-    by_number = {trial.number: trial for trial in trials}
+    by_number = {trial.number: trial for trial in trials if trial.params}  # without: never started
+    curves = {number: read_lines(plan.run_folder(number, 0) / "metrics.jsonl") for number in by_number}
     return [
-        "<h2>Learning curves</h2><p>Red: the best trial; grey: pruned trials, with a dot at their end.</p>",
+        "<h2>Learning curves</h2><p>Red: the best trial; grey: pruned trials, with a dot at their end; "
+        "blue: all others. Diverged trials are left out.</p>",
         _figure(figures.learning_curves(curves, by_number, metric, best), "learning curves"),
     ]
 
@@ -115,23 +123,24 @@ def _importance(plan: Plan, trials: Sequence[FrozenTrial], shares: Mapping[str, 
     metric = plan.objectives[0][1]
     text = f"Share of the variance of {metric} that each dimension explains alone (fANOVA over complete trials)."
     if any(outcome(trial) == "pruned" for trial in trials):
-        text += " Pruned trials are left out, so dimensions that made trials poor appear less important than they are."
-    if any(each.when for each in plan.space):
+        text += " Pruned trials are left out. So the importance of dimensions that made trials poor is underestimated."
+    if any(dimension.when for dimension in plan.space):
         text += " Dimensions with a condition are left out."
     return ["<h2>Importance</h2>", f"<p>{html.escape(text)}</p>", _figure(figures.importances(shares), "importance")]
 
 
 def _dimensions(plan: Plan, trials: Sequence[FrozenTrial], best: int) -> list[str]:
+    """Return the slices and the parallel coordinates of the first objective."""
     direction, metric = plan.objectives[0]
-    if all(figures.told(trial, metric) is None for trial in trials):
+    if all(figures.finite_metric(trial, metric) is None for trial in trials):
         return []
     sign = 1 if direction == "maximize" else -1
-    lines = figures.parallel_coordinates(plan, trials, metric, sign=sign, best=best)
+    coordinates = figures.parallel_coordinates(plan, trials, metric, sign=sign, best=best)
     return [
         "<h2>Slices</h2><p>One plot per dimension; crosses are pruned trials, at their best value.</p>",
         _figure(figures.slices(plan, trials, metric, best), "slices"),
         "<h2>Parallel coordinates</h2><p>One line per trial; darker lines are better.</p>",
-        _figure(lines, "parallel coordinates"),
+        _figure(coordinates, "parallel coordinates"),
     ]
 
 
@@ -141,23 +150,24 @@ def _leaderboard(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[Froz
     pruned = by_last_value(plan, [trial for trial in trials if trial.state == TrialState.PRUNED])
     others = [trial for trial in trials if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED)]
     rows = [*order, *pruned, *others]
-    columns = ["trial", "outcome", *names, *(each.key for each in plan.space), "seconds"]
+    columns = ["trial", "outcome", *names, *(dimension.key for dimension in plan.space), "seconds"]
     lines = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
     for trial in rows:
         values = point(plan.space, trial.params)
         kind = outcome(trial)
         metrics = [spread(trial, name) for name in names]
-        cells = [kind, *metrics, *(brief(values.get(each.key, "")) for each in plan.space)]
+        cells = [kind, *metrics, *(brief(values.get(dimension.key, "")) for dimension in plan.space)]
         cells.append(str(trial.user_attrs.get("wall", "")))
         folder = plan.run_folder(trial.number, 0).name
         row = f"<td><a href='{folder}'>{trial.number}</a></td>"
         row += "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        hint = html.escape(trial.user_attrs.get("error", ""))
-        lines.append(f"<tr class='{'best' if trial.number == best else kind}' title='{hint}'>{row}</tr>")
+        tooltip = html.escape(trial.user_attrs.get("error", ""))
+        lines.append(f"<tr class='{'best' if trial.number == best else kind}' title='{tooltip}'>{row}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
 def _figure(figure: Figure, title: str) -> str:
+    """Return a figure as an <img> element with embedded PNG; `title` is its alternative text."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, facecolor="white")
     text = base64.b64encode(content.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The report of a sweep: sweep.html (see `page`), trials.csv, and the best trials as experiment cards (see `card`)."""
+"""The report of a sweep: sweep.html (page.py), trials.csv, and experiment cards of the best trials (card.py)."""
 
 import csv
 import io
@@ -22,7 +22,11 @@ from sweeps.results.table import leaderboard
 
 
 def write_report(plan: Plan, store: Store, console: Console) -> None:
-    """Write the page, the table and the cards of all trials that are in the store so far."""
+    """Write trials.csv, the cards and sweep.html to the sweep's folder, and print the best trials.
+
+    The report contains all trials of the store, including unfinished ones. The card `best` is the best feasible trial.
+    With several objectives, each trial of the Pareto front gets a card too.
+    """
     trials = store.trials()
     order = ranked(plan, trials)
     feasible = [trial for trial in order if is_feasible(trial)]
@@ -47,27 +51,39 @@ def write_report(plan: Plan, store: Store, console: Console) -> None:
 
 
 def write_table(plan: Plan, trials: list[FrozenTrial], path: Path) -> None:
-    """Write trials.csv: one row per trial, each metric with its standard deviation over seeds."""
+    """Write a CSV file with one row per trial: outcome, sampled values, metrics (mean and sd over seeds), error.
+
+    Metrics are those of the best checkpoint. The wall time is in seconds.
+    """
     names = sorted({name for trial in trials for name in trial.user_attrs.get("metrics", {})})
     content = io.StringIO()
     table = csv.writer(content)
     columns = [column for name in names for column in (name, f"{name} sd")]
     table.writerow(
-        ["trial", "outcome", "feasible", *(each.key for each in plan.space), *columns, "wall seconds", "error"]
+        [
+            "trial",
+            "outcome",
+            "feasible",
+            *(dimension.key for dimension in plan.space),
+            *columns,
+            "wall seconds",
+            "error",
+        ]
     )
     for trial in trials:
-        known = trial.user_attrs
-        values = point(plan.space, trial.params)
-        metrics = [known.get(part, {}).get(name, "") for name in names for part in ("metrics", "spread")]
-        head = [trial.number, outcome(trial), is_feasible(trial), *(values.get(each.key, "") for each in plan.space)]
-        table.writerow([*head, *metrics, known.get("wall", ""), known.get("error", "")])
+        results, values = trial.user_attrs, point(plan.space, trial.params)
+        sampled = [values.get(dimension.key, "") for dimension in plan.space]
+        metrics = [results.get(part, {}).get(name, "") for name in names for part in ("metrics", "spread")]
+        head = [trial.number, outcome(trial), is_feasible(trial), *sampled]
+        table.writerow([*head, *metrics, results.get("wall", ""), results.get("error", "")])
     write_durably(path, content.getvalue().encode())
 
 
 def importance_of(store: Store) -> dict[str, float]:
-    """Return the share of each dimension in the variance of the objective, by fANOVA (Hutter et al. 2014).
+    """Return the share of the first objective's variance that each dimension explains, 0 to 1.
 
-    Returns {} for fewer than four complete trials, or if all have the same value.
+    Return {} if fewer than four trials are complete, or if all have the same value. Source: fANOVA, Hutter, Hoos &
+    Leyton-Brown 2014, An Efficient Approach for Assessing Hyperparameter Importance.
     """
     complete = [trial for trial in store.trials() if trial.state == TrialState.COMPLETE]
     if len(complete) < 4 or len({trial.values[0] for trial in complete}) == 1:
@@ -75,7 +91,7 @@ def importance_of(store: Store) -> dict[str, float]:
     with experimental(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(
+        shares = optuna.importance.get_param_importances(
             store.study, evaluator=evaluator, target=lambda trial: trial.values[0]
         )
-    return {name: share for name, share in found.items() if math.isfinite(share)}
+    return {name: share for name, share in shares.items() if math.isfinite(share)}

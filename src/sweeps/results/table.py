@@ -1,4 +1,4 @@
-"""The terminal output of a sweep: lines, and a live table if the output is a terminal."""
+"""The terminal output of a sweep: one line per event, and below them a live table if stdout is a terminal."""
 
 import sys
 import time
@@ -16,18 +16,22 @@ from sweeps.execute.running import Running
 from sweeps.execute.store import Store
 from sweeps.results.ranking import brief, is_feasible, metric_names, outcome, ranked, spread
 
-SHOWN = 5  # best trials in the live table
+LIVE_ROWS = 5  # best trials in the live table
 
 
 class Table:
-    """The best trials so far, the running trials, and the remaining time."""
+    """Prints messages, and shows the best trials so far, the running trials and the remaining time.
+
+    Use it as a context manager: the live table exists only within `with`.
+    """
 
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan, self.store = plan, store
         self.console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-        self.begun = self.shown = time.monotonic()
-        self.done_here = 0
+        self.begun = time.monotonic()
+        self.last_update = self.begun  # of the live table
+        self.done_here = 0  # trials that this process has finished
 
     def __enter__(self) -> "Table":
         done = sum(trial.state.is_finished() for trial in self.store.trials())
@@ -41,16 +45,21 @@ class Table:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the table."""
+        """Print a line above the live table."""
         self.console.print(text, markup=False)
 
-    def concluded(self, running: Running, attributes: Mapping[str, Any]) -> None:
-        """Print the line of a trial that has ended."""
+    def print_outcome(self, running: Running, attributes: Mapping[str, Any]) -> None:
+        """Print the line of a trial that has finished: outcome, objectives, wall time in seconds, sampled values.
+
+        `attributes` are the user attributes of the trial in the store.
+        """
         self.done_here += 1
         metrics = attributes.get("metrics", {})
         values = "  ".join(f"{name} {metrics[name]:.4f}" for _, name in self.plan.objectives if name in metrics)
         violated = any(
-            each.violation(metrics[each.metric]) > 0 for each in self.plan.constraints if each.metric in metrics
+            constraint.violation(metrics[constraint.metric]) > 0
+            for constraint in self.plan.constraints
+            if constraint.metric in metrics
         )
         kind = "infeasible" if violated and attributes["outcome"] == "complete" else attributes["outcome"]
         point_text = "  ".join(f"{key}={brief(value)}" for key, value in running.point.items())
@@ -58,22 +67,28 @@ class Table:
         self.say(f"trial {number:4} {kind:10} {values:22} {attributes['wall']:6.1f} s  {point_text}")
 
     def show(self, running: Mapping[int, Running]) -> None:
-        """Update the live table, at most twice a second."""
-        if self.live is None or time.monotonic() - self.shown < 0.5:
+        """Update the live table, at most twice per second. `running` are the running trials by slot."""
+        if self.live is None or time.monotonic() - self.last_update < 0.5:
             return
-        self.shown = time.monotonic()
+        self.last_update = time.monotonic()
         trials = self.store.trials()
-        now = Grid("trial", "running", "epoch", *(name for _, name in self.plan.objectives), "s", title="running")
-        for each in running.values():
-            report = each.last_report.get("report", {})
+        running_table = Grid(
+            "trial", "running", "epoch", *(name for _, name in self.plan.objectives), "s", title="running"
+        )
+        for slot in running.values():
+            report = slot.last_report.get("report", {})
             metrics = [f"{report[name]:.4f}" if name in report else "" for _, name in self.plan.objectives]
-            point_text = " ".join(f"{key}={brief(value)}" for key, value in each.point.items())
-            seconds = f"{time.monotonic() - each.begun:.0f}"
-            now.add_row(str(each.trial.number), point_text, str(report.get("epoch", "")), *metrics, seconds)
-        self.live.update(Group(leaderboard(self.plan, trials, rows=SHOWN), now, self.count(trials)), refresh=True)
+            point_text = " ".join(f"{key}={brief(value)}" for key, value in slot.point.items())
+            seconds = f"{time.monotonic() - slot.begun:.0f}"
+            running_table.add_row(str(slot.trial.number), point_text, str(report.get("epoch", "")), *metrics, seconds)
+        best_table = leaderboard(self.plan, trials, rows=LIVE_ROWS)
+        self.live.update(Group(best_table, running_table, self.progress(trials)), refresh=True)
 
-    def count(self, trials: list[FrozenTrial]) -> str:
-        """Return how many trials are done, pruned and failed, and the remaining time, as text."""
+    def progress(self, trials: list[FrozenTrial]) -> str:
+        """Return the number of finished trials, the number per outcome, and the remaining time, as text.
+
+        The remaining time is extrapolated from the trials that this process has finished.
+        """
         outcomes = [outcome(trial) for trial in trials if trial.state.is_finished()]
         parts = [f"{len(outcomes)} of {self.plan.trials} done"]
         kinds = ("infeasible", "pruned", "diverged", "failed")
@@ -86,7 +101,7 @@ class Table:
 
 
 def leaderboard(plan: Plan, trials: list[FrozenTrial], *, rows: int) -> Grid:
-    """Return the table of the best trials: mean ± standard deviation over seeds."""
+    """Return the table of the best `rows` complete trials: metrics, as mean ± sd over seeds, and sampled values."""
     names = metric_names(plan)
     table = Grid("trial", *names, *(dimension.key for dimension in plan.space), title="best", title_justify="left")
     for trial in ranked(plan, trials)[:rows]:

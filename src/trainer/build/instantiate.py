@@ -1,8 +1,8 @@
-"""From a node of the config to the object it names, with errors that name the key.
+"""Instantiation: from a node of the config to the object that it names, with errors that name the key.
 
-A node is a mapping with `_target_`, the dotted name of a class or function; its other keys are arguments, and nodes
-among them are instantiated first. `_partial_`, `_args_` and `_recursive_` mean what they mean in Hydra; `_convert_` has
-no effect, as values are plain already. Hydra itself is not needed: a notebook that loads a run does not import it.
+A node is a mapping with `_target_`, the dotted name of a class or function. Its other keys are arguments; nodes among
+them are instantiated first. `_partial_`, `_args_` and `_recursive_` work as in Hydra; `_convert_` has no effect, as all
+values are plain. Hydra itself is not needed: a notebook that loads a run does not import it.
 """
 
 import functools
@@ -16,8 +16,8 @@ from core.options.files import options_with
 
 SPECIAL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
-# What no config may build, not even the user's own: a card or a YAML file may come from elsewhere. This is no sandbox,
-# as an installed class may do anything. A config that comes with a run builds only what `build.trust` lists.
+# No config may instantiate these, not even the user's: a card or a YAML file may come from another person. This is no
+# sandbox, as an installed class can do anything. A config of a run folder is limited to what `build.trust` lists.
 REFUSED_MODULES = {
     *("_operator", "_pickle", "code", "codeop", "ctypes", "importlib", "inspect", "marshal", "nt", "operator", "os"),
     *("pickle", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser"),
@@ -29,9 +29,9 @@ REFUSED_BUILTINS = {
 
 
 def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
-    """Return the object that a config node names, `extra` among its arguments.
+    """Return the object that a config node names; `extra` are further arguments.
 
-    Raises ConfigError, with its key, for an argument that the class does not take or refuses.
+    Raises ConfigError, which names the key, for an argument that the class does not take or refuses.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{section}._target_", "missing: the class or function to build")
@@ -48,7 +48,7 @@ def construct(node: Mapping[str, Any], section: str, **extra: Any) -> Any:
 
 
 class _Refused(Exception):
-    """The target of a node raised the error that is the cause of this one."""
+    """The class or function of a node raised an error, which is the cause of this one."""
 
 
 def _instantiate(node: Mapping[str, Any], section: str, extra: Mapping[str, Any]) -> Any:
@@ -94,7 +94,7 @@ def locate(name: str) -> object:
 
 
 def resolve(section: str, target: Any) -> Any:
-    """Return the class or function of a dotted name; ConfigError, with the nearest name, if there is none."""
+    """Return the class or function of a dotted name. Raises ConfigError, with the nearest name, if there is none."""
     key = f"{section}._target_"
     if not isinstance(target, str) or not target:
         raise ConfigError(key, "must be the dotted name of a class or function", value=target)

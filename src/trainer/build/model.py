@@ -1,4 +1,4 @@
-"""The model: constructed with weights that are a function of the seed, and moved to its device."""
+"""The model: constructed with initial weights that are a function of the seed, and moved to its device."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from trainer.build.instantiate import construct
 
 
 def build_model(values: TrainConfig, *, init_seed: int) -> nn.Module:
-    """Return the model, its initial weights a function of the seed; the caller's generators stay as they are."""
+    """Return the model. Its initial weights are a function of the seed; the caller's generators stay unchanged."""
     with seeded(init_seed):
         try:
             model = construct(values["model"], "model")

@@ -6,9 +6,9 @@ from trainer.snapshot import Snapshot
 
 
 def saved_normalisation(snapshot: Snapshot, source: str, *, kind: str | None = None) -> Normalisation:
-    """Return the normalisation that a checkpoint holds.
+    """Return the normalisation in a checkpoint.
 
-    Raises CheckpointError, naming the source, if it holds none, or one of another `kind` (data.normalise).
+    Raises CheckpointError, which names `source`, if there is none, or if it is not of `kind` (data.normalise).
     """
     try:
         normalisation = Normalisation(snapshot.part("data"))

@@ -1,6 +1,6 @@
-"""A config from a run folder may come from anybody, so it builds only what is known to be harmless.
+"""Trust: a config in a run folder may come from another person, so it may instantiate only trusted classes.
 
-What counts is the module of the object that a name leads to, not the name. A config that the user wrote runs freely.
+The check uses the module that defines the object, not the name in the config. A config of the user is not restricted.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from core.errors import SecurityError
 from core.options.declarations import TrainConfig
 from trainer.build.instantiate import locate
 
-# Of the built-in modules only those that configs name: others read and write files.
+# Of the built-in modules, only those that configs name: others read and write files.
 TRUSTED = (
     *("models", "data.sources.datasets", "data.sources.image_folder", "data.sources.synthetic"),
     *("trainer.optim.schedules", "trainer.optim.scheduling", "trainer.optim.losses", "trainer.optim.muon"),
@@ -24,7 +24,7 @@ DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 
 
 def trusted_values(config: Config[TrainConfig]) -> TrainConfig:
-    """Return the values that may be built; SecurityError if the config of a run names what is not trusted."""
+    """Return the values to build. Raises SecurityError if the config of a run names a class that is not trusted."""
     if not config.from_run:
         return config.values
     given = {override.lstrip("+").partition("=")[0] for override in config.overrides}
@@ -32,9 +32,9 @@ def trusted_values(config: Config[TrainConfig]) -> TrainConfig:
 
 
 def restricted(config: TrainConfig, *, trust: list[str], given: Collection[str] = ()) -> TrainConfig:
-    """Return the config of a run as it may be built: trusted classes only, no download, no file outside its folder.
+    """Return the config of a run with only what it may do: trusted classes, no download, no file outside its folder.
 
-    `given` are the keys that the command line sets: what the user asks for there is done. Raises SecurityError for a
+    `given` are the keys that the user sets on the command line; these are not restricted. Raises SecurityError for a
     class that is not trusted.
     """
     values = without_downloads(config)

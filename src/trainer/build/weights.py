@@ -1,12 +1,14 @@
 """Initial weights of a new run that are not random: fitted to images, or loaded from a run or a file."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError, ConfigError, PreceptorError
 from core.options.declarations import TrainConfig
+from core.run_config import read_run_config
 from core.seeding import fold
 from data.sources.splits import Splits, sample
 from trainer.storage.checkpoint import CheckpointFolder, load_weights_file
@@ -61,7 +63,7 @@ def init_from(source: Path, model: nn.Module, *, shown: str) -> list[str]:
     if not any(own[name].ndim > 1 for name in fitting):
         explanation = "none of its weights fits this model, by name and shape (init_from)"
         both = f"its first names: {_first(weights)}; the model's: {_first(own)}"
-        raise CheckpointError(str(source), f"{explanation}; {both}")
+        raise CheckpointError(str(source), f"{explanation}{_model_of(source)}; {both}")
     model.load_state_dict(fitting, strict=False)
     resized = [
         f"{name} {tuple(weights[name].shape)} -> {tuple(own[name].shape)}"
@@ -106,3 +108,10 @@ def without_prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 def _first(names: Mapping[str, Tensor]) -> str:
     return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _model_of(source: Path) -> str:
+    """Return the override that chooses the model of a run folder, as a hint; "" for a file or a damaged config."""
+    with suppress(PreceptorError, KeyError, TypeError):
+        return f"; it is a run of model={read_run_config(source)['choices']['model']}" if source.is_dir() else ""
+    return ""

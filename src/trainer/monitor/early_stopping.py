@@ -1,7 +1,7 @@
-"""When to stop: a pure state machine, fed once an evaluation.
+"""Early stopping: decides after each evaluation whether training should stop.
 
-Patience as usual (Prechelt 1998): stop when `patience` epochs have passed since the best one. Geometric patience, as in
-the Theano tutorials ("patience_increase"): a late best earns more time, so stop after epoch e when
+Patience (Prechelt 1998): stop when `patience` epochs have passed since the best one. Geometric patience, as in the
+Theano tutorials ("patience_increase"): a late best epoch extends the run, so stop after epoch e if
 
     e >= max(patience, geometric x best epoch)
 """
@@ -13,7 +13,7 @@ from trainer.monitor.metrics import improves
 
 
 class EarlyStopping:
-    """Watches one metric; `patience` None never stops. Epochs are counted from 1 and may be fractions."""
+    """Monitors one metric. With `patience` None it never stops. Epochs are counted from 1 and may be fractions."""
 
     def __init__(
         self, *, monitor: str, mode: str, patience: int | None, min_delta: float = 0.0, geometric: float | None = None
@@ -25,14 +25,14 @@ class EarlyStopping:
         self.epoch = 0.0  # of the last evaluation
 
     def observe(self, value: float, epoch: float) -> None:
-        """Take the metric after an epoch; `stopped` becomes true if training should stop."""
+        """Use the metric of an evaluation; `stopped` becomes true if training should stop."""
         self.epoch = epoch
         if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
             self.best, self.best_epoch = value, epoch
 
     @property
     def stopped(self) -> bool:
-        """Whether training should stop after the last evaluation."""
+        """Return whether training should stop after the last evaluation."""
         if self.patience is None:
             return False
         if self.geometric is None:
@@ -52,7 +52,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. If another metric is watched from now on, patience begins at this epoch."""
+        """Continue from `state_dict()`. If the monitored metric has changed, patience starts at this epoch."""
         self.epoch = self.best_epoch = state["epoch"]
         if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
             self.best, self.best_epoch = state["best"], state["best_epoch"]

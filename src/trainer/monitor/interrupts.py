@@ -1,4 +1,4 @@
-"""A signal is a request: the loop stops at its next commit point. A second SIGINT stops at once."""
+"""Signals as requests: the loop stops at its next commit point. A second SIGINT stops immediately."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,7 @@ from core.errors import STOP_SIGNALS, sighup_is_ignored
 
 
 class Interrupts:
-    """While entered, `received` is the signal that asks the run to stop, or None."""
+    """Handles the stop signals inside a `with` block; `received` is the signal that asks the run to stop, or None."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -20,7 +20,7 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            # A script that stops at once is ending; in a notebook the next Ctrl-C must be heard.
+            # A script that stops immediately ignores further signals. A notebook must react to the next Ctrl-C.
             if number != signal.SIGINT or not self._at_once or handler is signal.default_int_handler:
                 signal.signal(number, handler)
 
@@ -31,11 +31,11 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             self._at_once = True
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only disturb what is being closed
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would interrupt the closing of files
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells count: 130 for SIGINT, 143 for SIGTERM."""
+        """Return 128 + the number of the signal, as shells do: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + int(self.received or 0)

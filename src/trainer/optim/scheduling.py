@@ -16,25 +16,25 @@ from trainer.optim.schedules import Factor, ramp, require
 
 
 class Schedule(Protocol):
-    """What the loop knows of a schedule."""
+    """The methods of a schedule that the loop calls."""
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        """Set the rates for the update that leads to `step + 1`."""
+        """Set the learning rates for the update that leads to `step + 1`."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation."""
+        """Use the metrics of an evaluation."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that a checkpoint keeps."""
+        """Return plain values for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
 
 
 class FactorSchedule:
-    """A pure factor on each group's base rate, and for one-cycle a momentum > 0; nothing to remember.
+    """A pure factor on the base learning rate of each group, and for one-cycle also a momentum; it has no state.
 
-    A group without momentum, or whose own is 0, stays without.
+    The momentum of a group stays unchanged if the group has none, or 0.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class FactorSchedule:
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
         factor = self.factor(step, self.total_steps, self.warmup_steps)
-        for group, rate in zip(optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = rate * factor
+        for group, base_lr in zip(optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * factor
             if self.momentum is not None and momentum_of(group):
                 set_momentum(group, self.momentum(step, self.total_steps, self.warmup_steps))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """A pure function watches nothing."""
+        """Do nothing: a pure function uses no metrics."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
+        """Do nothing: there is no state."""
 
 
 class Plateau:
-    """The factor falls when `monitor` has not improved for more than `patience` evaluations (as ReduceLROnPlateau)."""
+    """Reduces the factor if `monitor` has not improved for more than `patience` evaluations, as ReduceLROnPlateau."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class Plateau:
         self.best: float | None = None
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        for group, rate in zip(optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = rate * ramp(step, self.warmup_steps) * self.current
+        for group, base_lr in zip(optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * ramp(step, self.warmup_steps) * self.current
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         value = metrics[self.monitor]
@@ -112,27 +112,27 @@ class Plateau:
 
 
 class TorchScheduler:
-    """A scheduler of torch's, stepped at each step or epoch; its own state and the groups' rates are kept."""
+    """A scheduler of torch, stepped at each step or epoch. A checkpoint has its state and the learning rates."""
 
     def __init__(self, scheduler: LRScheduler, *, interval: str, steps_per_epoch: int) -> None:
         self.scheduler = scheduler
         self.every = steps_per_epoch if interval == "epoch" else 1
-        self.momenta = [momentum_of(group) for group in scheduler.optimizer.param_groups]  # where it moves them from
+        self.momenta = [momentum_of(group) for group in scheduler.optimizer.param_groups]  # the initial values
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        # The scheduler has counted step // every intervals already, or is one behind at the start of a new one.
+        # The scheduler has counted step // every intervals, or one fewer at the start of an interval.
         if step // self.every > self.scheduler.last_epoch:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # it was; a resumed optimizer cannot know
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # a resumed optimizer has made steps before
             self.scheduler.step()
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Torch's schedulers of time watch nothing."""
+        """Do nothing: these schedulers use no metrics."""
 
     def state_dict(self) -> dict[str, Any]:
-        # No dict: MultiStepLR's milestones, which are the config's, would come back from JSON with keys of text.
+        # No dicts: JSON would turn the integer keys of MultiStepLR's milestones, which the config has, into text.
         plain = (int, float, str, bool, list, tuple, type(None))
         own = {key: value for key, value in self.scheduler.state_dict().items() if isinstance(value, plain)}
-        own.pop("base_lrs", None)  # the config's, which a resume may change
+        own.pop("base_lrs", None)  # the config has them, and a resume may change them
         groups = [
             {"lr": group["lr"], "initial_lr": group["initial_lr"], "momentum": momentum_of(group), "from": momentum}
             for group, momentum in zip(self.scheduler.optimizer.param_groups, self.momenta, strict=True)
@@ -142,14 +142,14 @@ class TorchScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         for group, saved in zip(self.scheduler.optimizer.param_groups, state["groups"], strict=True):
-            # In this order: where the base rate is the same, the ratio is exactly 1 and no bit is lost.
+            # In this order: if the base learning rate is the same, the ratio is exactly 1 and no bit changes.
             group["lr"] = saved["lr"] * (group["initial_lr"] / saved["initial_lr"])
-            if saved["momentum"] != saved.get("from"):  # or it is the config's, which a resume may change
+            if saved["momentum"] != saved.get("from"):  # else the config has it, and a resume may change it
                 set_momentum(group, saved["momentum"])
 
 
 def set_momentum(group: dict[str, Any], momentum: float) -> None:
-    """Momentum of a group; for Adam's kin that is beta1."""
+    """Set the momentum of a group; for Adam and its variants, this is beta1."""
     if "betas" in group:
         group["betas"] = (momentum, *group["betas"][1:])
     else:
@@ -157,5 +157,5 @@ def set_momentum(group: dict[str, Any], momentum: float) -> None:
 
 
 def momentum_of(group: Mapping[str, Any]) -> float | None:
-    """A group's momentum or beta1, or None for an update rule without."""
+    """Return the momentum or beta1 of a group; None for an update rule without momentum."""
     return group["betas"][0] if "betas" in group else group.get("momentum")

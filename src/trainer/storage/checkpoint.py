@@ -1,10 +1,10 @@
-"""Checkpoints: tensors and plain values in a safetensors file that is complete or not there.
+"""Checkpoints: tensors and plain values in a safetensors file that is complete or does not exist.
 
     checkpoints/{last,best,step}-<step, 8 digits>-<first 16 hex digits of the content's sha256>.safetensors
 
-Bytes first, in memory; then the file, durably (`core.durable`); only then may an older generation go. There is no
-pointer file: the newest file whose content matches the hash in its name wins. Nothing is pickled, and a file is
-recognised by its hash before its content is parsed.
+The content is created in memory, then written durably (`core.durable`); only then are older checkpoints deleted. There
+is no pointer file: the newest file whose content matches the hash in its name is used. Nothing is pickled, and the hash
+is checked before the content is parsed.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from core.regular_files import read_regular
 from trainer.snapshot import Snapshot
 from trainer.storage.safetensors_file import read_header, written
 
-FORMAT = 4  # of what is in a checkpoint; any other is refused
-METADATA_KEY = "preceptor"  # one key: safetensors writes several in any order, and the hash must be reproducible
+FORMAT = 4  # of the content of a checkpoint; other formats are refused
+METADATA_KEY = "preceptor"  # one key: safetensors writes several keys in any order, but the hash must be reproducible
 NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
 
 
 def pack(snapshot: Snapshot) -> list[bytes | memoryview]:
-    """A snapshot as the parts of a safetensors file; equal snapshots give equal bytes."""
+    """Return the content of the safetensors file of a snapshot, in parts; equal snapshots give equal bytes."""
     values = json.dumps({"format": FORMAT, **snapshot.values}, sort_keys=True)
     return written(snapshot.tensors, metadata={METADATA_KEY: values})
 
 
 def unpack(content: bytes, *, source: Path) -> Snapshot:
-    """The snapshot in a file's bytes; `source` is named in errors."""
+    """Return the snapshot in the content of a file. Raises CheckpointError, which names `source`, for other content."""
     header = read_header(content, source=source)
     try:
         tensors = safetensors.torch.load(content)
@@ -53,7 +53,7 @@ def unpack(content: bytes, *, source: Path) -> Snapshot:
 
 
 def digest(*content: bytes | memoryview) -> str:
-    """The part of the content's sha256 that stands in a checkpoint's name."""
+    """Return the part of the content's sha256 that the name of a checkpoint contains."""
     found = hashlib.sha256()
     for part in content:
         found.update(part)
@@ -62,7 +62,7 @@ def digest(*content: bytes | memoryview) -> str:
 
 @dataclass(frozen=True, order=True)
 class CheckpointFile:
-    """A checkpoint's name, taken apart; the order is by step."""
+    """The parts of a checkpoint's file name; ordered by step."""
 
     step: int
     kind: str
@@ -71,7 +71,7 @@ class CheckpointFile:
 
     @classmethod
     def parse(cls, path: Path) -> "CheckpointFile | None":
-        """None for a file of another name."""
+        """Return the parts of a file name, or None if the file is not a checkpoint."""
         match = NAME.match(path.name)
         return match and cls(step=int(match[2]), kind=match[1], hash=match[3], path=path)
 
@@ -89,9 +89,9 @@ class CheckpointFolder:
         return sorted((file for file in found if file.kind in kinds), reverse=True)
 
     def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> list[CheckpointFile]:
-        """Write a snapshot, give it a name for each of `kinds`, and drop what is older than the `keep` newest of each.
+        """Write a snapshot under one name for each of `kinds`; keep the `keep` newest checkpoints of each kind.
 
-        The names come in the order given, each on the disk before the next.
+        The names are created in the order of `kinds`; each is on the disk before the next.
         """
         content = pack(snapshot)
         name = digest(*content)
@@ -115,10 +115,10 @@ class CheckpointFolder:
         return saved
 
     def load(self, *kinds: str) -> tuple[Snapshot, Path, dict[Path, str]]:
-        """The newest checkpoint of these kinds whose content matches its name, and what was wrong with newer ones.
+        """Return the newest checkpoint of these kinds whose content matches its name, and the faults of newer ones.
 
-        Of two of one step, which a kill between a save and the end of the older one leaves, that which was evaluated.
-        Raises CheckpointError when there is none: a run never starts over by itself.
+        A kill between a save and the deletion of the previous file can leave two of one step: the evaluated one is
+        returned. Raises CheckpointError if there is none: a run never restarts from step 0 on its own.
         """
         files = self.files(*kinds)
         while True:
@@ -126,7 +126,7 @@ class CheckpointFolder:
                 return self._newest_good(files)
             except CheckpointError:
                 listed, files = files, self.files(*kinds)
-                if files == listed:  # else a process that is saving has replaced them meanwhile
+                if files == listed:  # else another process has saved and replaced the files
                     raise
 
     def _newest_good(self, files: list[CheckpointFile]) -> tuple[Snapshot, Path, dict[Path, str]]:
@@ -134,13 +134,13 @@ class CheckpointFolder:
         for _, same_step in groupby(files, key=lambda file: file.step):
             good: dict[str, tuple[Snapshot, Path]] = {}
             for file in same_step:
-                if file.hash in good:  # another name for it
+                if file.hash in good:  # the same content under another name
                     continue
                 try:
                     content = read_regular(file.path, follow=False)
                 except FileNotFoundError:  # replaced by a process that is saving
                     continue
-                except OSError as exception:  # a bad sector, or no regular file
+                except OSError as exception:  # a bad sector, or not a regular file
                     damaged[file.path] = f"{file.path.name} cannot be read: {exception.strerror}"
                     continue
                 if digest(content) == file.hash:
@@ -156,7 +156,7 @@ class CheckpointFolder:
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
-    """Return the weights in a safetensors file: a checkpoint, or a plain state_dict from elsewhere."""
+    """Return the weights in a safetensors file: a checkpoint, or the state dict of another program."""
     try:
         content = read_regular(path)
     except OSError as exception:

@@ -34,7 +34,7 @@ UNFINISHED = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 
 
 def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
-    """Where the config says, a grid's job (-m) in a folder of its own there; or the default."""
+    """Return the folder of the config, with a subfolder for a job of a grid (-m), or the default folder."""
     if run_dir is None:
         return default_path(*names)
     return Path(run_dir) if job is None else Path(run_dir) / str(job)
@@ -49,7 +49,7 @@ def default_path(model: str, data: str) -> Path:
 
 
 class RunFolder:
-    """One run's files. Made by `create` or `open`, which take its lock; `close` gives it back."""
+    """The files of one run. `create` and `open` return it and take its lock; `close` releases the lock."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
@@ -58,19 +58,24 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, record: Mapping[str, Any], first: Snapshot) -> "RunFolder":
-        """A new run with its config and its checkpoint of step 0. StorageError when the path is taken."""
+        """Create the folder of a new run, with its config and the checkpoint of step 0.
+
+        Raises StorageError if the path exists or cannot be written.
+        """
         refuse_existing(path)
         unfinished = path.parent / hidden_name(path.name, "new")
         lock = -1
         try:
             with _creation_lock(path.parent):
                 (unfinished / "checkpoints").mkdir(parents=True)
-                for name in LOGS:  # empty: their names are on the disk before a checkpoint counts a line of them
+                for name in LOGS:  # empty: the files exist on the disk before a checkpoint counts their lines
                     write_durably(unfinished / name)
                 write_durably(unfinished / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
                 CheckpointFolder(unfinished / "checkpoints").save(["last"], first, keep={})
                 lock = take_lock(unfinished)
-                unfinished.rename(path)  # refused by the system if another process was faster: that folder is not empty
+                unfinished.rename(
+                    path
+                )  # the system refuses this if another process was faster, as that folder is not empty
                 sync_folder(path.parent)
         except OSError as exception:
             if lock >= 0:
@@ -83,11 +88,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open the folder of a run to resume."""
+        """Open the folder of a run to resume. Raises CheckpointError for another folder, StorageError if it is used."""
         checkpoints = path / "checkpoints"
-        if not checkpoints.is_dir():  # before a lock is left in it
+        if not checkpoints.is_dir():  # checked before a lock file is created in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
-        if checkpoints.is_symlink():  # to another run, perhaps: its lock is not the one that is taken here
+        if checkpoints.is_symlink():  # perhaps to another run, whose lock would not be taken
             raise CheckpointError(str(checkpoints), "is a link: must be a real folder of this run")
         lock = take_lock(path)
         for folder in (path, path / "checkpoints"):
@@ -95,43 +100,43 @@ class RunFolder:
         return cls(path, lock)
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock of the folder."""
         os.close(self._lock)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """One object to metrics.jsonl, on the disk before the checkpoint that counts it is."""
+        """Append a line to metrics.jsonl. It is on the disk before the checkpoint that counts it."""
         self._append("metrics.jsonl", line)
 
     def append_event(self, kind: str, **details: Any) -> None:
-        """One object to events.jsonl: a warning, a resume, a change."""
+        """Append a line to events.jsonl: a warning, a resume or a change."""
         self._append("events.jsonl", {"time": now(), "event": kind, **details})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         append_regular(self.path / name, json.dumps(_without_nonfinite(line), allow_nan=False) + "\n", sync=True)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a torn last one is left out."""
+        """Return the lines of metrics.jsonl, without an incomplete last line."""
         return [line for line in read_lines(self.path / "metrics.jsonl") if type(line.get("step")) is int]
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics after the last evaluation that the resumed state contains, and incomplete last lines."""
+        """Remove the metrics after `step`, the last evaluation of the resumed state, and incomplete last lines."""
         measured = [line for line in self.metrics() if line["step"] <= step]
         events = read_lines(self.path / "events.jsonl")
         for name, kept in zip(LOGS, (measured, events), strict=True):
             write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        (self.path / "summary.json").unlink(missing_ok=True)  # it describes an end that no longer holds
+        (self.path / "summary.json").unlink(missing_ok=True)  # it describes the end of the run before this resume
 
     def write_config(self, record: Mapping[str, Any]) -> None:
         """Write config.yaml again, after a resume that changed an option."""
         write_durably(self.path / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json, whole or not at all."""
+        """Write summary.json; after a kill, it is complete or unchanged."""
         content = json.dumps(_without_nonfinite(dict(summary)), indent=2, allow_nan=False) + "\n"
         write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
-        """summary.json, empty while there is none that can be read."""
+        """Return summary.json, or {} if it does not exist or is damaged."""
         try:
             found = json.loads(read_regular(self.path / "summary.json", follow=False))
         except (OSError, ValueError, RecursionError):
@@ -154,10 +159,10 @@ def refuse_existing(path: Path) -> None:
 
 @contextmanager
 def _creation_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock while a run is created in a folder; a sole holder first removes what killed processes left."""
+    """Hold a lock while a run is created in a folder. A holder that is alone first removes leftovers of killed ones."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # another run is being created there, or the file system has no such locks
+        with suppress(OSError):  # another run is being created there, or the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in folder.iterdir():
                 if UNFINISHED.match(path.name):

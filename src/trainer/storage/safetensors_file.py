@@ -1,9 +1,9 @@
-"""The safetensors format: written from the tensors' own memory; and its header, checked before tensors are made.
+"""The safetensors format: files are written from the memory of the tensors, and headers are checked before reading.
 
     8 bytes, the header's length | header, JSON: name -> dtype, shape, [begin, end) | the tensors' bytes
 
-Format: github.com/huggingface/safetensors, README. Whatever is not exactly that is refused, in a bounded time and
-memory: the parser behind it sees only files whose tensors lie side by side within the file.
+Format: github.com/huggingface/safetensors, README. Everything else is refused, in bounded time and memory. So the
+library's parser gets only files whose tensors fill the file without gaps.
 """
 
 import json
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from core.errors import CheckpointError, SecurityError
 
-LARGEST_HEADER = 16 * 2**20  # bytes; ours have some kilobytes, and a class name takes its length twice
-MOST_BRACKETS = 100_000  # a tensor has three: 33,000 tensors, which take two seconds to read
+LARGEST_HEADER = 16 * 2**20  # bytes; headers of checkpoints have some kilobytes, and contain each class name twice
+MOST_BRACKETS = 100_000  # three per tensor: 33,000 tensors, which take two seconds to read
 GIT_LFS = b"version h"  # the start of a pointer: "version https://git-lfs.github.com/spec/v1"
-MOST_DIMENSIONS = 64  # as torch
+MOST_DIMENSIONS = 64  # as in torch
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,26 +43,26 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def written(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """The parts of a file: the header, then each tensor's own memory, the widest types first.
+    """Return the parts of a file: the header, then the memory of each tensor, the widest dtypes first.
 
-    Nothing is copied. (The library's writer copies everything twice, which takes as long as a disk does.)
+    Nothing is copied. (The library's writer copies all data twice, which takes as long as writing it to a disk.)
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     memory: list[memoryview] = []
-    place = 0
+    offset = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name]["data_offsets"] = [place, place + len(flat)]
+        header[name]["data_offsets"] = [offset, offset + len(flat)]
         memory.append(flat.numpy().data)
-        place += len(flat)
+        offset += len(flat)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return [len(text).to_bytes(8, "little") + text, *memory]
 
 
 def refuse_foreign_format(head: bytes, source: Path) -> None:
-    """Refuse what can carry code by its first bytes; in safetensors eight bytes of length come first, then JSON."""
+    """Raise SecurityError for a format that can contain code. Safetensors files start with 8 bytes and JSON."""
     if len(head) < 9:
         raise CheckpointError(str(source), f"not a safetensors file: it has {len(head)} bytes")
     if head.startswith(GIT_LFS):
@@ -74,7 +74,7 @@ def refuse_foreign_format(head: bytes, source: Path) -> None:
 
 
 def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
-    """The header of a file's bytes; SecurityError for another format, CheckpointError for a header that lies."""
+    """Return the header of a file. Raises SecurityError for another format, CheckpointError for an invalid header."""
     refuse_foreign_format(content[:9], source)
     length = int.from_bytes(content[:8], "little")
     if length > min(LARGEST_HEADER, len(content) - 8):
@@ -92,18 +92,18 @@ def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a key stands twice in its header")
-    return found
+    return unique
 
 
 def _check_tensors(header: dict[str, Any], *, size: int) -> None:
-    """ValueError unless the tensors fill `size` bytes side by side, each as long as its shape and type say."""
+    """Raise ValueError unless the tensors fill `size` bytes without gaps, each as long as its shape and dtype need."""
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata must be text")
-    places = []
+    ranges = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -118,9 +118,9 @@ def _check_tensors(header: dict[str, Any], *, size: int) -> None:
             raise ValueError(f"{name[:80]!r} has a shape that overflows")
         if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
             raise ValueError(f"{name[:80]!r} is not as long as its shape says")
-        places.append(offsets)
+        ranges.append(offsets)
     end = 0
-    for start, stop in sorted(places):
+    for start, stop in sorted(ranges):
         if start != end:
             raise ValueError("its tensors overlap or leave gaps")
         end = stop
