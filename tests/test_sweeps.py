@@ -338,7 +338,7 @@ def test_failure_after_the_time_limit_is_retried_at_the_next_launch(tmp_path):
         patched.setattr(trial_process, "train", train)
 
     code, out = run_sweep(tmp_path / "sweep", *QUICK, LR, "sweep.trials=2", "sweep.minutes=0.02", patch=patch)
-    assert code == 0 and "left to the next launch (retry 1 of 2)" in out.replace("\n", " "), out
+    assert code == 0 and "deferred to the next launch (retry 1 of 2)" in out.replace("\n", " "), out
     assert [trial.state for trial in trials_of(tmp_path / "sweep")] == [TrialState.WAITING] * 2
 
 

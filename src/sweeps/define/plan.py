@@ -230,5 +230,7 @@ def _constraint(text: str) -> Constraint:
 
 
 def _check_metric(name: str, key: str) -> None:
+    """Raise ConfigError, with `key` as the config key, for a metric that trials do not measure."""
     if name not in MEASURED:
-        raise ConfigError(key, f"must be one of {', '.join(MEASURED)}; {suggest(name, MEASURED)}", value=name)
+        hint = suggest(name, MEASURED)
+        raise ConfigError(key, f"must be one of {', '.join(MEASURED)}" + (f"; {hint}" if hint else ""), value=name)

@@ -77,7 +77,7 @@ class Dimension:
 
     def is_used(self, values: Mapping[str, Any]) -> bool:
         """Return whether the condition `when` holds. `values` are the config values of the preceding dimensions."""
-        return all(key in values and values[key] in wanted for key, wanted in self.when)
+        return all(key in values and values[key] in allowed for key, allowed in self.when)
 
     def grid(self) -> list[Any]:
         """Return the sampled values of a grid: all labels of a choice, else `points` values.

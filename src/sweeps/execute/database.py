@@ -58,9 +58,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         storage = RDBStorage(url, engine_kwargs=engine_options)
     except ImportError:
-        postgresql = "pip install 'preceptor[postgresql]' (postgresql+psycopg://...)"
-        mysql = "pip install 'preceptor[mysql]' (mysql+pymysql://...)"
-        explanation = f"the driver of this database is not installed; type {postgresql} or {mysql}"
+        postgresql = "`pip install 'preceptor[postgresql]'` for a URL postgresql+psycopg://..."
+        mysql = "`pip install 'preceptor[mysql]'` for a URL mysql+pymysql://..."
+        explanation = f"the driver of this database is not installed; run {postgresql}, or {mysql}"
         raise ConfigError("sweep.storage", explanation) from None
     except (sqlalchemy.exc.ArgumentError, ValueError) as exception:  # ValueError: the port is not an integer
         raise ConfigError("sweep.storage", _first_line(exception), value=_without_password(url)) from None

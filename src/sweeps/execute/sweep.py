@@ -1,10 +1,10 @@
-"""The loop of a sweep: claim trials, train each in its own process, judge reports, store results.
+"""The loop of a sweep: claim trials, train each in its own process, prune poor ones, store results.
 
-    claim -> draw a point -> start a process -> reports: judge -> result: store
-      ^                                                       |
-      +-------------- failed: release, to be retried ---------+
+    claim -> sample a point -> start a process -> reports: prune or not -> result: store
+      ^                                                                |
+      +-------------- failure: release, then retry --------------------+
 
-The store contains all state. So the same command continues a killed sweep, and several machines can run it together.
+The store contains all state. So the same command continues a killed sweep, and several machines can share one sweep.
 """
 
 import math
@@ -27,7 +27,7 @@ from sweeps.execute.running import Running
 from sweeps.execute.store import Store
 from sweeps.results.table import Table
 
-POLL_S = 0.5  # the longest time that the loop waits for messages; a message ends the wait
+POLL_S = 0.5  # maximum time in seconds that the loop waits for messages; a message ends the wait
 
 
 class Sweep:
@@ -35,7 +35,7 @@ class Sweep:
 
     def __init__(self, plan: Plan, store: Store, pool: Pool, table: Table) -> None:
         self.plan, self.store, self.pool, self.table = plan, store, pool, table
-        self.running: dict[int, Running] = {}  # by slot; the slot of a trial selects its GPU
+        self.running: dict[int, Running] = {}  # by slot, an index from 0; the slot of a trial selects its GPU
         self.selector = selectors.DefaultSelector()
         self.started = time.monotonic()
         self.last_heartbeat = -math.inf
@@ -44,9 +44,9 @@ class Sweep:
         self.gpus = gpus() if plan.base.values["trainer"]["device"] != "cpu" else []
 
     def run(self) -> None:
-        """Run trials until all have finished or a signal stops the sweep.
+        """Run trials until all have finished, sweep.minutes is over, or a signal stops the sweep.
 
-        Raises StopSignal after a signal, when all running trials have saved and ended. A SIGINT after another stop
+        After a stop signal, the running trials save and end; then StopSignal is raised. SIGINT after another stop
         signal raises KeyboardInterrupt at once.
         """
         previous = {
@@ -64,7 +64,7 @@ class Sweep:
             raise StopSignal(128 + self.signal)
 
     def _update(self) -> bool:
-        """Write heartbeats, start trials in free slots and show the table. Return whether the sweep continues."""
+        """Write heartbeats, start trials in free slots, and update the table. Return whether the sweep continues."""
         now = time.monotonic()
         minutes = self.plan.options["minutes"]
         if minutes is not None and now - self.started > minutes * 60 and not self.stopping:
@@ -79,7 +79,7 @@ class Sweep:
         self.table.show(self.running)
         if self.running:
             return True
-        # Wait for trials that run on another machine: if it dies, this sweep requeues and runs them.
+        # Wait for the trials of other sweeps: if one of these sweeps dies, this sweep requeues and runs its trials.
         return not self.stopping and any(not trial.state.is_finished() for trial in self.store.trials())
 
     def _write_heartbeats(self) -> None:
@@ -88,21 +88,21 @@ class Sweep:
         for running in self.running.values():
             if running.trial._trial_id in lost:
                 self.table.say(
-                    f"trial {running.trial.number} is stopped: this sweep no longer owns it, as its heartbeat was late"
+                    f"trial {running.trial.number} is stopped: its heartbeat was late, so another sweep has requeued it"
                 )
                 running.process.stop()
         for number in self.store.requeue(stale_after=self.plan.options["stale_after"]):
             self.table.say(f"trial {number} is queued again: its sweep has ended or writes no heartbeat")
 
     def _start_trial(self) -> bool:
-        """Claim a trial, draw its point and start its process. Return False if no trial is waiting."""
+        """Claim a trial, sample its point and start its process. Return False if no trial is waiting."""
         claimed = self.store.claim()
         if claimed is None:
             return False
         trial_id, number = claimed
         slot = next(slot for slot in range(len(self.running) + 1) if slot not in self.running)
         study = self.store.study
-        # `Study.ask` clears this cache too, so that the sampler reads the newest trials; `ask` is not used here.
+        # Clear Optuna's cache, as `Study.ask` does, so that the sampler reads the newest trials.
         study._thread_local.cached_all_trials = None
         study.sampler = self.plan.sampler(number)
         if self.plan.points:
@@ -128,19 +128,19 @@ class Sweep:
     # Messages of trials
 
     def _handle_messages(self) -> None:
-        """Wait up to POLL_S for messages of trials, and handle all that have arrived."""
+        """Wait up to POLL_S seconds for messages of trials, and handle all that have arrived."""
         for key, _ in self.selector.select(POLL_S):
             running = self.running[key.data]
             try:
                 messages = running.process.line.receive()
             except (EOFError, ConnectionResetError):
-                messages = [{"ended": None}]  # the fork server, which reports exit codes, has ended too
+                messages = [{"ended": None}]  # the exit code is unknown
             for message in messages:
                 if "started" in message:
                     running.process.started(message["started"])
                 elif "report" in message:
                     running.keep_report(message)
-                    running.process.line.send(prune=self._judge(running, message))
+                    running.process.line.send(prune=self._is_pruned(running, message))
                 elif "ended" in message:
                     self.selector.unregister(running.process.line.connection)
                     running.process.line.connection.close()
@@ -150,8 +150,11 @@ class Sweep:
                 else:
                     running.keep_outcome(message)
 
-    def _judge(self, running: Running, message: Mapping[str, Any]) -> bool:
-        """Return whether to prune the trial after this report. Only reports of its first seed can prune it."""
+    def _is_pruned(self, running: Running, message: Mapping[str, Any]) -> bool:
+        """Store the report of an evaluation, and return whether the pruner ends the trial.
+
+        Only reports of the first seed are used. A trial that this sweep no longer owns is stopped instead.
+        """
         if message["index"] > 0 or not self.plan.prunes:
             return False
         if not self.store.is_mine(running.trial._trial_id):
@@ -159,13 +162,16 @@ class Sweep:
             return False
         trial, evaluation = running.trial, message["evaluation"]
         value = message["report"].get(self.plan.objectives[0][1])
-        # A resumed run repeats the evaluations after its checkpoint. Each one is stored once.
+        # A resumed run repeats the evaluations after its checkpoint. Optuna stores each evaluation once.
         if evaluation not in self.store.storage.get_trial(trial._trial_id).intermediate_values:
             trial.report(math.nan if value is None else value, evaluation)
         return trial.should_prune()
 
     def _handle_end(self, running: Running, exit_code: int | None) -> None:
-        """Store how a trial ended, after its process has ended. Ignore a trial that this sweep no longer owns."""
+        """Store the outcome of a trial whose process has ended, or release the trial for another try.
+
+        A trial that this sweep no longer owns is ignored.
+        """
         if not self.store.is_mine(running.trial._trial_id):
             return
         outcome = running.outcome or {}
@@ -173,11 +179,12 @@ class Sweep:
         if "result" in outcome:
             self._store_result(running, outcome["result"], seconds)
         elif outcome.get("in_use"):
-            # A process of a delayed sweep still uses the run folder, and may continue or end. This sweep writes no more
-            # heartbeats of the trial, so after `stale_after` seconds the trial is requeued.
-            self.table.say(f"trial {running.trial.number}: {outcome['error']}; queued again after sweep.stale_after s")
+            # A process of a delayed sweep still uses the run folder. This sweep leaves the trial RUNNING but writes no
+            # more heartbeats, so `requeue` returns it to the queue after `stale_after` seconds.
+            delay = f"{self.plan.options['stale_after']} s (sweep.stale_after)"
+            self.table.say(f"trial {running.trial.number}: {outcome['error']}; it is queued again after {delay}")
         elif "error" in outcome and outcome["diverged"]:
-            # Divergence is a property of the point, not a failure of the trial: a retry would diverge again.
+            # The point caused the divergence, so a retry would diverge again. TPE learns from PRUNED, not from FAIL.
             self._finish(running, TrialState.PRUNED, None, outcome="diverged", error=outcome["error"], wall=seconds)
         elif "error" in outcome:
             self._fail(running, outcome["error"], outcome["exit_code"], seconds)
@@ -187,9 +194,13 @@ class Sweep:
             self._fail(running, f"error[trial] the trial's process {describe_exit(exit_code)}", 1, seconds)
 
     def _store_result(self, running: Running, results: list[dict[str, Any]], seconds: float) -> None:
-        """Store mean and standard deviation of each metric over the seeds, and the violation of each constraint."""
+        """Store the mean and standard deviation of each metric over the seeds, and the violation of each constraint.
+
+        `results` has one item per seed (see sweeps.execute.trial.train), and `seconds` is the wall time.
+        """
         columns = {name: [result["metrics"].get(name) for result in results] for name in results[0]["metrics"]}
-        columns = {name: values for name, values in columns.items() if None not in values}  # None: not finite
+        # None is a value that was not finite. Such a metric has no mean.
+        columns = {name: values for name, values in columns.items() if None not in values}
         mean = {name: statistics.fmean(values) for name, values in columns.items()}
         spread = {name: statistics.stdev(values) for name, values in columns.items() if len(values) > 1}
         is_pruned = results[-1]["pruned"]
@@ -197,7 +208,7 @@ class Sweep:
         for constraint in self.plan.constraints:
             measured = constraint.metric in mean
             violation = constraint.violation(mean[constraint.metric]) if measured else math.inf
-            running.trial.set_constraint(str(constraint), min(violation, 1e300))
+            running.trial.set_constraint(str(constraint), min(violation, 1e300))  # stored as JSON, which has no inf
         attributes = {"metrics": mean, "spread": spread, "wall": seconds, "seeds": len(results)}
         if is_pruned:
             self._finish(running, TrialState.PRUNED, None, outcome="pruned", **attributes)
@@ -207,13 +218,15 @@ class Sweep:
             self._finish(running, TrialState.COMPLETE, values, outcome="complete", **attributes)
 
     def _finish(self, running: Running, state: TrialState, values: list[Any] | None, **attributes: Any) -> None:
+        """Store the final state of a trial and print its line, if this sweep still owns the trial."""
         if self.store.finish(running.trial, state, values, **attributes):
             self.table.print_outcome(running, attributes)
 
     def _fail(self, running: Running, error: str, exit_code: int, seconds: float) -> None:
         """Release the trial for a retry, or store its failure after sweep.retries retries.
 
-        If the trial has progressed since its last failure, the count of retries restarts.
+        If the trial has made progress since its last failure, the count of retries restarts. Errors of the config, of a
+        checkpoint and of security are not retried.
         """
         step = running.last_report.get("step", 0)
         attributes = self.store.storage.get_trial(running.trial._trial_id).user_attrs
@@ -221,33 +234,33 @@ class Sweep:
         count = previous["count"] + 1 if step <= previous["step"] else 1
         retries = self.plan.options["retries"]
         would_fail_again = exit_code in (ConfigError.exit_code, CheckpointError.exit_code, SecurityError.exit_code)
-        if self.signal is not None:  # the stop may have caused the failure: the next launch retries the trial
+        if self.signal is not None:  # the signal may have caused the failure, so it does not count
             self.store.release(running.trial._trial_id)
             return
         if count <= retries and not would_fail_again:
             running.trial.set_user_attr("failures", {"step": step, "count": count})
             self.store.release(running.trial._trial_id)
-            action = "left to the next launch" if self.stopping else "queued again"
+            action = "deferred to the next launch" if self.stopping else "queued again"
             self.table.say(f"trial {running.trial.number}: {error}; {action} (retry {count} of {retries})")
             return
         self.table.say(f"trial {running.trial.number}: {error}")
         self._finish(running, TrialState.FAIL, None, outcome="failed", error=error, exit_code=exit_code, wall=seconds)
         if self.plan.options["on_error"] == "stop" and not self.stopping:
-            self.table.say("sweep.on_error=stop: running trials save and stop")
+            self.table.say("sweep.on_error=stop: the running trials save and stop")
             self._stop_trials()
 
     # Signals
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop all trials; on SIGINT after another stop signal, end this process at once."""
+        """Stop all trials. On SIGINT after another stop signal, raise KeyboardInterrupt instead."""
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the next launch resumes the trials from their last checkpoints
+            raise KeyboardInterrupt  # the same command resumes the trials from their last checkpoints
         self.signal = number
-        self.table.say(f"{signal.Signals(number).name}: running trials save and stop")
+        self.table.say(f"{signal.Signals(number).name}: the running trials save and stop")
         self._stop_trials()
 
     def _stop_trials(self) -> None:
-        """Start no more trials, and stop all running ones."""
+        """Start no more trials, and ask all running ones to save and stop."""
         self.stopping = True
         for running in self.running.values():
             running.process.stop()

@@ -1,11 +1,11 @@
 """The process of a trial: train, report each evaluation to the sweep, send the result.
 
     trial  -- started; report of each evaluation; result, error or stopped -->  sweep
-           <-- after each report of an evaluation: whether to prune --
+           <-- after each report: whether to prune the trial -----------------
 
-Messages are JSON lines on a socket. The sweep's fork server (core/fork_server.py) forks the process. The server has
-imported torch already, so the trial need not. If the sweep ends, its server is killed; if the server ends, its trials
-are killed.
+Messages are JSON objects, one per line, on a socket. The sweep's fork server (core/fork_server.py) forks the process.
+The server has already imported torch, so the trial does not import it again. If the sweep ends, its server is killed;
+if the server ends, its trials are killed.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ from core.resume import resumed_config
 from core.run_config import read_run_config
 from sweeps.define.compose import compose_trial, written
 
-Job = Mapping[str, Any]
+Job = Mapping[str, Any]  # what a trial needs to know; created by Sweep._start_trial
 WARM_UP_CALLS, TIMED_CALLS = 5, 30  # calls of the model before the latency measurement, and in it
 
 
 class Line:
-    """Sends and receives messages, JSON objects, over a socket: one per line."""
+    """Sends and receives messages over a socket. A message is a JSON object on one line."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self._rest = b""
+        self._rest = b""  # received bytes of an incomplete line
 
     def send(self, **message: Any) -> None:
         """Send one message. If the other process has closed the socket, the message is lost without an error."""
@@ -57,7 +57,7 @@ class Line:
     def receive(self) -> list[dict[str, Any]]:
         """Wait for at least one message, and return all messages that have arrived.
 
-        Raises EOFError after the last message, when the other process has closed the socket.
+        Raises EOFError if the other process has closed the socket and all messages have been returned.
         """
         while True:
             content = self.connection.recv(65536)
@@ -69,20 +69,20 @@ class Line:
 
 
 def serve(payload: bytes, descriptors: Sequence[int]) -> int:
-    """Run one job, which the fork server passes on; return the exit code of the process.
+    """Run one job in a process that the fork server has forked, and return the exit code of the process.
 
     payload:      the job as JSON
-    descriptors:  one descriptor: the trial's end of the socket to the sweep
+    descriptors:  one descriptor, the trial's end of the socket to the sweep
     """
-    # The fork server blocks these signals. The sweep sends SIGTERM to a trial that shall save and end.
+    # The fork server blocks these signals. A trial must receive SIGTERM, which asks it to save and end.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return run(json.loads(payload), Line(socket.socket(fileno=descriptors[0])))
 
 
 def run(job: Job, line: Line) -> int:
-    """Train once for each seed, send the reports and the result, and return the exit code of the process.
+    """Train once per seed, send the reports and the result, and return the exit code of the process.
 
-    Exceptions are sent to the sweep as an error. A pruned training ends the job.
+    An exception is sent to the sweep as an error. If a training is pruned, the remaining seeds are not trained.
     """
     try:
         line.send(started=os.getpid())
@@ -113,8 +113,11 @@ def run(job: Job, line: Line) -> int:
 def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
     """Start or resume one training, and return {"metrics": metrics by name, "pruned": bool}.
 
-    After each evaluation, the sweep decides whether to prune. `index` is the index of the seed. The metrics are those
-    of the best checkpoint, `parameters`, `seconds` of the training, and `latency_ms` if the job measures it.
+    folder:  run folder of the training
+    index:   index of its seed, from 0
+
+    The metrics are those of the best checkpoint, the number of `parameters`, the `seconds` of the training, and
+    `latency_ms` if the job asks for it. The sweep decides after each evaluation whether to prune.
     """
     config = config_of(job, folder, index)
     fit_and_report(config, job, index, line)
@@ -123,18 +126,16 @@ def train(job: Job, folder: Path, index: int, line: Line) -> dict[str, Any]:
     metrics = {**best["metrics"], "parameters": summary["parameters"], "seconds": summary["seconds"]}
     if job["latency"]:
         metrics["latency_ms"] = latency_ms(folder, config)
-    return {
-        "metrics": metrics,
-        "pruned": summary["stop_reason"] == "pruned",
-    }
+    return {"metrics": metrics, "pruned": summary["stop_reason"] == "pruned"}
 
 
 def fit_and_report(config: Config[TrainConfig], job: Job, index: int, line: Line) -> None:
-    """Run or resume the training of a config, and report each evaluation. Do nothing if the run has finished."""
+    """Start or resume the training of a config, and report each evaluation. A finished run is not changed."""
     from trainer.run import execute
 
     def judge(evaluation: Mapping[str, Any], settings: Any) -> bool:
-        """Report an evaluation, wait for the sweep's decision, and return whether to prune."""
+        """Report an evaluation, wait for the decision of the sweep, and return whether to prune."""
+        # Rounded up: the last evaluation can come after fewer than evaluate_every steps.
         number = -(-evaluation["step"] // settings.evaluate_every)
         report = {name: value for name, value in evaluation.items() if name in ("epoch", *job["reported_metrics"])}
         line.send(report=report, evaluation=number, step=evaluation["step"], index=index)
@@ -144,15 +145,15 @@ def fit_and_report(config: Config[TrainConfig], job: Job, index: int, line: Line
 
 
 def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
-    """Return the config of a trial's training: a new config, or that of the run in `folder`, to resume it.
+    """Return the config of a training: a new config, or, if `folder` contains a run, the config that resumes it.
 
-    A resumed run gets the new values of options that are free on resume. Raises CheckpointError if the folder contains
-    a run with other values of compared options.
+    A resumed run gets the new values of options that are free on resume. Raises CheckpointError if an option that
+    is compared between runs has another value in the run.
     """
     composed = compose_trial(
         [*job["arguments"], f"seed={job['seed'] + index}", f"run_dir={written(str(folder))}"], job["config_dirs"]
     )
-    # The sweep's command line and configs name these classes, so a resumed trial trusts their packages too.
+    # The user named these classes on the sweep's command line or in its configs, so a resumed trial may build them.
     class_names = {str(value) for name, value in leaves(composed.values) if name.rpartition(".")[2] == "_target_"}
     trust = sorted({name.partition(".")[0] for name in class_names} | set(composed.values["trust"]))
     if not (folder / "config.yaml").exists():
@@ -160,20 +161,21 @@ def config_of(job: Job, folder: Path, index: int) -> Config[TrainConfig]:
     stored = dict(leaves(read_run_config(folder)))
     changes, free = {}, names_of(TrainConfig, free_on_resume=True)
     for name, value in leaves(composed.record):
-        is_inferred = name.endswith("num_classes") and value is None  # from the data, when the run was started
+        is_inferred = name.endswith("num_classes") and value is None  # inferred from the data by the stored run
         if isinstance(value, dict) or is_inferred or stored.get(name) == value:
             continue
         if is_compared(name):
             explanation = f"contains another run ({name}: {spell(stored.get(name))} -> {spell(value)})"
             raise CheckpointError(str(folder), f"{explanation}; move the folder, or set another sweep.dir")
-        if name in free and name != "trainer.threads":  # another number of threads would change the last bits
+        # Another number of threads would change rounding errors: the trial would not be bit-identical.
+        if name in free and name != "trainer.threads":
             changes[name] = value
     overrides = {"resume": str(folder), "trust": trust, **changes}
     return resumed_config(folder, [f"{name}={written(value)}" for name, value in overrides.items()])
 
 
 def latency_ms(folder: Path, config: Config[TrainConfig]) -> float:
-    """Return the median time of a forward pass of one image, in milliseconds, on the device of the run."""
+    """Return the median time of a forward pass of one random image, in milliseconds, on the device of the training."""
     import torch
 
     from trainer.inference.load_run import load_run

@@ -88,7 +88,7 @@ def slices(plan: Plan, trials: Sequence[FrozenTrial], metric: str, best: int) ->
 def parallel_coordinates(plan: Plan, trials: Sequence[FrozenTrial], metric: str, *, sign: float, best: int) -> Figure:
     """Return the parallel coordinates: one line per trial, through its value in each dimension and its metric.
 
-    Better trials have darker lines. `sign` is 1 if the metric is maximized, and -1 if it is minimized. At least one
+    Better trials have darker lines. `sign` is 1 if the metric is maximised, and -1 if it is minimised. At least one
     trial must have a finite metric.
     """
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
