@@ -245,7 +245,7 @@ def safetensors_bytes(header: str, data: bytes = b"") -> bytes:
             safetensors_bytes(
                 '{"a":{"dtype":"F32","shape":[0,4611686018427387904,4611686018427387904],"data_offsets":[0,0]}}'
             ),
-            "has a shape that overflows",
+            "has a shape that is too large",
         ),
         (
             safetensors_bytes(

@@ -1,7 +1,7 @@
-"""Early stopping: decides after each evaluation whether training should stop.
+"""Early stopping: decide after each evaluation whether training should stop.
 
-Patience (Prechelt 1998): stop when `patience` epochs have passed since the best one. Geometric patience, as in the
-Theano tutorials ("patience_increase"): a late best epoch extends the run, so stop after epoch e if
+Patience (Prechelt 1998): training stops `patience` epochs after the best epoch. Geometric patience, as in the Theano
+tutorials ("patience_increase"): a late best epoch extends the run, and training stops after epoch e if
 
     e >= max(patience, geometric x best epoch)
 """
@@ -13,7 +13,7 @@ from trainer.monitor.metrics import improves
 
 
 class EarlyStopping:
-    """Monitors one metric. With `patience` None it never stops. Epochs are counted from 1 and may be fractions."""
+    """Monitors one metric; with `patience=None` it never stops. Epochs are epochs done, and may be fractions."""
 
     def __init__(
         self, *, monitor: str, mode: str, patience: int | None, min_delta: float = 0.0, geometric: float | None = None
@@ -25,7 +25,7 @@ class EarlyStopping:
         self.epoch = 0.0  # of the last evaluation
 
     def observe(self, value: float, epoch: float) -> None:
-        """Use the metric of an evaluation; `stopped` becomes true if training should stop."""
+        """Process the monitored metric of an evaluation after `epoch` epochs; NaN counts as no improvement."""
         self.epoch = epoch
         if improves(value, self.best, mode=self.mode, min_delta=self.min_delta):
             self.best, self.best_epoch = value, epoch
@@ -39,7 +39,7 @@ class EarlyStopping:
             end = self.best_epoch + self.patience
         else:
             end = max(self.patience, self.geometric * self.best_epoch)
-        return self.epoch >= end - 1e-6  # 14/3 - 8/3 may be slightly less than 2
+        return self.epoch >= end - 1e-6  # a tolerance for rounding: 14/3 - 8/3 may be slightly less than 2
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
@@ -52,7 +52,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. If the monitored metric has changed, patience starts at this epoch."""
+        """Restore `state_dict()`. If the monitored metric or its mode has changed, patience starts at that epoch."""
         self.epoch = self.best_epoch = state["epoch"]
         if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
             self.best, self.best_epoch = state["best"], state["best_epoch"]

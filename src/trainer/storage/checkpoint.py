@@ -2,9 +2,9 @@
 
     checkpoints/{last,best,step}-<step, 8 digits>-<first 16 hex digits of the content's sha256>.safetensors
 
-The content is created in memory, then written durably (`core.durable`); only then are older checkpoints deleted. There
-is no pointer file: the newest file whose content matches the hash in its name is used. Nothing is pickled, and the hash
-is checked before the content is parsed.
+The content is serialised in memory, then written durably (`core.durable`). Only then are older checkpoints deleted.
+There is no pointer file: `load` uses the newest file whose content matches the hash in its name. Nothing is pickled,
+and the hash is checked before the content is parsed.
 """
 
 import hashlib
@@ -24,21 +24,25 @@ from core.durable import link_durably, write_durably
 from core.errors import CheckpointError
 from core.regular_files import read_regular
 from trainer.snapshot import Snapshot
-from trainer.storage.safetensors_file import read_header, written
+from trainer.storage.safetensors_file import read_header, serialise
 
-FORMAT = 4  # of the content of a checkpoint; other formats are refused
-METADATA_KEY = "preceptor"  # one key: safetensors writes several keys in any order, but the hash must be reproducible
+FORMAT = 4  # version of a checkpoint's content; `unpack` refuses other versions
+METADATA_KEY = "preceptor"  # the only metadata key: safetensors has no fixed order of keys, and the hash needs one
 NAME = re.compile(r"^(last|best|step)-(\d{8,})-([0-9a-f]{16})\.safetensors$")
 
 
 def pack(snapshot: Snapshot) -> list[bytes | memoryview]:
-    """Return the content of the safetensors file of a snapshot, in parts; equal snapshots give equal bytes."""
+    """Return a snapshot as the parts of a safetensors file; equal snapshots give equal bytes."""
     values = json.dumps({"format": FORMAT, **snapshot.values}, sort_keys=True)
-    return written(snapshot.tensors, metadata={METADATA_KEY: values})
+    return serialise(snapshot.tensors, metadata={METADATA_KEY: values})
 
 
 def unpack(content: bytes, *, source: Path) -> Snapshot:
-    """Return the snapshot in the content of a file. Raises CheckpointError, which names `source`, for other content."""
+    """Return the snapshot in the content of a checkpoint file.
+
+    Raises CheckpointError, which names `source`, if the content is not a checkpoint of this FORMAT, and SecurityError
+    if it is not a safetensors file.
+    """
     header = read_header(content, source=source)
     try:
         tensors = safetensors.torch.load(content)
@@ -46,18 +50,18 @@ def unpack(content: bytes, *, source: Path) -> Snapshot:
     except (SafetensorError, ValueError, KeyError, RecursionError) as exception:
         raise CheckpointError(str(source), f"not a checkpoint of Preceptor: {exception!r}") from None
     if not isinstance(values, dict) or type(values.get("step")) is not int:
-        raise CheckpointError(str(source), "not a checkpoint of Preceptor: it names no step")
+        raise CheckpointError(str(source), "not a checkpoint of Preceptor: it has no integer `step`")
     if values.get("format") != FORMAT:
         raise CheckpointError(str(source), f"format {values.get('format')}; this version reads format {FORMAT}")
     return Snapshot(tensors, values)
 
 
 def digest(*content: bytes | memoryview) -> str:
-    """Return the part of the content's sha256 that the name of a checkpoint contains."""
-    found = hashlib.sha256()
+    """Return the first 16 hex digits of the content's sha256, as in the name of a checkpoint."""
+    sha256 = hashlib.sha256()
     for part in content:
-        found.update(part)
-    return found.hexdigest()[:16]
+        sha256.update(part)
+    return sha256.hexdigest()[:16]
 
 
 @dataclass(frozen=True, order=True)
@@ -71,7 +75,7 @@ class CheckpointFile:
 
     @classmethod
     def parse(cls, path: Path) -> "CheckpointFile | None":
-        """Return the parts of a file name, or None if the file is not a checkpoint."""
+        """Return the parts of a file name, or None if it is not the name of a checkpoint."""
         match = NAME.match(path.name)
         return match and cls(step=int(match[2]), kind=match[1], hash=match[3], path=path)
 
@@ -83,25 +87,27 @@ class CheckpointFolder:
         self.path = path
 
     def files(self, *kinds: str) -> list[CheckpointFile]:
-        """Return the checkpoints of these kinds, newest first."""
-        names = self.path.iterdir() if self.path.is_dir() else iter(())
-        found = [file for name in names if (file := CheckpointFile.parse(name))]
-        return sorted((file for file in found if file.kind in kinds), reverse=True)
+        """Return the checkpoints of these kinds, newest first; an empty list if the folder does not exist."""
+        paths = self.path.iterdir() if self.path.is_dir() else iter(())
+        files = [file for path in paths if (file := CheckpointFile.parse(path))]
+        return sorted((file for file in files if file.kind in kinds), reverse=True)
 
     def save(self, kinds: list[str], snapshot: Snapshot, *, keep: Mapping[str, int | None]) -> list[CheckpointFile]:
-        """Write a snapshot under one name for each of `kinds`; keep the `keep` newest checkpoints of each kind.
+        """Write a snapshot under one name for each of `kinds`, and return these files.
 
-        The names are created in the order of `kinds`; each is on the disk before the next.
+        The names are created in the order of `kinds`; each is on the disk before the next. Then all but the newest
+        `keep[kind]` checkpoints of each of these kinds are deleted, and other checkpoints of this step. Without a
+        number in `keep`, the checkpoints of other steps are kept. Raises OSError.
         """
         content = pack(snapshot)
-        name = digest(*content)
+        content_hash = digest(*content)
         saved: list[CheckpointFile] = []
         for kind in kinds:
-            path = self.path / f"{kind}-{snapshot.step:08d}-{name}.safetensors"
+            path = self.path / f"{kind}-{snapshot.step:08d}-{content_hash}.safetensors"
             if saved:
                 try:
                     link_durably(saved[0].path, path)
-                except OSError:  # a file system without links
+                except OSError:  # the file system has no hard links
                     write_durably(path, *content)
             else:
                 write_durably(path, *content)
@@ -115,48 +121,52 @@ class CheckpointFolder:
         return saved
 
     def load(self, *kinds: str) -> tuple[Snapshot, Path, dict[Path, str]]:
-        """Return the newest checkpoint of these kinds whose content matches its name, and the faults of newer ones.
+        """Return the newest undamaged checkpoint of these kinds, its path, and a message for each newer damaged file.
 
-        A kill between a save and the deletion of the previous file can leave two of one step: the evaluated one is
-        returned. Raises CheckpointError if there is none: a run never restarts from step 0 on its own.
+        A checkpoint is undamaged if its content matches the hash in its name. A kill between a save and the deletion
+        of older files can leave two checkpoints of one step; the one with the later evaluation is returned. Raises
+        CheckpointError if no checkpoint is usable: a run never restarts from step 0 on its own.
         """
         files = self.files(*kinds)
         while True:
             try:
-                return self._newest_good(files)
+                return self._newest_undamaged(files)
             except CheckpointError:
-                listed, files = files, self.files(*kinds)
-                if files == listed:  # else another process has saved and replaced the files
+                previous, files = files, self.files(*kinds)
+                if files == previous:  # if not, another process has replaced the files meanwhile: try again
                     raise
 
-    def _newest_good(self, files: list[CheckpointFile]) -> tuple[Snapshot, Path, dict[Path, str]]:
+    def _newest_undamaged(self, files: list[CheckpointFile]) -> tuple[Snapshot, Path, dict[Path, str]]:
         damaged: dict[Path, str] = {}
         for _, same_step in groupby(files, key=lambda file: file.step):
-            good: dict[str, tuple[Snapshot, Path]] = {}
+            undamaged: dict[str, tuple[Snapshot, Path]] = {}  # by hash
             for file in same_step:
-                if file.hash in good:  # the same content under another name
+                if file.hash in undamaged:  # the same content under another name
                     continue
                 try:
                     content = read_regular(file.path, follow=False)
-                except FileNotFoundError:  # replaced by a process that is saving
+                except FileNotFoundError:  # deleted by a process that has saved a newer one
                     continue
-                except OSError as exception:  # a bad sector, or not a regular file
+                except OSError as exception:  # for example a bad sector, or not a regular file
                     damaged[file.path] = f"{file.path.name} cannot be read: {exception.strerror}"
                     continue
                 if digest(content) == file.hash:
-                    good[file.hash] = unpack(content, source=file.path), file.path
+                    undamaged[file.hash] = unpack(content, source=file.path), file.path
                 else:
                     what = f"({len(content)} bytes) does not match the hash in its name"
                     damaged[file.path] = f"{file.path.name} {what}"
-            if good:
-                found, path = max(good.values(), key=lambda pair: pair[0].values.get("evaluated", 0))
-                return found, path, damaged
+            if undamaged:
+                snapshot, path = max(undamaged.values(), key=lambda pair: pair[0].values.get("evaluated", 0))
+                return snapshot, path, damaged
         reasons = "; ".join(damaged.values()) or "there is none"
         raise CheckpointError(str(self.path), f"no usable checkpoint; {reasons}")
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
-    """Return the weights in a safetensors file: a checkpoint, or the state dict of another program."""
+    """Return the weights in a safetensors file: a checkpoint, or a state dict that another program saved.
+
+    Raises CheckpointError if the file cannot be read or is damaged, and SecurityError for another format.
+    """
     try:
         content = read_regular(path)
     except OSError as exception:

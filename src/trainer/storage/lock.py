@@ -1,4 +1,4 @@
-"""Lock of a run folder. The system releases it when the process ends, for whatever reason."""
+"""Lock of a run folder. The operating system releases it when the process ends, even after a kill."""
 
 import errno
 import fcntl
@@ -11,10 +11,10 @@ from core.errors import InUse
 
 
 def take_lock(folder: Path) -> int:
-    """Take an exclusive lock on a folder and return its descriptor; the lock ends with the process.
+    """Lock a folder exclusively and return the file descriptor; closing it, or the end of the process, unlocks.
 
-    On a read-only file system no lock is needed, because nothing can be written. Raises InUse if another process has
-    the lock.
+    A read-only file system needs no lock, because nothing can be written. Raises InUse if another process has the
+    lock, and OSError if the lock file cannot be opened.
     """
     try:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -33,11 +33,11 @@ def take_lock(folder: Path) -> int:
 
 
 def lock_or_refuse(lock: int, folder: Path) -> None:
-    """Lock an open file exclusively. Raises InUse, with the name of the process that has the lock."""
+    """Lock an open file exclusively. Raises InUse, which names the process that has the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        for _ in range(20):  # a process that has just taken the lock is about to write its name
+        for _ in range(20):  # the process may have taken the lock, but not yet written its name
             if holder := os.pread(lock, 200, 0).decode(errors="replace"):
                 break
             time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Where a run comes from: code, versions, machine, command line."""
+"""Provenance of a run: git commit, versions, machine, command line."""
 
 import datetime
 import platform
@@ -14,17 +14,17 @@ PACKAGES = ("torchvision", "hydra-core", "omegaconf", "tensorboard", "safetensor
 
 
 def provenance() -> dict[str, Any]:
-    """What made a run: code, versions, machine, command line."""
+    """Return git commit, versions, host, command line and start time; the values of git are None if it fails."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
     changes = git("status", "--porcelain")
     return {
@@ -39,5 +39,5 @@ def provenance() -> dict[str, Any]:
 
 
 def now() -> str:
-    """Return the local time with its offset, to the second."""
+    """Return the local time in ISO 8601, in seconds, with its offset from UTC."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

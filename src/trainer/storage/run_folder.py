@@ -2,8 +2,8 @@
 
     config.yaml  metrics.jsonl  events.jsonl  summary.json  train.log  checkpoints/  events.out.tfevents.*
 
-It is created as a hidden sibling, with its config and the checkpoint of step 0, and then renamed. So a folder that
-exists is a run that can be resumed.
+The folder is created under a hidden name beside its path, with its config and the checkpoint of step 0, and then
+renamed. So every run folder that exists can be resumed.
 """
 
 import datetime
@@ -34,14 +34,14 @@ UNFINISHED = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 
 
 def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
-    """Return the folder of the config, with a subfolder for a job of a grid (-m), or the default folder."""
+    """Return the path of a new run: `run_dir`, with a subfolder for each job of a grid (-m), or the default path."""
     if run_dir is None:
         return default_path(*names)
     return Path(run_dir) if job is None else Path(run_dir) / str(job)
 
 
 def default_path(model: str, data: str) -> Path:
-    """Return outputs/<date>_<time>-<model>-<data>, with a number appended if that exists."""
+    """Return outputs/<date>_<time>-<model>-<data>, with a number appended if this path exists."""
     clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
     base = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}-{clean}"
     taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))
@@ -49,7 +49,7 @@ def default_path(model: str, data: str) -> Path:
 
 
 class RunFolder:
-    """The files of one run. `create` and `open` return it and take its lock; `close` releases the lock."""
+    """The files of one run. `create` and `open` lock the folder and return this object; `close` unlocks it."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
@@ -73,9 +73,8 @@ class RunFolder:
                 write_durably(unfinished / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
                 CheckpointFolder(unfinished / "checkpoints").save(["last"], first, keep={})
                 lock = take_lock(unfinished)
-                unfinished.rename(
-                    path
-                )  # the system refuses this if another process was faster, as that folder is not empty
+                # If another process has created `path` meanwhile, rename fails, as that folder is not empty.
+                unfinished.rename(path)
                 sync_folder(path.parent)
         except OSError as exception:
             if lock >= 0:
@@ -88,11 +87,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open the folder of a run to resume. Raises CheckpointError for another folder, StorageError if it is used."""
+        """Open the folder of a run to resume it, and remove leftovers of killed processes.
+
+        Raises CheckpointError if it is not a run folder, and InUse if another process has its lock.
+        """
         checkpoints = path / "checkpoints"
         if not checkpoints.is_dir():  # checked before a lock file is created in it
             raise CheckpointError(str(path), "no such run folder: there are no checkpoints")
-        if checkpoints.is_symlink():  # perhaps to another run, whose lock would not be taken
+        if checkpoints.is_symlink():  # it may lead to another run, whose lock is not taken
             raise CheckpointError(str(checkpoints), "is a link: must be a real folder of this run")
         lock = take_lock(path)
         for folder in (path, path / "checkpoints"):
@@ -104,11 +106,11 @@ class RunFolder:
         os.close(self._lock)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl. It is on the disk before the checkpoint that counts it."""
+        """Append a line to metrics.jsonl; it is on the disk when this returns, before the next checkpoint."""
         self._append("metrics.jsonl", line)
 
     def append_event(self, kind: str, **details: Any) -> None:
-        """Append a line to events.jsonl: a warning, a resume or a change."""
+        """Append a line to events.jsonl, for example a warning or a resume, with the local time."""
         self._append("events.jsonl", {"time": now(), "event": kind, **details})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
@@ -119,33 +121,36 @@ class RunFolder:
         return [line for line in read_lines(self.path / "metrics.jsonl") if type(line.get("step")) is int]
 
     def rewind(self, step: int) -> None:
-        """Remove the metrics after `step`, the last evaluation of the resumed state, and incomplete last lines."""
-        measured = [line for line in self.metrics() if line["step"] <= step]
+        """Remove metrics of steps after `step`, incomplete last lines, and summary.json.
+
+        `step` is the last evaluation of the state that is resumed.
+        """
+        metrics = [line for line in self.metrics() if line["step"] <= step]
         events = read_lines(self.path / "events.jsonl")
-        for name, kept in zip(LOGS, (measured, events), strict=True):
+        for name, kept in zip(LOGS, (metrics, events), strict=True):
             write_durably(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        (self.path / "summary.json").unlink(missing_ok=True)  # it describes the end of the run before this resume
+        (self.path / "summary.json").unlink(missing_ok=True)  # it describes the end of the run before it was resumed
 
     def write_config(self, record: Mapping[str, Any]) -> None:
-        """Write config.yaml again, after a resume that changed an option."""
+        """Replace config.yaml, after a resume that changes an option."""
         write_durably(self.path / "config.yaml", yaml.safe_dump(dict(record), sort_keys=False).encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json; after a kill, it is complete or unchanged."""
+        """Write summary.json, with null for NaN and infinity; after a kill, the file is complete or unchanged."""
         content = json.dumps(_without_nonfinite(dict(summary)), indent=2, allow_nan=False) + "\n"
         write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json, or {} if it does not exist or is damaged."""
         try:
-            found = json.loads(read_regular(self.path / "summary.json", follow=False))
+            summary = json.loads(read_regular(self.path / "summary.json", follow=False))
         except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return summary if isinstance(summary, dict) else {}
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise StorageError if the path of a new run exists; it names the process that uses it, or how to resume it."""
+    """Raise StorageError if the path of a new run exists, or InUse, which names the process, if a process uses it."""
     if not (path.exists() or path.is_symlink()):
         return
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -159,10 +164,10 @@ def refuse_existing(path: Path) -> None:
 
 @contextmanager
 def _creation_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock while a run is created in a folder. A holder that is alone first removes leftovers of killed ones."""
+    """Hold a lock while a run is created in `folder`; the only holder first removes leftovers of killed processes."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # another run is being created there, or the file system has no locks
+        with suppress(OSError):  # another process creates a run in this folder, or the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in folder.iterdir():
                 if UNFINISHED.match(path.name):
@@ -175,7 +180,7 @@ def _creation_lock(folder: Path) -> Iterator[None]:
 
 
 def _without_nonfinite(node: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become null."""
+    """Return a value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(node, Mapping):
         return {key: _without_nonfinite(value) for key, value in node.items()}
     return None if isinstance(node, float) and not math.isfinite(node) else node

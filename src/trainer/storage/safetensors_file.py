@@ -1,9 +1,9 @@
-"""The safetensors format: files are written from the memory of the tensors, and headers are checked before reading.
+"""The safetensors format: serialise tensors without a copy, and check the header of a file before it is read.
 
     8 bytes, the header's length | header, JSON: name -> dtype, shape, [begin, end) | the tensors' bytes
 
-Format: github.com/huggingface/safetensors, README. Everything else is refused, in bounded time and memory. So the
-library's parser gets only files whose tensors fill the file without gaps.
+Format: github.com/huggingface/safetensors, README. `read_header` refuses all other content, in bounded time and memory.
+So the library's parser gets only files whose tensors fill the file without gaps.
 """
 
 import json
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from core.errors import CheckpointError, SecurityError
 
-LARGEST_HEADER = 16 * 2**20  # bytes; headers of checkpoints have some kilobytes, and contain each class name twice
+LARGEST_HEADER = 16 * 2**20  # bytes; the header of a checkpoint with 1,000 class names has tens of kilobytes
 MOST_BRACKETS = 100_000  # three per tensor: 33,000 tensors, which take two seconds to read
-GIT_LFS = b"version h"  # the start of a pointer: "version https://git-lfs.github.com/spec/v1"
+GIT_LFS = b"version h"  # the start of a Git LFS pointer: "version https://git-lfs.github.com/spec/v1"
 MOST_DIMENSIONS = 64  # as in torch
 DTYPES = {
     "F64": torch.float64,
@@ -42,10 +42,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def written(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """Return the parts of a file: the header, then the memory of each tensor, the widest dtypes first.
+def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Return the parts of a safetensors file: the header, then the bytes of each tensor, the widest dtypes first.
 
-    Nothing is copied. (The library's writer copies all data twice, which takes as long as writing it to a disk.)
+    Contiguous tensors on the CPU are not copied. The library's writer copies all data twice, which takes as long as
+    writing it to a disk.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     memory: list[memoryview] = []
@@ -62,7 +63,11 @@ def written(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> li
 
 
 def refuse_foreign_format(head: bytes, source: Path) -> None:
-    """Raise SecurityError for a format that can contain code. Safetensors files start with 8 bytes and JSON."""
+    """Raise an error unless `head`, the first 9 bytes of a file, can start a safetensors file: 8 bytes and JSON.
+
+    Raises SecurityError for another format, as it may contain code; CheckpointError for a file that is too short or a
+    Git LFS pointer.
+    """
     if len(head) < 9:
         raise CheckpointError(str(source), f"not a safetensors file: it has {len(head)} bytes")
     if head.startswith(GIT_LFS):
@@ -94,7 +99,7 @@ def read_header(content: bytes, *, source: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise ValueError("a key stands twice in its header")
+        raise ValueError("its header has a duplicate key")
     return unique
 
 
@@ -111,13 +116,13 @@ def _check_tensors(header: dict[str, Any], *, size: int) -> None:
             raise ValueError(f"{name[:80]!r} must have dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{name[:80]!r} is of an unknown type")
-        if not _counts(shape) or len(shape) > MOST_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
-            raise ValueError(f"{name[:80]!r} must have a shape and two offsets, whole numbers >= 0")
+            raise ValueError(f"{name[:80]!r} has an unknown dtype")
+        if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
+            raise ValueError(f"{name[:80]!r} must have a shape and two offsets of integers >= 0")
         if math.prod(max(1, side) for side in shape) * DTYPES[dtype].itemsize >= 2**63:
-            raise ValueError(f"{name[:80]!r} has a shape that overflows")
+            raise ValueError(f"{name[:80]!r} has a shape that is too large")
         if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
-            raise ValueError(f"{name[:80]!r} is not as long as its shape says")
+            raise ValueError(f"{name[:80]!r} has a number of bytes that does not match its shape and dtype")
         ranges.append(offsets)
     end = 0
     for start, stop in sorted(ranges):
@@ -128,5 +133,5 @@ def _check_tensors(header: dict[str, Any], *, size: int) -> None:
         raise ValueError(f"its tensors end at byte {end:,} of {size:,}")
 
 
-def _counts(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
