@@ -6,7 +6,7 @@ The file is read in a separate process that accepts tensors only.
 """
 
 from core.command_line import launch
-from core.options.declarations import ConvertConfig
+from core.options.commands import ConvertConfig
 
 if __name__ == "__main__":
     launch("analysis.convert.convert_weights", config_name="convert", schema=ConvertConfig)

@@ -7,7 +7,7 @@ the confusion matrix. It writes them to RUN/evaluation-SPLIT.json.
 """
 
 from core.command_line import launch
-from core.options.declarations import EvaluateConfig
+from core.options.commands import EvaluateConfig
 
 if __name__ == "__main__":
     launch("analysis.evaluate.evaluate_run", config_name="evaluate", schema=EvaluateConfig)

@@ -6,7 +6,7 @@ The command writes one line per image: file, predicted class, its probability, a
 """
 
 from core.command_line import launch
-from core.options.declarations import PredictConfig
+from core.options.commands import PredictConfig
 
 if __name__ == "__main__":
     launch("analysis.predict.predict_images", config_name="predict", schema=PredictConfig)

@@ -6,7 +6,7 @@
 """
 
 from core.command_line import launch
-from core.options.declarations import RunsConfig
+from core.options.commands import RunsConfig
 
 if __name__ == "__main__":
     launch("analysis.runs_table.tabulate_runs", config_name="runs", schema=RunsConfig)

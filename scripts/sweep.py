@@ -6,7 +6,7 @@ python scripts/sweep.py ...                the same command resumes a sweep, als
 """
 
 from core.command_line import launch
-from core.options.declarations import SweepConfig
+from core.options.commands import SweepConfig
 
 if __name__ == "__main__":
     launch("sweeps.search.search", config_name="sweep", schema=SweepConfig)

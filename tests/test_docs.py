@@ -16,7 +16,8 @@ from conftest import trained
 from PIL import Image
 
 from core.composition import compose_config
-from core.options.declarations import SweepConfig, TrainConfig
+from core.options.commands import SweepConfig
+from core.options.declarations import TrainConfig
 from core.options.overrides import check_overrides, parse_overrides
 from sweeps.define.plan import read_plan
 

@@ -42,7 +42,7 @@ from core.composition import compose_config
 from core.config import CONFIGS
 from core.fork_server import ForkServer
 from core.json_lines import read_lines
-from core.options.declarations import SweepConfig
+from core.options.commands import SweepConfig
 from sweeps.define.compose import compose_trial
 from sweeps.define.plan import read_plan
 from sweeps.define.space import draw, grid, overrides, read_space

@@ -9,7 +9,7 @@ from pathlib import Path
 from core.config import Config
 from core.durable import write_output
 from core.errors import CheckpointError, DataError
-from core.options.declarations import ConvertConfig
+from core.options.commands import ConvertConfig
 from core.regular_files import read_regular
 from trainer.storage import read_pickle
 from trainer.storage.checkpoint import load_weights_file

@@ -13,7 +13,8 @@ from rich.text import Text
 from core.config import Config
 from core.durable import write_durably
 from core.errors import CheckpointError, DataError, StorageError, printable
-from core.options.declarations import DataOptions, EvaluateConfig, TrainConfig
+from core.options.commands import EvaluateConfig
+from core.options.declarations import DataOptions, TrainConfig
 from data.loading.loaders import EvalLoader
 from data.sources.splits import Splits
 from trainer.build.data import build_data

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.config import Config
 from core.durable import write_output
 from core.errors import DataError
-from core.options.declarations import PredictConfig
+from core.options.commands import PredictConfig
 from data.sources.listing import SUFFIXES, Skipped, image_files
 from trainer.device import configure_tf32
 from trainer.inference.load_run import LoadedRun, load_run

@@ -20,7 +20,7 @@ from core.durable import write_output
 from core.errors import ConfigError, DataError, PreceptorError, printable
 from core.intervals import margin_of
 from core.json_lines import read_lines
-from core.options.declarations import RunsConfig
+from core.options.commands import RunsConfig
 from core.options.schema import is_compared
 from core.regular_files import read_regular
 from core.run_config import read_run_config

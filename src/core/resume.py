@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from core.config import Config, leaves
 from core.errors import CheckpointError, ConfigError, spell, suggest
-from core.options.declarations import BATCH_SIZE_KEYS, SweepConfig, TrainConfig
+from core.options.commands import SweepConfig
+from core.options.declarations import BATCH_SIZE_KEYS, TrainConfig
 from core.options.overrides import parse_overrides
 from core.options.schema import Schema, check, names_of
 from core.run_config import checked_run_config, fill_environment

@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 from core.config import Config
 from core.errors import StorageError, TrialError
-from core.options.declarations import SweepConfig
+from core.options.commands import SweepConfig
 from sweeps.define.plan import read_plan
 from sweeps.execute.database import database_errors
 from sweeps.execute.pool import Pool

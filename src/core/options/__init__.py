@@ -1,6 +1,7 @@
 """Options: their declarations, checks, help and override parsing. Only `overrides` imports Hydra.
 
-    declarations.py   every option of every script: type, range, free on resume or not, compared between runs or not
+    declarations.py   the options of a training: type, range, free on resume or not, compared between runs or not
+    commands.py       the options of the other commands
     value_types.py    types with ranges, such as Positive and Duration, and marks
     rules.py          checks of single values: `integer`, `number`, `one_of`, ...
     schema.py         the declarations by dotted name, and the check of a whole config

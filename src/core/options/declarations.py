@@ -1,4 +1,4 @@
-"""Declarations of all options: type, range, and whether a resumed run may change it.
+"""Declarations of the options of a training: type, range, and whether a resumed run may change it.
 
 Each option is a key of a TypedDict, so a type checker knows the type of every value that is read from a config. The
 default and the comment of an option are its YAML line in configs/. These follow from a declaration:
@@ -8,13 +8,13 @@ default and the comment of an option are its YAML line in configs/. These follow
     which keys two comparable runs may differ in  NOT_COMPARED
 
 A section with a `_target_` also holds arguments of that class or function. Keys declared here are checked before torch
-is imported; the builder checks the other arguments against the signature.
+is imported; the builder checks the other arguments against the signature. The options of the other commands are
+declared in core.options.commands.
 """
 
-import re
 from typing import Annotated, Any, Literal, Required, TypedDict
 
-from core.options.rules import integer, like, list_of, number, switched_off_by
+from core.options.rules import integer, list_of, number, switched_off_by
 from core.options.value_types import (
     FREE_ON_RESUME,
     NOT_COMPARED,
@@ -36,8 +36,6 @@ from core.options.value_types import (
 )
 
 SPLITS = ("train", "val", "test")
-OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
-CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
 
 
 # train.py: sections with a `_target_`
@@ -196,7 +194,7 @@ class TrainerOptions(TypedDict):
 BATCH_SIZE_KEYS = ("data.batch_size", "trainer.accumulate")
 
 
-# The config of each script
+# The whole config
 
 
 class TrainConfig(TypedDict):
@@ -216,76 +214,3 @@ class TrainConfig(TypedDict):
     schedule: ScheduleOptions
     loss: LossOptions
     trainer: TrainerOptions
-
-
-class SweepOptions(TypedDict):
-    """Section `sweep`."""
-
-    dir: FilePath | None
-    name: str | None
-    storage: str | None
-    trials: Count | None
-    parallel: Annotated[int, integer(1, 1000)]
-    seeds: Annotated[int, integer(1, 1000)]
-    minutes: Positive | None
-    objectives: list[Annotated[str, like(OBJECTIVE, "max METRIC or min METRIC")]]
-    constraints: list[Annotated[str, like(CONSTRAINT, "METRIC < NUMBER, or with >, <= or >=")]]
-    sampler: Literal["random", "grid", "tpe", "cmaes", "nsga2"]
-    startup: CountOrZero
-    pruner: Literal["none", "median", "asha", "hyperband"]
-    grace: Count
-    reduction: Annotated[int, integer(2, 100)]
-    retries: Annotated[int, integer(0, 100)]
-    on_error: Literal["continue", "stop"]
-    warm: bool
-    stale_after: Annotated[int, integer(10)]
-    space: dict[str, Any]
-
-
-class SweepConfig(TrainConfig):
-    """The config of sweep.py: the config of its trials, and the section `sweep`."""
-
-    sweep: SweepOptions
-
-
-class RunConfig(TypedDict):
-    """Options that evaluate.py and predict.py share."""
-
-    run: FilePath
-    checkpoint: Literal["best", "last"]
-    device: Device
-    trust: list[str]
-    traceback: bool
-
-
-class EvaluateConfig(RunConfig):
-    """The config of evaluate.py."""
-
-    split: Literal["train", "val", "test"]
-    root: FilePath | None
-
-
-class PredictConfig(RunConfig):
-    """The config of predict.py."""
-
-    input: FilePath
-    output: FilePath
-    batch_size: Count
-
-
-class ConvertConfig(TypedDict):
-    """The config of convert.py."""
-
-    input: FilePath
-    output: FilePath
-    traceback: bool
-
-
-class RunsConfig(TypedDict):
-    """The config of runs.py."""
-
-    folder: FilePath
-    sort: str
-    output: FilePath | None
-    curves: FilePath | None
-    traceback: bool

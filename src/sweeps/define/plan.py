@@ -12,7 +12,8 @@ from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSamp
 
 from core.config import Config, leaves
 from core.errors import ConfigError, suggest
-from core.options.declarations import CONSTRAINT, OBJECTIVE, SweepConfig, SweepOptions, TrainConfig
+from core.options.commands import CONSTRAINT, OBJECTIVE, SweepConfig, SweepOptions
+from core.options.declarations import TrainConfig
 from core.options.schema import is_compared
 from core.seeding import fold
 from sweeps.define.compose import compose_trial

@@ -1,0 +1,84 @@
+"""Declarations of the options of every command but train.py, in the form that `core.options.declarations` explains."""
+
+import re
+from typing import Annotated, Any, Literal, TypedDict
+
+from core.options.declarations import TrainConfig
+from core.options.rules import integer, like
+from core.options.value_types import Count, CountOrZero, Device, FilePath, Positive
+
+OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
+CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
+
+
+class SweepOptions(TypedDict):
+    """Section `sweep`."""
+
+    dir: FilePath | None
+    name: str | None
+    storage: str | None
+    trials: Count | None
+    parallel: Annotated[int, integer(1, 1000)]
+    seeds: Annotated[int, integer(1, 1000)]
+    minutes: Positive | None
+    objectives: list[Annotated[str, like(OBJECTIVE, "max METRIC or min METRIC")]]
+    constraints: list[Annotated[str, like(CONSTRAINT, "METRIC < NUMBER, or with >, <= or >=")]]
+    sampler: Literal["random", "grid", "tpe", "cmaes", "nsga2"]
+    startup: CountOrZero
+    pruner: Literal["none", "median", "asha", "hyperband"]
+    grace: Count
+    reduction: Annotated[int, integer(2, 100)]
+    retries: Annotated[int, integer(0, 100)]
+    on_error: Literal["continue", "stop"]
+    warm: bool
+    stale_after: Annotated[int, integer(10)]
+    space: dict[str, Any]
+
+
+class SweepConfig(TrainConfig):
+    """The config of sweep.py: the config of its trials, and the section `sweep`."""
+
+    sweep: SweepOptions
+
+
+class RunConfig(TypedDict):
+    """Options that evaluate.py and predict.py share."""
+
+    run: FilePath
+    checkpoint: Literal["best", "last"]
+    device: Device
+    trust: list[str]
+    traceback: bool
+
+
+class EvaluateConfig(RunConfig):
+    """The config of evaluate.py."""
+
+    split: Literal["train", "val", "test"]
+    root: FilePath | None
+
+
+class PredictConfig(RunConfig):
+    """The config of predict.py."""
+
+    input: FilePath
+    output: FilePath
+    batch_size: Count
+
+
+class ConvertConfig(TypedDict):
+    """The config of convert.py."""
+
+    input: FilePath
+    output: FilePath
+    traceback: bool
+
+
+class RunsConfig(TypedDict):
+    """The config of runs.py."""
+
+    folder: FilePath
+    sort: str
+    output: FilePath | None
+    curves: FilePath | None
+    traceback: bool
