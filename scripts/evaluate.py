@@ -2,8 +2,8 @@
 
     python scripts/evaluate.py run=outputs/RUN [split=test]
 
-It prints accuracy, top-5 accuracy, macro F1 and cross-entropy, a table of precision, recall and F1 of each class, and
-the confusion matrix. It writes them to RUN/evaluation-SPLIT.json.
+It prints accuracy, top-5 accuracy (with more than five classes), macro F1 and cross-entropy, a table of precision,
+recall and F1 of each class, and the confusion matrix. It writes them to RUN/evaluation-SPLIT.json.
 """
 
 from core.command_line import launch

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -85,6 +86,12 @@ def trained(folder: Path, *overrides: str) -> Run:
     run = built(folder, *overrides)
     run_to_end(run)
     return run
+
+
+@pytest.fixture(autouse=True)
+def caplog_has_warnings_only(caplog: pytest.LogCaptureFixture) -> None:
+    """An open run also logs facts, such as the creation of an image cache; a test may leave its run open."""
+    caplog.set_level(logging.WARNING)
 
 
 def packed(snapshot: Snapshot) -> bytes:

@@ -140,6 +140,15 @@ def test_only_changed_files_are_decoded_again(root, decoded, caplog):
     assert torch.equal(load(root), before) and decoded == ["00.png"]
 
 
+def test_new_cache_is_announced_in_the_log_of_the_run(root, tmp_path):
+    data = ("data=image_folder", f"data.root={root}", "data.image_size=7", "data.batch_size=4", "data.memory_budget=0")
+    for name, announced in (("first", True), ("second", False)):
+        trained(tmp_path / name, *data, "trainer.max_steps=1")
+        log = (tmp_path / name / "train.log").read_text()
+        assert ("created an image cache" in log) is announced
+    assert f".preceptor/{cache_file(root, 'npy').name}" in (tmp_path / "first/train.log").read_text()
+
+
 def test_copied_folder_keeps_its_cache_and_renamed_files_get_a_new_one(root, decoded):
     pixels = load(root)
     decoded.clear()

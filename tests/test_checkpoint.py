@@ -449,7 +449,7 @@ def test_default_run_names_are_unique_and_have_no_special_characters(tmp_path, m
     monkeypatch.chdir(tmp_path)
     names = set()
     for _ in range(3):
-        path = default_path("re,s=[net]", "da ta")
+        path = default_path("re,s=[net]-da ta")
         path.mkdir(parents=True)
         names.add(path.name)
         assert path.parent == Path("outputs") and not set(path.name) & set("=,[] ")

@@ -198,6 +198,24 @@ def test_runs_table_is_sorted_and_averages_over_seeds(folder):
     assert f"{mean:.4f} ± {sd:.4f}" in out
 
 
+def test_runs_of_a_grid_are_named_by_what_differs(folder, tmp_path):
+    small = ("model=mlp", "model.hidden=[8]", "trainer.max_epochs=1", "trainer.threads=1")
+    out = script("train", "-m", *small, "optimizer.lr=0.1,0.01", "name=small", "tags=[base,'[x]']", cwd=tmp_path)
+    assert re.findall(r"^job \d: .*", out, re.MULTILINE) == ["job 0: optimizer.lr=0.1", "job 1: optimizer.lr=0.01"]
+    names = sorted(path.name.split("-", 3)[3] for path in (tmp_path / "outputs").iterdir())
+    assert names == ["small-lr_0.01", "small-lr_0.1"]
+    script("train", *small, "name=other", cwd=tmp_path)
+
+    shown = script("runs", "output=runs.csv", "where.name=sm*", "where.tags=[base]", "where.data=digits", cwd=tmp_path)
+    rows = read_table(tmp_path / "runs.csv")
+    assert {(row["name"], row["tags"], row["differs"]) for row in rows} == {
+        ("small", "base [x]", f"optimizer.lr={lr}") for lr in (0.1, 0.01)
+    }
+    assert "optimizer.lr=0.01" in shown and "base [x]" in shown
+    none = run_script(ROOT / "scripts/runs.py", "where.tags=[base,missing]", cwd=tmp_path)
+    assert none.returncode == 3 and "error[data] where: none of 3 runs has tag base, tag missing" in none.stderr
+
+
 def test_init_from_a_run_with_other_classes_keeps_matching_tensors(folder):
     out = script(
         *("train", "init_from=outputs/digits", "data=synthetic", "data.num_classes=4", "data.channels=1"),
@@ -227,7 +245,8 @@ def test_tensorboard_shows_one_run_with_filled_hparams(run_folder):
     assert [event.value for event in scalars["test/accuracy"]] == pytest.approx([summary["test"]["accuracy"]])
     for tag in ("step/loss", "step/gradient_norm", "lr/all", "momentum/all", "throughput/samples_per_second"):
         assert len(scalars[tag]) == summary["step"] // 50 + (summary["step"] % 50 != 0 and summary["epoch"] == 30)
-    assert tags["images"] == ["train/augmented"] and tags["graph"] is True
+    assert tags["images"] == ["train/augmented", "test/confusion_matrix", "test/worst_mistakes"]
+    assert tags["graph"] is True
     assert "config/text_summary" in tags["tensors"]
     assert any(tag.startswith("weights/") for tag in tags["histograms"])
     assert any(tag.startswith("gradients/") for tag in tags["histograms"])

@@ -453,9 +453,9 @@ def test_training_on_the_device_equals_training_on_the_cpu(tmp_path, overrides):
 # Device errors that are planted in the code: the simulated device must find them
 
 PLANTED = {
-    "labels stay on the CPU": ("data.loading.loaders.Resident", "labels.to(device)", "labels", ()),
+    "labels stay on the CPU": ("data.loading.pixel_sources.Resident", "labels.to(device)", "labels", ()),
     "sample indices stay on the CPU": (
-        "data.loading.loaders.Resident",
+        "data.loading.pixel_sources.Resident",
         "upload(torch.cat(list(batches)), self.device)",
         "torch.cat(list(batches))",
         (),

@@ -130,7 +130,7 @@ CONFIG = {
     ),
     "monitor: no validation": (
         ["data.val_fraction=0.0"],
-        "trainer.early_stopping.monitor = val/loss",
+        "trainer.early_stopping.monitor = val/accuracy",
         ["(data.val_fraction = 0)", "available: train/loss, train/accuracy"],
     ),
     "size: size": (["model=lenet", "data.image_size=8"], "data.image_size = 8", ["at least 16"]),
@@ -157,7 +157,11 @@ CONFIG = {
     "lines": (["trainer.device='two\nlines'"], "trainer.device = two lines", ["must be auto, cpu"]),
     "momentum of another schedule": (["+schedule.momentum=[0.8,0.9]"], "schedule.momentum", ["schedule.rise"]),
     "no budget": (["trainer.max_epochs=null"], "trainer.max_epochs = null", ["trainer.max_steps"]),
-    "warm-up": (["schedule.warmup_epochs=99"], "schedule.warmup_epochs = 99", ["leave nothing"]),
+    "warm-up": (
+        ["schedule.warmup_epochs=99"],
+        "schedule.warmup_epochs = 99",
+        ["must be fewer than the 630 steps of the run"],
+    ),
     "weights": (["loss.class_weights=[1.0,2.0]"], "loss.class_weights = [1.0, 2.0]", ["must be a list of 10"]),
     "target": (["model._target_=models.lenet.LeNet6"], "model._target_ = models.lenet.LeNet6", ["did you mean LeNet"]),
     "list of options": (["augment=[crop_flip,afine]"], "augment = afine", ["did you mean affine?", "crop_flip"]),
@@ -178,7 +182,7 @@ CONFIG = {
         ["schedule=plateau"],
     ),
     "momentum": (["schedule=one_cycle", "schedule.momentum=[2,3]"], "schedule.momentum = [2, 3]", ["(0, 1)"]),
-    "no momentum": (["schedule=one_cycle", "optimizer=rmsprop"], "schedule.momentum = [0.85, 0.95]", ["set null"]),
+    "no momentum": (["schedule=one_cycle", "optimizer=rmsprop"], "schedule.momentum = [0.85, 0.95]", ["must be null"]),
     "learning rate: infinite": (
         ["schedule=inverse_time", "schedule.decay=inf"],
         "schedule.decay = inf",

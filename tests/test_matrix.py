@@ -77,7 +77,7 @@ STOPS = {  # a long run has 18 steps and is stopped early; all others have about
     "max_steps": ("trainer.max_epochs={long}", "trainer.max_steps=11"),
     "patience": (
         *("trainer.max_epochs={long}", "trainer.early_stopping.patience={half}"),
-        *("trainer.early_stopping.min_delta=9", "trainer.early_stopping.monitor=val/accuracy"),
+        *("trainer.early_stopping.min_delta=9", "trainer.early_stopping.monitor=val/loss"),
     ),
     "geometric": (
         *("trainer.max_epochs={long}", "trainer.early_stopping.patience={epochs}", "trainer.early_stopping.mode=min"),

@@ -276,5 +276,5 @@ def test_config_error_names_the_key_of_an_optimizer(override, message):
 
 
 def test_momentum_schedule_needs_an_optimizer_with_momentum():
-    with pytest.raises(ConfigError, match=r"schedule.momentum.*this optimizer has none"):
+    with pytest.raises(ConfigError, match=r"schedule.momentum.*this optimizer has no momentum"):
         build(composed("optimizer=adagrad", "schedule=one_cycle"))

@@ -48,7 +48,7 @@ NO_EFFECT_ON_RESULTS = {  # free on resume, with equal results
     *("trainer.device", "trainer.threads", "trainer.log_every", "trainer.histograms_every", "trainer.log_graph"),
     *("trainer.log_images", "trainer.checkpoint.every_steps", "trainer.checkpoint.keep"),
     *("data.num_workers", "data.timeout_s", "data.on_bad_image", "data.cache_dir", "data.root", "data.download"),
-    "data.mirror",
+    *("data.mirror", "name", "tags"),
 }
 OF_THE_RUN = {"run_dir", "resume", "trust", "traceback"}
 
@@ -277,6 +277,9 @@ def test_larger_patience_continues_a_run_that_stopped_early(tmp_path):
     folder = tmp_path / "run"
     run = trained(folder, *no_progress, "trainer.early_stopping.patience=2")
     assert (run.state.step, json.loads((folder / "summary.json").read_text())["status"]) == (18, "stopped_early")
+    best = run.state.early_stopping.best
+    reason = f"early stopping: val/accuracy has not improved since epoch 1 ({best:.4f})"
+    assert reason in (folder / "train.log").read_text()
     assert reopened(folder) is None
     run = reopened(folder, "trainer.early_stopping.patience=4")
     assert run is not None
@@ -293,6 +296,38 @@ def test_changed_monitor_restarts_the_patience_on_resume(tmp_path):
     assert run is not None and run.state.early_stopping.best is None
     run_to_end(run)
     assert run.state.step == 36  # epoch 4 gives the first train/loss; two more epochs without improvement
+
+
+def test_one_monitor_decides_on_early_stopping_and_best_checkpoint():
+    for overrides, expected in (
+        ((), ("val/accuracy", "val/accuracy")),
+        (("trainer.early_stopping.monitor=val/loss",), ("val/loss", "val/loss")),
+        (("trainer.checkpoint.monitor=train/loss",), ("val/accuracy", "train/loss")),
+    ):
+        trainer = composed(*overrides).values["trainer"]
+        assert (trainer["early_stopping"]["monitor"], trainer["checkpoint"]["monitor"]) == expected
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "torch_scheduler"])
+def test_resume_reports_the_learning_rate_before_and_after(tmp_path, schedule):
+    """The line is right: the learning rates logged at the last evaluation, and at the first step after the resume."""
+    options = {
+        "cosine": ("schedule=cosine", "schedule.warmup_epochs=0"),
+        "torch_scheduler": (
+            *("schedule=torch", "schedule._target_=torch.optim.lr_scheduler.StepLR", "+schedule.step_size=5"),
+            *("schedule.gamma=0.5", "schedule.interval=step"),
+        ),
+    }[schedule]
+    folder = tmp_path / "run"
+    trained(folder, *options, "trainer.max_epochs=2")
+    before = read_lines(folder / "metrics.jsonl")[-1]["lr"]
+    run = reopened(folder, "trainer.max_epochs=4", "optimizer.lr=0.02")
+    assert run is not None
+    applied: list[float] = []
+    run.state.optimizer.register_step_pre_hook(lambda optimizer, *_: applied.append(optimizer.param_groups[0]["lr"]))
+    run_to_end(run)
+    line = f"learning rate: {before:.3g} at the last evaluation, {applied[0]:.3g} in the next step"
+    assert line in (folder / "train.log").read_text()
 
 
 # A new option

@@ -22,8 +22,8 @@ from core.config import Config
 from core.errors import ConfigError, StopSignal
 from core.seeding import fold
 from data.augment.geometry import RandomResizedCrop, rectangles
-from data.loading.loaders import Resident
 from data.loading.normalisation import statistics
+from data.loading.pixel_sources import Resident
 from data.sources.decode import decode
 from data.sources.images import Files
 from data.sources.pixels import resize

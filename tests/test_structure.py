@@ -36,7 +36,10 @@ ALLOWED = {
     "analysis": {"core", "analysis", "diagnosis", "trainer", "data"},
 }
 MAY_IMPORT_DATA = ("trainer/build/", "trainer/inference/", "trainer/run.py")
-LOADERS = ("data.loading.loaders", "data.loading.prefetch", "data.loading.workers", "data.augment")
+LOADERS = (
+    *("data.loading.loaders", "data.loading.pixel_sources", "data.loading.prefetch", "data.loading.workers"),
+    "data.augment",
+)
 MAY_IMPORT_HYDRA = ("core/command_line.py", "core/composition.py", "core/options/overrides.py")
 SCRIPTS_CALL = ("core", "analysis", "sweeps", "trainer.run")
 

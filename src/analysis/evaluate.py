@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,8 @@ def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
 def show(report: dict[str, Any]) -> None:
     """Print the report: a line of metrics, a table of classes and, up to MAX_CLASSES, the confusion matrix."""
     console = Console(highlight=False)
-    metrics = "  ".join(
-        f"{name} {report[name]:.4f}" for name in ("accuracy", "top5_accuracy", "macro_f1", "cross_entropy")
-    )
+    shown = [name for name in ("accuracy", "top5_accuracy", "macro_f1", "cross_entropy") if name in report]
+    metrics = "  ".join(f"{name} {report[name]:.4f}" for name in shown)
     console.print(f"{report['split']}, {report['samples']:,} samples: {metrics}", soft_wrap=True)
     names = list(report["classes"])
     table = Table("class", "precision", "recall", "F1", "samples", title="Classes", title_justify="left")
@@ -102,6 +102,6 @@ def show(report: dict[str, Any]) -> None:
     matrix = Table("", *columns, title="Confusion (row: label, column: prediction)")
     matrix.title_justify = "left"
     for index, (name, counts) in enumerate(zip(names, report["confusion_matrix"], strict=True)):
-        label = name if name == str(index) else f"{index} {name}"
+        label = name if re.match(rf"{index}\b", name) else f"{index} {name}"  # MNIST: "0 - zero"
         matrix.add_row(Text(printable(label[:20])), *(str(count) if count else "." for count in counts))
     console.print(matrix)

@@ -52,7 +52,7 @@ def look_at(config: Config[TrainConfig]) -> None:
         "classes": class_counts(counts, splits.class_names),
         "lr": learning_rate_curves(curves, steps_per_epoch=loader.steps_per_epoch),
     }
-    folder = chosen_path(values["run_dir"], job=config.job, names=("look", values["choices"]["data"]))
+    folder = chosen_path(config, name=f"look-{values['choices']['data']}")
     write(figures, curves, folder)
     show(counts, splits.class_names)
     print(f"{', '.join(f'{name}.png' for name in figures)} and a TensorBoard event file are in {folder}")

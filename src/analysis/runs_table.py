@@ -4,6 +4,7 @@ RUN/config.yaml and RUN/summary.json -> one row per run -> sorted by a metric ->
 """
 
 import csv
+import fnmatch
 import io
 import json
 import statistics
@@ -20,12 +21,13 @@ from core.durable import write_output
 from core.errors import ConfigError, DataError, PreceptorError, printable
 from core.intervals import margin_of
 from core.json_lines import read_lines
-from core.options.commands import RunsConfig
+from core.options.commands import RunsConfig, WhereOptions
 from core.options.schema import is_compared
 from core.regular_files import read_regular
 from core.run_config import read_run_config
 
 FINISHED = ("finished", "stopped_early")  # a mean over seeds does not count runs that were interrupted
+ABSENT = object()  # stands for an option that a run does not have
 CAPTION = "±: 95% interval of an accuracy, from the number of images"
 
 
@@ -43,6 +45,8 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     rows = [row for path in sorted(folder.rglob("config.yaml")) if (row := read_row(path.parent, folder))]
     if not rows:
         raise DataError(str(folder), "contains no runs (folder)")
+    rows = select(rows, values["where"])
+    add_differences(rows)
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
         explanation = f"no run has this metric; choose one of {', '.join(known)}" if known else "no run has metrics yet"
@@ -61,25 +65,60 @@ def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> Non
     """Write a CSV file with one line per run and one column per metric; a metric that a run lacks is empty."""
     content = io.StringIO(newline="")
     table = csv.writer(content)
-    table.writerow(["run", "model", "data", "seed", "status", "parameters", "seconds", *metrics])
+    columns = ("run", "name", "tags", "model", "data", "differs", "seed", "status", "parameters", "seconds")
+    table.writerow([*columns, *metrics])
     for row in rows:
-        table.writerow(
-            [row[key] for key in ("run", "model", "data", "seed", "status", "parameters", "seconds")]
-            + [row["metrics"].get(name, "") for name in metrics]
-        )
+        cells = [" ".join(row[key]) if key == "tags" else row[key] for key in columns]
+        table.writerow(cells + [row["metrics"].get(name, "") for name in metrics])
     write_output(path, content.getvalue().encode())
+
+
+def select(rows: list[dict[str, Any]], where: WhereOptions) -> list[dict[str, Any]]:
+    """Return the runs with this model, data, name and status (patterns with `*`) and all of these tags.
+
+    Raises DataError if there are none.
+    """
+    wanted = {key: str(pattern) for key, pattern in where.items() if key != "tags" and pattern is not None}
+    chosen = [
+        row
+        for row in rows
+        if all(fnmatch.fnmatchcase(str(row[key]), pattern) for key, pattern in wanted.items())
+        and set(where["tags"]) <= set(row["tags"])
+    ]
+    if not chosen:
+        properties = [
+            *(f"{key} {pattern}" for key, pattern in wanted.items()),
+            *(f"tag {tag}" for tag in where["tags"]),
+        ]
+        raise DataError("where", f"none of {len(rows):,} runs has {', '.join(properties)}")
+    return chosen
+
+
+def add_differences(rows: list[dict[str, Any]]) -> None:
+    """Set `differs` of each row: the options in which the runs of its model and data differ, as `optimizer.lr=0.1`."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["data"]), []).append(row)
+    for group in groups.values():
+        names = dict.fromkeys(name for row in group for name in row["options"])
+        varied = [name for name in names if len({repr(row["options"].get(name, ABSENT)) for row in group}) > 1]
+        for row in group:
+            shown = {name: row["options"][name] for name in varied if name in row["options"]}
+            row["differs"] = " ".join(f"{name}={json.dumps(value)}" for name, value in shown.items())
 
 
 def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:
     """Write a figure of train/NAME and val/NAME over the steps of each run.
 
-    The label of a run is its model if all models differ, else its folder.
+    The label of a run is its model if all models differ; else its folder, with the options in which it differs.
     """
     from analysis.figures import learning_curves, save  # only here: importing matplotlib takes half a second
 
     models = [row["model"] for row in rows]
-    key = "model" if len(set(models)) == len(models) else "run"
-    save(learning_curves({row[key]: read_lines(folder / row["run"] / "metrics.jsonl") for row in rows}, name), path)
+    by_model = len(set(models)) == len(models)
+    labels = {row["run"]: row["model"] if by_model else f"{row['run']}  {row['differs']}".strip() for row in rows}
+    lines = {labels[row["run"]]: read_lines(folder / row["run"] / "metrics.jsonl") for row in rows}
+    save(learning_curves(lines, name), path)
     print(f"written to {path}")
 
 
@@ -97,9 +136,13 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
     metrics = {f"test/{name}": value for name, value in test.items()}
     metrics |= best["metrics"] if isinstance(best.get("metrics"), dict) else {}
     # Runs belong to one experiment if all compared options except the seed are equal.
-    compared = [(name, value) for name, value in leaves(config) if name != "seed" and is_compared(name)]
+    leaf_options = {name: value for name, value in leaves(config) if not isinstance(value, dict)}
+    compared = {name: value for name, value in leaf_options.items() if name != "seed" and is_compared(name)}
+    tags = config.get("tags")
     return {
         "run": str(run.relative_to(folder)),
+        "name": config.get("name") or "",
+        "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
         "model": config["choices"]["model"],
         "data": config["choices"]["data"],
         "seed": config["seed"],
@@ -108,7 +151,8 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "seconds": summary.get("seconds", ""),
         "samples": summary["samples"] if isinstance(summary.get("samples"), dict) else {},
         "metrics": {name: value for name, value in metrics.items() if type(value) in (int, float)},
-        "experiment": repr([pair for pair in compared if not isinstance(pair[1], dict)]),
+        "experiment": repr(list(compared.items())),
+        "options": {name: value for name, value in compared.items() if not name.startswith("choices.")},
     }
 
 
@@ -136,9 +180,11 @@ def show(rows: list[dict[str, Any]], metric: str) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     run = Column("run", no_wrap=True)  # users copy the name into other commands
     shown_metrics = [metric, *(["test/accuracy"] if metric != "test/accuracy" else [])]
-    table = Table(run, "model", "data", "seed", "status", "seconds", *shown_metrics, caption=CAPTION)
+    optional = [key for key in ("name", "tags", "differs") if any(row[key] for row in rows)]
+    columns = ("model", "data", *optional, "seed", "status", "seconds")
+    table = Table(run, *columns, *shown_metrics, caption=CAPTION)
     for row in rows:
-        shown = [row[key] for key in ("run", "model", "data", "seed", "status", "seconds")]
+        shown = [" ".join(row[key]) if key == "tags" else row[key] for key in ("run", *columns)]
         cells = [Text(printable(str(cell))) for cell in shown]  # Text: brackets in a name are not markup
         table.add_row(*cells, *(value_with_margin(row, name) for name in shown_metrics))
     console.print(table)

@@ -75,7 +75,8 @@ def launch(main: str, *, config_name: str, schema: Schema, before_import: str | 
                     sys.argv[1:] = [item for item in sys.argv[1:] if item not in (*HELP, "-m", "--multirun")]
                     task: Callable[[DictConfig], object] = _help(config_name, schema, jobs)
                 else:
-                    task = _job(main, before_import, schema, jobs, scratch=scratch)
+                    grid_keys = [override.key_or_group for override in overrides if override.is_sweep_override()]
+                    task = _job(main, before_import, schema, jobs, scratch=scratch, grid_keys=grid_keys)
                 with hydra_errors_explained(overrides, config_name, schema, folders=folders):
                     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
         if jobs.help:
@@ -99,7 +100,7 @@ class Jobs:
 
 
 def _job(
-    main: str, before_import: str | None, schema: Schema, jobs: Jobs, *, scratch: str
+    main: str, before_import: str | None, schema: Schema, jobs: Jobs, *, scratch: str, grid_keys: list[str]
 ) -> Callable[[DictConfig], object]:
     """Return the function that Hydra calls: it stores the config of a single run, or runs a job of a grid."""
 
@@ -109,7 +110,8 @@ def _job(
         shutil.rmtree(scratch, ignore_errors=True)  # now, so that a kill during the job does not leave it behind
         number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
         try:
-            config = resolve_and_check(composed, schema, **hydra_facts(hydra_config), job=number)
+            facts = hydra_facts(hydra_config, grid_keys=grid_keys)
+            config = resolve_and_check(composed, schema, **facts, job=number)
             if number is not None:
                 with _function(main, before_import, config) as function:
                     return function(config)

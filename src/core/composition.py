@@ -10,7 +10,7 @@ one. No text of Hydra's messages is matched.
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,11 +74,17 @@ def _compose(
         return hydra.compose(config_name, [*path, *arguments], return_hydra_config=return_hydra_config)
 
 
-def hydra_facts(hydra_config: Any) -> dict[str, Any]:
-    """Return the arguments of `resolve_and_check` that come from Hydra's section of a composed config."""
+def hydra_facts(hydra_config: Any, *, grid_keys: Collection[str] = ()) -> dict[str, Any]:
+    """Return the arguments of `resolve_and_check` that come from Hydra's section of a composed config.
+
+    `grid_keys` are the keys that have several values in a grid.
+    """
+    # As typed, with interpolations unresolved.
+    overrides = cast(list[str], OmegaConf.to_container(hydra_config.overrides.task))
     return {
         "choices": dict(hydra_config.runtime.choices),
-        "overrides": OmegaConf.to_container(hydra_config.overrides.task),  # as typed, with interpolations unresolved
+        "overrides": overrides,
+        "varied": [override for override in overrides if override.partition("=")[0].lstrip("+") in grid_keys],
         "config_dirs": [
             source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"
         ],
@@ -92,6 +98,7 @@ def resolve_and_check(
     choices: Mapping[str, Any],
     job: int | None = None,
     overrides: Sequence[str] = (),
+    varied: Sequence[str] = (),
     config_dirs: Sequence[str] = (),
 ) -> Config[Any]:
     """Resolve a composed config and check it; `choices` maps each group to the name of the option that was chosen."""
@@ -119,7 +126,14 @@ def resolve_and_check(
         check(values, schema, record=record)
         for section in (values, record):
             _expand_paths(section, declared)
-    return Config(values=values, record=record, job=job, overrides=list(overrides), config_dirs=list(config_dirs))
+    return Config(
+        values=values,
+        record=record,
+        job=job,
+        overrides=list(overrides),
+        varied=list(varied),
+        config_dirs=list(config_dirs),
+    )
 
 
 def _expand_paths(config: dict[str, Any], options: Mapping[str, Option]) -> None:

@@ -20,6 +20,7 @@ class Config(Generic[Values]):
     job: int | None  # the job's number in a grid (-m); None for a single run
     from_run: bool = False  # read from a run folder, so only trusted classes may be built
     overrides: list[str] = field(default_factory=list)  # as typed on the command line
+    varied: list[str] = field(default_factory=list)  # in a grid, the overrides in which its jobs differ
     config_dirs: list[str] = field(default_factory=list)  # the folders of --config-dir
 
 

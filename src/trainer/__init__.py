@@ -1,6 +1,7 @@
 """Trains a model as a config says.
 
     run.py          a run: create or resume, fit, finish; `execute` is the command that trains
+    resuming.py     what a resumed run reports
     loop.py         the loop: `Loop.fit`, one screen
     steps.py        one optimizer step of classification: batches -> update, metrics
     state.py        TrainState: whatever survives a restart, in one object

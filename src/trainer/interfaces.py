@@ -4,7 +4,7 @@
 `trainer.storage` the saver.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class Step(Protocol):
 
     def clear_gradients(self) -> None:
         """Release the gradients, which the logs may read before."""
+
+
+class EvalBatches(Protocol):
+    """A split without augmentation, in its own order."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the split."""
+
+    def read_pixels(self, rows: Tensor) -> Tensor:
+        """Return the images at these positions (R,): (R, C, H, W), 0 to 255."""
 
 
 class StepLoader(Protocol):

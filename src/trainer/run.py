@@ -21,14 +21,17 @@ from trainer.build.training import build
 from trainer.build.trust import trusted_values
 from trainer.device import configure_torch, describe
 from trainer.durations import step_name
+from trainer.inference.evaluation import Predictions
 from trainer.loop import Judge, Loop, never_prune, reason_to_stop
 from trainer.monitor import verdict
 from trainer.monitor.interrupts import Interrupts
 from trainer.report.introduction import device_name, introduce, show_first_batch
+from trainer.report.mistakes import record_mistakes
 from trainer.report.notices import Notices
 from trainer.report.recorder import Recorder
 from trainer.report.summary import summary_of
 from trainer.report.terminal import terminal
+from trainer.resuming import is_finished, learning_rate_change, nothing_to_do
 from trainer.snapshot import Snapshot
 from trainer.state import require_values
 from trainer.storage.background_saver import BackgroundSaver
@@ -98,11 +101,11 @@ class Run:
             closing.callback(folder.close)
             recorder = Recorder(folder, total_steps=training.settings.total_steps)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
-            introduce(training, recorder, values)
+            introduce(training, recorder, config)
             recorder.start(training.record, origin)
             log = values["trainer"]
             show_first_batch(training, recorder, images=log["log_images"], graph=log["log_graph"])
-            notices.pass_to(run.warn)
+            notices.pass_to(say=recorder.say, warn=run.warn)
             return run._keep_open()
 
     @classmethod
@@ -124,15 +127,15 @@ class Run:
             interrupts = closing.enter_context(Interrupts())
             _restore(training, splits, snapshot)
             reason = reason_to_stop(training.settings, training.state, interrupts)
-            if reason is not None and _is_finished(folder, training.state.step):
-                terminal().print(_nothing_to_do(folder, reason), markup=False)
+            if reason is not None and is_finished(folder, training.state.step):
+                terminal().print(nothing_to_do(folder, reason), markup=False)
                 return None
             folder.rewind(training.state.evaluated)
             total = training.settings.total_steps
             recorder = Recorder(folder, total_steps=total, resumed_at=training.state.step)
             run = cls(training, recorder, interrupts=interrupts, origin=origin, judge=judge, closing=closing)
             run._record_resume(changes, checkpoint=path, damaged=damaged)
-            notices.pass_to(run.warn)
+            notices.pass_to(say=recorder.say, warn=run.warn)
             return run._keep_open()
 
     def _record_resume(self, changes: Changes, *, checkpoint: Path, damaged: Mapping[Path, str]) -> None:
@@ -149,6 +152,8 @@ class Run:
         self.recorder.event("resume", step=step, **facts)
         self.recorder.say(f"resumed {self.folder.path} at step {step:,} of {total:,} from {checkpoint.name}")
         lines = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
+        if changes and not self.loop.evaluation_is_due():  # an evaluation must log the learning rate of its own step
+            lines += learning_rate_change(self.state, self.folder)
         self.recorder.changes(lines, step=step)
 
     def __enter__(self) -> "Run":
@@ -182,17 +187,23 @@ class Run:
         A run that a signal stopped, or that was pruned, is saved but not tested; the resumed run tests.
         """
         self.saver.wait()
+        if reason == "early_stopping":
+            self.recorder.say(self.state.early_stopping.reason)
         if self.state.best and reason != "pruned" and not self.interrupts.received:
             self._load_best()
         test: dict[str, float] | None = {}
-        if self.training.test_loader is not None and reason != "pruned":
-            test = self.training.measure(self.training.test_loader, abandon=self.interrupts.asked)
+        predictions, loader = Predictions(), self.training.test_loader
+        if loader is not None and reason != "pruned":
+            test = self.training.measure(loader, abandon=self.interrupts.asked, predictions=predictions)
         if self.interrupts.received is not None or test is None:
             summary = self.write_summary("interrupted", reason)
         else:
             self.recorder.finish(self.training.record, test, self.state.step)
             status = "finished" if reason == self.training.settings.budget else "stopped_early"
             summary = self.write_summary(status, reason, test=test)
+            if test and loader is not None and self.training.record["trainer"]["log_images"]:
+                names = self.state.data["class_names"]
+                record_mistakes(predictions, loader, names, self.recorder, step=self.state.step)
             for text in verdict.warnings_of(
                 test,
                 steps=self.state.step,
@@ -249,17 +260,16 @@ def _machine(training: Training) -> dict[str, Any]:
 
 def _new_folder(training: Training, config: Config[TrainConfig]) -> RunFolder:
     """Create the folder of the config, or a default one, whose name another run may take in the same second."""
-    values, first = config.values, training.state.state_dict()
-    names = (values["choices"]["model"], values["choices"]["data"])
+    first = training.state.state_dict()
     while True:
-        path = chosen_path(values["run_dir"], job=config.job, names=names)
+        path = chosen_path(config)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return RunFolder.create(path, record=training.record, first=first)
         except OSError as exception:
             raise StorageError(str(path), f"cannot be created: {exception.strerror}") from None
         except StorageError:
-            if values["run_dir"] is not None or not path.exists():
+            if config.values["run_dir"] is not None or not path.exists():
                 raise
 
 
@@ -269,17 +279,3 @@ def _restore(training: Training, splits: Splits, snapshot: Snapshot) -> None:
     size = training.record["data"]["image_size"]
     if not same_mean(splits.train, training.state.normalisation.tensors, image_size=size):
         raise CheckpointError("data", "its mean differs from that of the data this run was trained on")
-
-
-def _is_finished(folder: RunFolder, step: int) -> bool:
-    """Return whether the run has ended at this step, and was tested."""
-    summary = folder.read_summary()
-    return summary.get("status") in ("finished", "stopped_early") and summary.get("step") == step
-
-
-def _nothing_to_do(folder: RunFolder, reason: str) -> str:
-    text = f"nothing to do: {folder.path} is finished ({reason})"
-    if reason == "early_stopping":
-        command = f"python scripts/train.py resume={shlex.quote(str(folder.path))} trainer.early_stopping.patience=null"
-        return f"{text}; a larger patience continues it, or none: {command}"
-    return f"{text}; a larger trainer.{reason} continues it"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.inference.evaluation import evaluate
+from trainer.inference.evaluation import Predictions, evaluate
 from trainer.inference.tta import with_tta
-from trainer.interfaces import Batches, Step, StepLoader
+from trainer.interfaces import Batches, EvalBatches, Step, StepLoader
 from trainer.settings import Settings
 from trainer.state import TrainState
 
@@ -26,7 +26,7 @@ class Training:
     autocast: AbstractContextManager[object]
     train_loader: StepLoader
     val_loader: Batches | None
-    test_loader: Batches | None
+    test_loader: EvalBatches | None
     samples: Mapping[str, int]  # of each split that exists
     constant_accuracy: float | None  # on the test split, of always predicting its most frequent class
     device: torch.device
@@ -34,7 +34,13 @@ class Training:
     record: Mapping[str, Any]  # the config for files, without values of environment variables
     weights_report: list[str]  # what `init_from` loaded, one fact per line
 
-    def measure(self, batches: Batches, *, abandon: Callable[[], bool]) -> dict[str, float] | None:
-        """Return loss and accuracy of the evaluated model, or None if `abandon` becomes true meanwhile."""
+    def measure(
+        self, batches: Batches, *, abandon: Callable[[], bool], predictions: Predictions | None = None
+    ) -> dict[str, float] | None:
+        """Return loss and accuracy of the evaluated model, or None if `abandon` becomes true meanwhile.
+
+        If there are `predictions`, those of each batch are added.
+        """
         model = with_tta(self.state.evaluated_model, self.settings.tta)
-        return evaluate(model, self.loss_function, batches, autocast=self.autocast, abandon=abandon)
+        observers = {} if predictions is None else {"observe": predictions.add}
+        return evaluate(model, self.loss_function, batches, autocast=self.autocast, abandon=abandon, **observers)

@@ -74,11 +74,22 @@ class ConvertConfig(TypedDict):
     traceback: bool
 
 
+class WhereOptions(TypedDict):
+    """Section `where` of runs.py."""
+
+    model: str | None
+    data: str | None
+    name: str | None
+    status: str | None
+    tags: list[str]
+
+
 class RunsConfig(TypedDict):
     """The config of runs.py."""
 
     folder: FilePath
     sort: str
+    where: WhereOptions
     output: FilePath | None
     curves: FilePath | None
     traceback: bool

@@ -201,6 +201,8 @@ class TrainConfig(TypedDict):
     """The config of train.py, and of a run folder."""
 
     seed: CountOrZero
+    name: Annotated[str | None, FREE_ON_RESUME, NOT_COMPARED]
+    tags: Annotated[list[str], FREE_ON_RESUME, NOT_COMPARED]
     run_dir: Annotated[FilePath | None, NOT_COMPARED]
     resume: Annotated[FilePath | None, NOT_COMPARED]
     init_from: FilePath | None

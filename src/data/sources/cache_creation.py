@@ -137,7 +137,9 @@ class Creation:
         check_mark(self.path).unlink(missing_ok=True)
         if self.old is None:
             size = int(np.prod(self.shape)) / 2**20
-            log.info(f"created an image cache of {len(self.paths):,} images: {self.path} ({size:,.0f} MiB)")
+            name = Path(self.path.parent.name, self.path.name)  # the folder may come from an environment variable
+            text = f"created an image cache of {len(self.paths):,} images ({size:,.0f} MiB): {name} (data.cache_dir)"
+            log.info(f"{text}; later runs read it, and it can be deleted")
         elif changed:
             log.warning(f"{changed:,} of {len(self.paths):,} images in the cache {self.path} were decoded again")
 

@@ -15,7 +15,7 @@ from sweeps.define.plan import Plan
 from sweeps.define.space import Dimension
 from sweeps.results.ranking import brief, is_feasible
 
-WIDTH = 10.0  # inches
+WIDTH = 7.5  # inches; narrow, so that its text is readable on a phone
 BEST, OTHER, PRUNED, INFEASIBLE = "#c0392b", "#2471a3", "#aeb6bf", "#e59866"  # red, blue, grey, orange
 
 
@@ -63,7 +63,7 @@ def importances(shares: Mapping[str, float]) -> Figure:
 
 def slices(plan: Plan, trials: Sequence[FrozenTrial], metric: str, best: int) -> Figure:
     """Return one plot per dimension: the metric over its sampled value. Dots are trials, crosses pruned trials."""
-    columns = min(3, len(plan.space))
+    columns = min(2, len(plan.space))
     rows = -(-len(plan.space) // columns)
     figure = Figure(figsize=(WIDTH, 2.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
@@ -109,13 +109,12 @@ def parallel_coordinates(plan: Plan, trials: Sequence[FrozenTrial], metric: str,
     for index, dimension in enumerate(plan.space):
         axes.axvline(index, color="black", linewidth=0.6)
         for height, text in _axis_labels(dimension):
-            axes.text(index + 0.02, height, text, fontsize="x-small", va="bottom" if height > 0.5 else "top")
+            axes.text(index + 0.02, height, text, fontsize="small", va="bottom" if height > 0.5 else "top")
     axes.axvline(len(plan.space), color="black", linewidth=0.6)
     for height, value in ((0.0, low), (1.0, high)):
-        axes.text(len(plan.space) + 0.02, height, f"{value:.4g}", fontsize="x-small", va="bottom" if height else "top")
-    axes.set_xticks(
-        range(len(plan.space) + 1), [dimension.name for dimension in plan.space] + [metric], fontsize="small"
-    )
+        axes.text(len(plan.space) + 0.02, height, f"{value:.4g}", fontsize="small", va="bottom" if height else "top")
+    names = [dimension.name for dimension in plan.space] + [metric]
+    axes.set_xticks(range(len(names)), names, fontsize="small", rotation=20, ha="right")
     axes.set(yticks=[], ylim=(-0.08, 1.08))
     axes.spines[:].set_visible(False)
     return figure
@@ -135,7 +134,7 @@ def trade_off(plan: Plan, trials: Sequence[FrozenTrial], names: tuple[str, str],
     for trial, x, y in measured:
         if x is not None and y is not None:
             axes.plot(x, y, "o", color=BEST if trial.number in front else _color(trial), markersize=5, alpha=0.85)
-            axes.annotate(str(trial.number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize="xx-small")
+            axes.annotate(str(trial.number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize="x-small")
     points = sorted((x, y) for trial, x, y in measured if trial.number in front and x is not None and y is not None)
     if len(points) > 1:
         axes.plot(*zip(*points), color=BEST, linewidth=1, drawstyle="steps-post")
@@ -172,7 +171,7 @@ def _axis_value(dimension: Dimension, trial: FrozenTrial) -> float:
 def _set_scale(axes: Axes, dimension: Dimension) -> None:
     if dimension.kind == "choice":
         axes.set_xticks(
-            range(len(dimension.options)), [brief(option) for option in dimension.options], fontsize="x-small"
+            range(len(dimension.options)), [brief(option) for option in dimension.options], fontsize="small"
         )
         axes.set_xlim(-0.5, len(dimension.options) - 0.5)
     elif dimension.distribution.log:  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ table { display: block; overflow-x: auto }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e5e8e8; white-space: nowrap }
 th { background: #f4f6f6 } tr.best { background: #fdedec; font-weight: 600 } tr.pruned, tr.diverged { color: #909497 }
 tr.infeasible { color: #ba4a00 } tr.failed { color: #922b21 } code { background: #f4f6f6; padding: 1px 4px }
-img { max-width: 100% }
+div { overflow-x: auto } img { width: 100%; min-width: 560px; max-width: 825px }
 """
 
 
@@ -167,8 +167,11 @@ def _leaderboard(plan: Plan, trials: Sequence[FrozenTrial], order: Sequence[Froz
 
 
 def _figure(figure: Figure, title: str) -> str:
-    """Return a figure as an <img> element with embedded PNG; `title` is its alternative text."""
+    """Return a figure as an <img> element with embedded PNG; `title` is its alternative text.
+
+    On a phone the figure keeps a readable width, and its <div> scrolls.
+    """
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, facecolor="white")
+    figure.savefig(content, format="png", dpi=160, facecolor="white")
     text = base64.b64encode(content.getvalue()).decode()
-    return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{text}'>"
+    return f"<div><img alt='{html.escape(title)}' src='data:image/png;base64,{text}'></div>"

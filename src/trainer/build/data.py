@@ -1,4 +1,4 @@
-"""The data of a training: splits, augmentation, loaders."""
+"""Build the data of a training from the sections `data` and `augment`: splits, augmentation, loaders."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,9 +23,10 @@ SPLITTING_KEYS = DataOptions.__required_keys__ & inspect.signature(prepare).para
 
 
 def build_data(node: DataOptions, *, seed: int, normalisation: Normalisation | None = None) -> Splits:
-    """Return the data set that a config names, read, split and measured.
+    """Return the splits of the data set that `data._target_` names.
 
-    Its function gets the keys that its signature names. A `normalisation` is used as it is, and none is fitted.
+    The function gets the keys that are parameters of it. Without a `normalisation`, one is fitted on the train split.
+    Raises ConfigError for other keys, and DataError if the data cannot be read.
     """
     function = resolve("data", node["_target_"])
     takes = parameters_of(function) or {}
@@ -44,8 +45,8 @@ def build_data(node: DataOptions, *, seed: int, normalisation: Normalisation | N
 def build_augmentation(nodes: Mapping[str, Any], data: DataOptions) -> dict[str, Any]:
     """Return the augmentation steps of a config, in order, after a dry run.
 
-    A class that is not built in is used as a transform of one image. No data is needed: errors are found before
-    the first image is decoded.
+    A class that is not built in is applied to one image at a time. No data is needed, so errors are raised before the
+    first image is decoded.
     """
     check_sizes(data)
     steps: dict[str, Any] = {}

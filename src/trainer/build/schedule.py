@@ -1,4 +1,4 @@
-"""The schedule of a training."""
+"""Build the schedule of the learning rates from the section `schedule`."""
 
 import inspect
 from functools import partial
@@ -21,19 +21,32 @@ NOT_ARGUMENTS = ("interval", "momentum", "warmup_epochs")  # keys that the train
 def build_schedule(
     node: ScheduleOptions, optimizer: torch.optim.Optimizer, *, total: int, steps_per_epoch: int
 ) -> Schedule:
-    """Return the schedule over the learning rates of the parameter groups."""
+    """Return the schedule that sets the learning rate of each parameter group.
+
+    Raises ConfigError for an argument that the schedule does not use, or that does not fit a run of `total` steps.
+    """
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     own = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     target = resolve("schedule", node["_target_"])
-    is_torchs = inspect.isclass(target) and issubclass(target, LRScheduler)
-    used = {"interval"} if is_torchs else {"warmup_epochs"} if target is Plateau else {"warmup_epochs", "momentum"}
+    is_torch_scheduler = inspect.isclass(target) and issubclass(target, LRScheduler)
+    used = (
+        {"interval"}
+        if is_torch_scheduler
+        else {"warmup_epochs"}
+        if target is Plateau
+        else {"warmup_epochs", "momentum"}
+    )
     for key in NOT_ARGUMENTS:
         if key not in used and dict(node).get(key) is not None:
             explanation = f"is not used by this schedule, but by {options_with(f'schedule.{key}')}"
             raise ConfigError(f"schedule.{key}", explanation, value=dict(node)[key])
     if target is ReduceLROnPlateau:
-        raise ConfigError("schedule._target_", "watches a metric; use schedule=plateau", value=node["_target_"])
-    if is_torchs:
+        raise ConfigError(
+            "schedule._target_",
+            "must not be a scheduler that monitors a metric; use schedule=plateau",
+            value=node["_target_"],
+        )
+    if is_torch_scheduler:
         try:
             scheduler = construct({**own, "_partial_": True}, "schedule")(optimizer)
         except (TypeError, ValueError) as exception:
@@ -49,7 +62,7 @@ def build_schedule(
     if warmup >= total:
         raise ConfigError(
             "schedule.warmup_epochs",
-            f"{warmup:,} steps of warm-up leave nothing of a run of {total:,}",
+            f"{warmup:,} steps of warm-up; must be fewer than the {total:,} steps of the run",
             value=node["warmup_epochs"],
         )
     if target is Plateau:
@@ -68,14 +81,16 @@ def build_schedule(
 
 
 def _momentum_cycle(node: ScheduleOptions, optimizer: torch.optim.Optimizer) -> Factor | None:
-    """Return the function that moves momentum against the learning rate, if the config asks for it."""
+    """Return the momentum as a function of the step (one-cycle), or None if `schedule.momentum` is null."""
     momentum = node.get("momentum")
     if momentum is None:
         return None
     if "rise" not in node:
-        raise ConfigError("schedule.momentum", "needs schedule.rise beside it, as in schedule=one_cycle")
+        raise ConfigError("schedule.momentum", "also needs schedule.rise, as in schedule=one_cycle")
     if not any(momentum_of(group) for group in optimizer.param_groups):
-        raise ConfigError("schedule.momentum", "this optimizer has none, or 0; set null", value=node["momentum"])
+        raise ConfigError(
+            "schedule.momentum", "must be null: this optimizer has no momentum, or 0", value=node["momentum"]
+        )
     low, high = momentum  # the schema checks its form
     if low > high:
         raise ConfigError("schedule.momentum", "must be [lowest, highest]", value=node["momentum"])

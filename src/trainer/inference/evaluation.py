@@ -19,10 +19,12 @@ def evaluate(
     *,
     autocast: AbstractContextManager[object],
     abandon: Callable[[], bool] = lambda: False,
+    observe: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> dict[str, float] | None:
     """Return mean loss and accuracy of a model in evaluation mode over all samples of `batches`.
 
-    Returns None if `abandon`, which is called before each batch, returns true.
+    `observe` is called with logits (B, K) and labels (B,) of each batch, on their device. Returns None if `abandon`,
+    which is called before each batch, returns true.
     """
     was_training = model.training
     model.eval()
@@ -44,6 +46,7 @@ def evaluate(
         with autocast:
             logits = model(images)
             pending.append((loss_function(logits, labels), logits, labels))
+        observe(logits, labels)
         if len(pending) * logits.numel() >= MAX_PENDING_LOGITS:
             sum_up()
     if pending:
@@ -52,6 +55,23 @@ def evaluate(
         return None
     model.train(was_training)
     return {"loss": loss_sum / count, "accuracy": correct / count}
+
+
+class Predictions:
+    """Collects the predicted class, its probability, and the label of every sample of an evaluation."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, K) and labels (B,)."""
+        probability, predicted = logits.float().softmax(1).max(1)
+        self._batches.append((predicted, probability, labels))
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return predicted classes, their probabilities and the labels, each (N,), on the CPU; waits for the device."""
+        predicted, probability, labels = (torch.cat(parts).cpu() for parts in zip(*self._batches, strict=True))
+        return predicted, probability, labels
 
 
 @torch.inference_mode()
@@ -69,8 +89,9 @@ def predict(
 
 
 def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, Any]:
-    """Return accuracy, top-5 accuracy, macro-F1, cross-entropy, one row per class, and the confusion matrix.
+    """Return accuracy, macro-F1, cross-entropy, one row per class, and the confusion matrix.
 
+    With more than five classes, top-5 accuracy too: with at most five, it is always 1.
     Undefined metrics (of a class that was never predicted or never occurs) count as 0. Macro-F1 is the unweighted mean
     over the classes that occur or were predicted.
     """
@@ -81,12 +102,14 @@ def measure(logits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str,
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         truth, predicted, labels=range(count), zero_division=0.0
     )
-    top = min(5, count)
-    hits = logits.topk(top, dim=1).indices.eq(labels[:, None]).any(1)
+    top5 = {}
+    if count > 5:
+        hits = logits.topk(5, dim=1).indices.eq(labels[:, None]).any(1)
+        top5["top5_accuracy"] = hits.double().mean().item()
     return {
         "samples": len(labels),
         "accuracy": float(metrics.accuracy_score(truth, predicted)),
-        "top5_accuracy": hits.double().mean().item(),
+        **top5,
         "macro_f1": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0.0)),
         "cross_entropy": functional.cross_entropy(logits.double(), labels).item(),
         "classes": {

@@ -89,7 +89,7 @@ def load_run(
     try:
         class_names = snapshot.values["data"]["class_names"]
     except (KeyError, TypeError) as exception:
-        raise CheckpointError(str(folder), f"its checkpoint does not say what its data was: {exception!r}") from None
+        raise CheckpointError(str(folder), f"its checkpoint has no class names: {exception!r}") from None
     place = choose_device(device, "fp32")
     data = config["data"]
     return LoadedRun(

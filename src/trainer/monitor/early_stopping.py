@@ -41,6 +41,12 @@ class EarlyStopping:
             end = max(self.patience, self.geometric * self.best_epoch)
         return self.epoch >= end - 1e-6  # a tolerance for rounding: 14/3 - 8/3 may be slightly less than 2
 
+    @property
+    def reason(self) -> str:
+        """Return why training stopped, as one sentence for the log."""
+        best = "" if self.best is None else f" ({self.best:.4f})"
+        return f"early stopping: {self.monitor} has not improved since epoch {self.best_epoch:g}{best}"
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
         return {

@@ -2,22 +2,25 @@
 
 import torch
 
+from core.config import Config
 from core.options.declarations import TrainConfig
 from trainer.report.recorder import Recorder
 from trainer.training import Training
 
 
-def introduce(training: Training, recorder: Recorder, values: TrainConfig) -> None:
+def introduce(training: Training, recorder: Recorder, config: Config[TrainConfig]) -> None:
     """Log the facts of a new run."""
-    samples = training.samples
+    samples, values = training.samples, config.values
     choices, state, folder = values["choices"], training.state, recorder.folder.path
     count = sum(parameter.numel() for parameter in state.model.parameters())
     splits = ", ".join(f"{split} {number:,}" for split, number in samples.items())
+    if config.varied:
+        recorder.say(f"job {config.job}: {' '.join(config.varied)}")
     recorder.say(
         f"{choices['model']} ({count:,} parameters) on {choices['data']} ({splits}), "
         f"{device_name(training.device)}, {training.settings.total_steps:,} steps -> {folder}"
     )
-    recorder.say(f"  automatic: {', '.join(automatic_choices(training))}")
+    recorder.say(f"  chosen automatically: {', '.join(automatic_choices(training))}")
     left_out = samples["train"] - training.train_loader.samples_per_epoch
     if left_out:
         text = f"{left_out} of {samples['train']:,} training samples are left out of each epoch (data.drop_last)"

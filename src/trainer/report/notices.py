@@ -1,34 +1,45 @@
-"""Forward warnings logged by Preceptor's packages to the run's log, including those logged before the run starts."""
+"""Forward what Preceptor's packages log to the run's log, including what they log before the run starts."""
 
 import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+Listener = Callable[[str], None]
+
 
 class Notices(logging.Handler):
-    """Handler of the logger `preceptor`: it keeps warnings until a listener is set, then forwards them.
+    """Handler of the logger `preceptor`: it keeps records until there are listeners, then forwards their texts.
 
     A context manager: the handler is attached inside the `with` block only.
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._early: list[str] = []
-        self._listener: Callable[[str], None] = self._early.append
+        super().__init__(logging.INFO)
+        self._early: list[logging.LogRecord] = []
+        self._listeners: tuple[Listener, Listener] | None = None
 
     def __enter__(self) -> "Notices":
-        logging.getLogger("preceptor").addHandler(self)
+        logger = logging.getLogger("preceptor")
+        self._previous_level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("preceptor").removeHandler(self)
+        logger = logging.getLogger("preceptor")
+        logger.removeHandler(self)
+        logger.setLevel(self._previous_level)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._listeners is None:
+            self._early.append(record)
+            return
+        say, warn = self._listeners
         with suppress(OSError):  # a full disk
-            self._listener(record.getMessage())
+            (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
 
-    def pass_to(self, listener: Callable[[str], None]) -> None:
-        """Forward all previous and future warnings to `listener`."""
-        self._listener = listener
-        for text in self._early:
-            listener(text)
+    def pass_to(self, *, say: Listener, warn: Listener) -> None:
+        """Forward all previous and future records: warnings to `warn`, facts to `say`."""
+        self._listeners = say, warn
+        for record in self._early:
+            self.emit(record)

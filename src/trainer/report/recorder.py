@@ -75,6 +75,10 @@ class Recorder:
         """Write a batch (B, C, H, W) of floats in [0, 1] to TensorBoard."""
         self.tensorboard.images(tag, images, 0)
 
+    def figure(self, tag: str, figure: Any, *, step: int) -> None:
+        """Write a matplotlib figure to TensorBoard."""
+        self.tensorboard.figure(tag, figure, step)
+
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """Write the model's graph, traced on images (B, C, H, W), to TensorBoard."""
         if self.tensorboard.broken:

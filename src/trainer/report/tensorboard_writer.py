@@ -36,7 +36,11 @@ EVENT_FILES = "events.out.tfevents.*"
 EVENT_TIME = re.compile(r"tfevents\.(\d+)\.")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
 FINAL_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/accuracy", "train/loss")
-
+# The charts of the tab "Custom scalars". The tab "Time series" sorts its charts by their tags.
+OVERVIEW = {
+    "Overview": {name: ["Multiline", [rf"^(train|val|test)/{name}$"]] for name in ("loss", "accuracy")}
+    | {"learning rate": ["Multiline", ["^lr/"]]}
+}
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -137,6 +141,7 @@ class TensorBoard:
         experiment, start, _ = hparams(hyperparameters(record), dict.fromkeys(FINAL_METRICS, 0.0))
         for summary in (_main_columns_first(experiment), start):
             self.events.add_summary(summary)
+        self.writer.add_custom_scalars(OVERVIEW)
 
     @disable_on_error
     def changes(self, changes: Sequence[str], step: int) -> None:
@@ -154,6 +159,11 @@ class TensorBoard:
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """Write at most 64 images of a batch (B, C, H, W) of floats in [0, 1] as a grid."""
         self.writer.add_image(tag, grid(images[:64]), step)
+
+    @disable_on_error
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """Write a matplotlib figure as an image."""
+        self.writer.add_figure(tag, figure, step)
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """Write the model's graph, traced in evaluation mode on the first two images of a batch (B, C, H, W)."""

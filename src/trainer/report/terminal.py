@@ -97,7 +97,7 @@ class Display:
             if f"{split}/loss" in line:
                 words.append(f"{split} loss {line[f'{split}/loss']:.4f} accuracy {line[f'{split}/accuracy']:.2%}")
         words += [f"lr {line['lr']:.2e}", f"{line['samples_per_second']:,.0f} samples/s", f"{line['seconds']:.1f} s"]
-        self.say("  ".join(words) + ("  *" if best else ""))
+        self.say("  ".join(words) + ("  best so far" if best else ""))
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """Print a line, and append it with the time to train.log."""

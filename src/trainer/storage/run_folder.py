@@ -20,9 +20,11 @@ from typing import Any
 
 import yaml
 
+from core.config import Config
 from core.durable import hidden_name, remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
 from core.json_lines import read_lines
+from core.options.declarations import TrainConfig
 from core.regular_files import append_regular, read_regular
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
@@ -30,19 +32,29 @@ from trainer.storage.lock import lock_or_refuse, take_lock
 from trainer.storage.provenance import now
 
 LOGS = ("metrics.jsonl", "events.jsonl")
+MOST_CHARACTERS = 150  # of the name in a default path: file systems allow 255 bytes
 UNFINISHED = re.compile(r"^\..+\.[0-9a-f]{8}\.new$")
 
 
-def chosen_path(run_dir: str | None, *, job: int | None, names: tuple[str, str]) -> Path:
-    """Return the path of a new run: `run_dir`, with a subfolder for each job of a grid (-m), or the default path."""
-    if run_dir is None:
-        return default_path(*names)
-    return Path(run_dir) if job is None else Path(run_dir) / str(job)
+def chosen_path(config: Config[TrainConfig], *, name: str | None = None) -> Path:
+    """Return the path of a new run: `run_dir`, with a subfolder for each job of a grid (-m), or the default path.
+
+    The default name ends with `name`, or the run's name, and the options in which the jobs of a grid differ.
+    """
+    values = config.values
+    if values["run_dir"] is not None:
+        return Path(values["run_dir"]) if config.job is None else Path(values["run_dir"]) / str(config.job)
+    choices = values["choices"]
+    pairs = [item.partition("=")[::2] for item in config.varied]
+    varied = [
+        f"{key.rpartition('.')[2]}_{value.strip('[]{} ')}" for key, value in pairs if key not in ("model", "data")
+    ]
+    return default_path("-".join([name or values["name"] or f"{choices['model']}-{choices['data']}", *varied]))
 
 
-def default_path(model: str, data: str) -> Path:
-    """Return outputs/<date>_<time>-<model>-<data>, with a number appended if this path exists."""
-    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{model}-{data}")
+def default_path(name: str) -> Path:
+    """Return outputs/<date>_<time>-<name>, with a number appended if this path exists."""
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[:MOST_CHARACTERS]
     base = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}-{clean}"
     taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))
     return base if not base.exists() else next(path for path in taken if not path.exists())
