@@ -157,6 +157,18 @@ def test_grid_creates_independent_runs(folder):
         assert torch.equal(tensor, within.snapshot.part("model")[name])
 
 
+@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+def test_launchers_do_not_import_from_the_working_directory(tmp_path, launcher):
+    """A job of a launcher runs in a process that `python -m` starts, which looks for modules in this folder first."""
+    for module in ("models", "data", "trainer", "core", "yaml", "torch", "joblib", "submitit", "cloudpickle"):
+        (tmp_path / f"{module}.py").write_text("from pathlib import Path\nPath('executed').touch()\n1 / 0\n")
+    small = ("model=mlp", "model.hidden=[8]", "trainer.max_steps=2", "trainer.threads=1", "run_dir=grid")
+    script("train", "-m", f"hydra/launcher={launcher}", *small, "seed=0,1", cwd=tmp_path)
+    assert not (tmp_path / "executed").exists()
+    for job in ("0", "1"):
+        assert json.loads((tmp_path / "grid" / job / "summary.json").read_text())["status"] == "finished"
+
+
 def test_signal_to_the_process_group_saves_the_run(folder):
     """A cluster's scheduler signals the process group: the run and its decoding workers."""
     for index, name in enumerate(("cat", "dog")):

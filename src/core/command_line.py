@@ -107,7 +107,9 @@ def _job(
     def job(composed: DictConfig) -> object:
         # Exceptions are caught here: Hydra would report them in its own format, and only after all jobs.
         hydra_config = HydraConfig.get()
-        shutil.rmtree(scratch, ignore_errors=True)  # now, so that a kill during the job does not leave it behind
+        in_this_process = "BasicLauncher" in hydra_config.launcher["_target_"]
+        if in_this_process:  # other launchers keep files of their jobs in it
+            shutil.rmtree(scratch, ignore_errors=True)  # now, so that a kill during the job does not leave it behind
         number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
         try:
             facts = hydra_facts(hydra_config, grid_keys=grid_keys)
@@ -129,7 +131,7 @@ def _job(
             # A copy without the traceback, which keeps all objects of the job alive: the next job needs the memory.
             jobs.failures.append(type(error)(error.subject, error.explanation, value=error.value))
             jobs.failures[-1].reported = True  # type: ignore[attr-defined]
-            if "BasicLauncher" not in hydra_config.launcher["_target_"]:
+            if not in_this_process:
                 raise jobs.failures[-1] from None  # in another process; Hydra re-raises it here after all jobs
         gc.collect()
         return None
