@@ -40,6 +40,7 @@ from sqlalchemy import Engine, event, text
 
 from core.composition import compose_config
 from core.config import CONFIGS
+from core.errors import InUse
 from core.fork_server import ForkServer
 from core.json_lines import read_lines
 from core.options.commands import SweepConfig
@@ -130,7 +131,10 @@ def test_random_search_stores_the_results_of_all_trials(tmp_path):
 
 
 def test_sigterm_saves_the_sweep_and_the_same_command_continues_it(tmp_path):
-    """SIGTERM during trials: exit 143, no process remains, no result is lost; the end is bit-identical."""
+    """SIGTERM during trials: exit 143, no process remains, no result is lost; the end is bit-identical.
+
+    A running trial cannot be resumed by hand. The sweep uses the result of a stopped trial that was resumed by hand.
+    """
     folder = tmp_path / "sweep"
     long = (*QUICK, LR, "sweep.trials=2", "sweep.parallel=2", "trainer.max_epochs=120")
     child = start_sweep(folder, *long)
@@ -138,14 +142,20 @@ def test_sigterm_saves_the_sweep_and_the_same_command_continues_it(tmp_path):
         wait_for(lambda run=folder / f"trial-{number:04}": (run / "metrics.jsonl").exists() and lines(run) > 3)
     processes = descendants(child)
     assert len(processes) == 3  # the server and two trials
+    with pytest.raises(InUse, match="in use by process"):
+        reopened(folder / "trial-0000")
     os.kill(child, signal.SIGTERM)
     assert wait_for_exit(child) == 143
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     assert [trial.state for trial in trials_of(folder)] == [TrialState.WAITING] * 2
     stopped = json.loads((folder / "trial-0001" / "summary.json").read_text())
     assert stopped["status"] == "interrupted" and 0 < stopped["step"] < 720
+    by_hand = reopened(folder / "trial-0000")
+    assert by_hand is not None
+    run_to_end(by_hand)
     code, out = run_sweep(folder, *long)
     assert code == 0, out
+    assert [trial.state for trial in trials_of(folder)] == [TrialState.COMPLETE] * 2
     assert run_sweep(tmp_path / "uninterrupted", *long)[0] == 0
     for name in ("trial-0000", "trial-0001"):
         actual, expected = (last_state(sweep / name) for sweep in (folder, tmp_path / "uninterrupted"))

@@ -25,8 +25,9 @@ def exit_with_parent(parent: int) -> None:
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """Return how a process ended: `was killed by SIGKILL`, `exited with code 1`, `exited` if the code is unknown."""
+    """Return how a process ended: `was killed by SIGTERM`, `exited with code 1`, `exited` if the code is unknown."""
     names = {-number: f"was killed by {number.name}" for number in signal.Signals}
+    names[-signal.SIGKILL] += ", as the system does if memory is exhausted"
     return names.get(exit_code or 0, "exited" if exit_code is None else f"exited with code {exit_code}")
 
 
