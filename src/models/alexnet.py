@@ -1,4 +1,4 @@
-"""AlexNet: the convolutional network that won ImageNet 2012 and made deep networks popular.
+"""AlexNet: the convolutional network that won the ImageNet challenge of 2012.
 
 Sizes at (3, 227, 227); `|` separates two groups of maps without connections between them (the paper's two GPUs):
 

@@ -1,4 +1,4 @@
-"""VGG: 3x3 convolutions only, with more of them in the stages with smaller maps.
+"""VGG: 3x3 convolutions only, in stages; each stage halves the size of the maps and has up to twice the filters.
 
     image -> [3x3 -> ReLU] x n -> 2x2 max pool -> ... one stage for each list in `stages` ... -> head -> logits
 
