@@ -20,7 +20,7 @@ from conftest import built, composed, reopened, run_to_end, stop_after, trained
 from core.config import CONFIGS, leaves
 from core.errors import CheckpointError, ConfigError, StopSignal
 from core.json_lines import read_lines
-from core.options.commands import ConvertConfig, EvaluateConfig, PredictConfig, RunsConfig, SweepConfig
+from core.options.commands import ConvertConfig, EvaluateConfig, PredictConfig, ReportConfig, RunsConfig, SweepConfig
 from core.options.declarations import TrainConfig
 from core.options.files import comments_of, keys_of_options
 from core.options.help import help_text
@@ -36,6 +36,7 @@ SCHEMAS = {
     "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "report": ReportConfig,
     "runs": RunsConfig,
     "convert": ConvertConfig,
 }

@@ -12,7 +12,14 @@ import yaml
 pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train": [], "evaluate": ["run=x"], "predict": ["run=x", "input=x"], "runs": [], "sweep": []}
+SCRIPTS = {
+    "train": [],
+    "evaluate": ["run=x"],
+    "predict": ["run=x", "input=x"],
+    "report": ["run=x"],
+    "runs": [],
+    "sweep": [],
+}
 LIMIT = 1.0  # seconds, with -X importtime; the fastest of several tries
 
 

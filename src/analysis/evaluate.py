@@ -13,7 +13,7 @@ from rich.text import Text
 
 from core.config import Config
 from core.durable import write_durably
-from core.errors import CheckpointError, DataError, StorageError, printable
+from core.errors import CheckpointError, ConfigError, DataError, StorageError, printable
 from core.options.commands import EvaluateConfig
 from core.options.declarations import DataOptions, TrainConfig
 from data.loading.loaders import EvalLoader
@@ -82,6 +82,18 @@ def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
         raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
     return splits
+
+
+def read_all_splits(run: LoadedRun, *, data_config: TrainConfig) -> Splits:
+    """Return the splits of the run's data, with training images of data.image_size, as `read_splits` does.
+
+    Image files stay files, even if their pixels would fit into memory, so that each image has its path.
+    """
+    data: DataOptions = {**data_config["data"], "memory_budget": 0}
+    try:
+        return read_splits(run, "train", {**data_config, "data": data})
+    except ConfigError:  # a data set that is always in memory
+        return read_splits(run, "train", data_config)
 
 
 def show(report: dict[str, Any]) -> None:

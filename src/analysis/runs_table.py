@@ -23,8 +23,7 @@ from core.intervals import margin_of
 from core.json_lines import read_lines
 from core.options.commands import RunsConfig, WhereOptions
 from core.options.schema import is_compared
-from core.regular_files import read_regular
-from core.run_config import read_run_config
+from core.run_config import read_run_config, read_summary
 
 FINISHED = ("finished", "stopped_early")  # a mean over seeds does not count runs that were interrupted
 ABSENT = object()  # stands for an option that a run does not have
@@ -154,15 +153,6 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "experiment": repr(list(compared.items())),
         "options": {name: value for name, value in compared.items() if not name.startswith("choices.")},
     }
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """Return the summary.json of a run; an empty dict if the file does not exist or is damaged."""
-    try:
-        summary = json.loads(read_regular(run / "summary.json", follow=False))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def value_with_margin(row: dict[str, Any], metric: str) -> str:

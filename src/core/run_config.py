@@ -4,6 +4,7 @@ RUN/config.yaml -> read_run_config (no interpolation) -> checked_run_config (dec
 """
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -89,3 +90,12 @@ def fill_environment(record: TrainConfig) -> TrainConfig:
             variable = value.removeprefix(FROM_ENVIRONMENT)
             raise ConfigError(name, f"came from the environment variable {variable}; type it again: {name}=...")
     return values
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return the summary.json of a run; an empty dict if the file does not exist or is damaged."""
+    try:
+        summary = json.loads(read_regular(run / "summary.json", follow=False))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}

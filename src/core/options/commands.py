@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from core.options.declarations import TrainConfig
 from core.options.rules import integer, like
-from core.options.value_types import Count, CountOrZero, Device, FilePath, Positive
+from core.options.value_types import Count, CountOrZero, Device, FilePath, Positive, Share
 
 OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
 CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
@@ -64,6 +64,23 @@ class PredictConfig(RunConfig):
     input: FilePath
     output: FilePath
     batch_size: Count
+
+
+class ReportOptions(TypedDict):
+    """Section `report`."""
+
+    human_error: Share | None
+    groups: FilePath | None
+    images: Count
+    seconds: Positive
+
+
+class ReportConfig(RunConfig):
+    """The config of report.py."""
+
+    output: FilePath | None
+    root: FilePath | None
+    report: ReportOptions
 
 
 class ConvertConfig(TypedDict):

@@ -25,7 +25,8 @@ from core.durable import hidden_name, remove_leftovers, sync_folder, write_durab
 from core.errors import CheckpointError, StorageError
 from core.json_lines import read_lines
 from core.options.declarations import TrainConfig
-from core.regular_files import append_regular, read_regular
+from core.regular_files import append_regular
+from core.run_config import read_summary
 from trainer.snapshot import Snapshot
 from trainer.storage.checkpoint import CheckpointFolder
 from trainer.storage.lock import lock_or_refuse, take_lock
@@ -154,11 +155,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json, or {} if it does not exist or is damaged."""
-        try:
-            summary = json.loads(read_regular(self.path / "summary.json", follow=False))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
+        return read_summary(self.path)
 
 
 def refuse_existing(path: Path) -> None:
