@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import built, composed, run_script, trained
 from PIL import Image
+from scipy import stats
 from sklearn import metrics
 
 from analysis.report.calibration import BINS, best_temperature, calibrate
+from analysis.report.comparison import Experiment, compare
 from analysis.report.decomposition import parts_of
 from analysis.report.measurements import Measured
 from analysis.report.slices import confused_pairs, quarters, read_groups, slices_of
@@ -237,6 +239,46 @@ def test_findings_are_ranked_by_severity_then_probability():
 
     chosen = [finding("a", "info", 0.9), finding("b", "error", 0.2), finding("c", "warning", 0.9)]
     assert [each.id for each in ranked([*chosen, finding("d", "error", 0.7)])] == ["d", "b", "c", "a"]
+
+
+# Comparison of runs
+
+
+def test_difference_of_experiments_is_that_of_a_paired_t_test():
+    first = Experiment(name="a", runs=[], by_seed={0: 0.90, 1: 0.91, 2: 0.93, 7: 0.5})
+    second = Experiment(name="b", runs=[], by_seed={2: 0.96, 0: 0.92, 1: 0.94})
+    difference = compare(second, first, "val/accuracy")
+    test = stats.ttest_rel([0.92, 0.94, 0.96], [0.90, 0.91, 0.93])
+    interval = test.confidence_interval(0.95)
+    assert difference.seeds == 3
+    assert (difference.mean - difference.margin, difference.mean + difference.margin) == pytest.approx(
+        (interval.low, interval.high)
+    )
+    assert difference.sentence == "b is better than a by 2.67 ± 1.43 points in val/accuracy on 3 seeds."
+    assert compare(first, second, "val/loss").sentence.startswith("a is better than b by 0.0267")  # a lower loss
+    single = compare(Experiment(name="c", runs=[], by_seed={0: 0.5}), first, "val/accuracy")
+    assert (
+        single.sentence == "c differs from a by -40.00 points in val/accuracy, but one seed says nothing about chance."
+    )
+
+
+def test_runs_are_compared_by_experiment(tmp_path):
+    for name, lr in (("a", 0.05), ("b", 1e-6)):
+        for seed in (0, 1):
+            trained(tmp_path / f"{name}{seed}", f"optimizer.lr={lr}", f"seed={seed}", "trainer.max_epochs=4")
+    runs = ",".join(f"{name}{seed}" for name in "ab" for seed in (0, 1))
+    done = run_script(ROOT / "scripts/report.py", f"run=[{runs}]", "report.metric=val/loss", "output=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    summaries = {run: json.loads((tmp_path / run / "summary.json").read_text()) for run in runs.split(",")}
+    losses = {run: summary["best"]["metrics"]["val/loss"] for run, summary in summaries.items()}
+    assert [each["runs"] for each in content["experiments"]] == [["a0", "a1"], ["b0", "b1"]]
+    (difference,) = content["differences"]
+    expected = (losses["b0"] - losses["a0"] + losses["b1"] - losses["a1"]) / 2
+    assert difference["mean"] == pytest.approx(expected) and difference["seeds"] == 2
+    assert difference["sentence"] in done.stdout
+    refused = run_script(ROOT / "scripts/report.py", "run=[a0,missing]", cwd=tmp_path)
+    assert refused.returncode == 3 and "error[data] missing: is not a run folder" in refused.stderr
 
 
 # Whole reports

@@ -143,8 +143,12 @@ def _expand_paths(config: dict[str, Any], options: Mapping[str, Option]) -> None
         section: Any = config
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if option.is_path and isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = expanded_home(section[key])
+        if option.is_path and isinstance(section, dict):
+            value = section.get(key)
+            if isinstance(value, str):
+                section[key] = expanded_home(value)
+            elif isinstance(value, list):
+                section[key] = [expanded_home(path) for path in value]
 
 
 def _without_environment(composed: DictConfig) -> dict[str, Any]:

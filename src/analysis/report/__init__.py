@@ -5,8 +5,9 @@
     decomposition.py error per split -> avoidable bias, variance, data mismatch, overfitting to validation
     slices.py        error by class, brightness, contrast and the user's groups; most confused classes
     calibration.py   reliability of the probabilities: bins, expected calibration error, temperature
+    comparison.py    several runs: experiments paired over their seeds, with an interval on the difference
     figures.py       the plots of the page
-    page.py          the HTML page, from report.html.j2
+    page.py          the HTML page, from report.html.j2 or comparison.html.j2
 
 run folder -> measurements -> diagnosis.run_rules, decomposition, slices, calibration -> page
 """

@@ -15,13 +15,14 @@ from rich.console import Console
 from analysis.evaluate import read_all_splits
 from analysis.report import figures
 from analysis.report.calibration import calibrate
+from analysis.report.comparison import compare, read_experiments
 from analysis.report.decomposition import parts_of
 from analysis.report.measurements import Measured, measure_splits
 from analysis.report.page import render
 from analysis.report.slices import confused_pairs, read_groups, slices_of
 from core.config import Config
 from core.durable import write_durably
-from core.errors import CheckpointError, DataError, PreceptorError, printable
+from core.errors import CheckpointError, ConfigError, DataError, PreceptorError, printable
 from core.json_lines import read_lines
 from core.options.commands import ReportConfig
 from core.run_config import checked_run_config, read_summary
@@ -35,20 +36,46 @@ MAX_MISTAKES = 24
 
 
 def write_report(config: Config[ReportConfig]) -> None:
-    """Write report.html and report.json of a run, and print its findings.
+    """Write report.html and report.json of a run, and print its findings; or compare several runs.
 
     A run without a usable checkpoint or without its data gets a report of what is left, with a notice. Raises
     CheckpointError if the folder is not a run, and StorageError if the files cannot be written.
     """
     values = config.values
-    folder = Path(values["run"])
-    report, images = gather(folder, values)
-    target = Path(values["output"]) if values["output"] else folder
+    if isinstance(values["run"], list):
+        folders = [Path(run) for run in values["run"]]
+        report, images = gather_comparison(folders, values["report"]["metric"])
+        template, target = "comparison.html.j2", folders[0].parent
+    else:
+        report, images = gather(Path(values["run"]), values)
+        template, target = "report.html.j2", Path(values["run"])
+    target = Path(values["output"]) if values["output"] else target
+    report = _finite(report)
     target.mkdir(parents=True, exist_ok=True)
-    write_durably(target / "report.json", (json.dumps(_finite(report), indent=2) + "\n").encode())
-    write_durably(target / "report.html", render(report, images).encode("utf-8", "replace"))
+    write_durably(target / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_durably(target / "report.html", render(template, report, images).encode("utf-8", "replace"))
     show(report)
     print(f"written to {target / 'report.html'} and {target / 'report.json'}")
+
+
+def gather_comparison(folders: list[Path], metric: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the content of report.json for several runs, and the figure of the page. Raises DataError."""
+    if not folders:
+        raise ConfigError("run", "must name at least one run folder", value=[])
+    experiments = read_experiments(folders, metric)
+    report = {
+        "metric": metric,
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "command": shlex.join(["python", "scripts/report.py", *sys.argv[1:]]),
+        "experiments": [
+            {**asdict(experiment), "mean": experiment.mean, "spread": experiment.spread} for experiment in experiments
+        ],
+        "differences": [asdict(compare(other, experiments[0], metric)) for other in experiments[1:]],
+        "findings": [],
+        "notices": [],
+    }
+    seeds = figures.metric_of_seeds({each.name: each.by_seed for each in experiments}, metric)
+    return report, {"seeds": figures.data_url(seeds)}
 
 
 def gather(folder: Path, values: ReportConfig) -> tuple[dict[str, Any], dict[str, str]]:
@@ -214,7 +241,9 @@ def _finite(node: Any) -> Any:
 def show(report: dict[str, Any]) -> None:
     """Print the findings, or that there are none."""
     console = Console(highlight=False, soft_wrap=True)
-    if not report["findings"]:
+    for difference in report.get("differences", []):
+        console.print(printable(difference["sentence"]), markup=False)
+    if not report["findings"] and "differences" not in report:
         console.print("no finding: the run looks healthy")
     for finding in report["findings"]:
         numbers = ", ".join(f"{name} {value}" for name, value in finding["evidence"].items())

@@ -74,6 +74,17 @@ def error_parts(parts: Sequence[Part]) -> Figure:
     return figure
 
 
+def metric_of_seeds(values: Mapping[str, Mapping[int, float]], metric: str) -> Figure:
+    """Return a metric of each run: one row per experiment, one dot per seed, and the mean as a line."""
+    figure, (axes,) = new_figure(0.9 + 0.4 * len(values))
+    for row, by_seed in enumerate(values.values()):
+        axes.plot(list(by_seed.values()), [row] * len(by_seed), "o", color=BLUE, alpha=0.7)
+        axes.plot([sum(by_seed.values()) / len(by_seed)] * 2, [row - 0.3, row + 0.3], color=ORANGE, linewidth=2)
+    axes.set_yticks(range(len(values)), [name[:40] for name in values], parse_math=False)
+    axes.set(xlabel=metric, ylim=(len(values) - 0.5, -0.5))
+    return figure
+
+
 def reliability_diagram(calibration: Calibration) -> Figure:
     """Return accuracy over predicted probability: bars on the diagonal are calibrated."""
     figure, (axes,) = new_figure(3.2)

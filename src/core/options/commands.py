@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from core.options.declarations import TrainConfig
 from core.options.rules import integer, like
-from core.options.value_types import Count, CountOrZero, Device, FilePath, Positive, Share
+from core.options.value_types import Count, CountOrZero, Device, FilePath, Metric, Positive, Share
 
 OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
 CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
@@ -73,11 +73,17 @@ class ReportOptions(TypedDict):
     groups: FilePath | None
     images: Count
     seconds: Positive
+    metric: Metric | Literal["test/loss", "test/accuracy"]
 
 
-class ReportConfig(RunConfig):
+class ReportConfig(TypedDict):
     """The config of report.py."""
 
+    run: FilePath | list[FilePath]
+    checkpoint: Literal["best", "last"]
+    device: Device
+    trust: list[str]
+    traceback: bool
     output: FilePath | None
     root: FilePath | None
     report: ReportOptions

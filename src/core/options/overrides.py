@@ -42,6 +42,8 @@ def _with_quoted_path(argument: str, options: Mapping[str, Option], *, is_grid: 
     option = options.get(key.lstrip("+"))
     if not equals or option is None or not option.is_path or value == "null" or "${" in value or value[:1] in "'\"":
         return argument
+    if option.takes_lists and value.startswith("[") and value.endswith("]"):
+        return argument
     path = expanded_home(value)
     try:
         (override,) = OverridesParser.create().parse_overrides([f"{key}={path}"])

@@ -25,6 +25,7 @@ class Option:
     is_free_on_resume: bool
     is_compared: bool
     is_path: bool
+    takes_lists: bool
 
 
 @cache
@@ -41,6 +42,7 @@ def options_of(schema: Schema) -> dict[str, Option]:
             is_free_on_resume=FREE_ON_RESUME in marks,
             is_compared=NOT_COMPARED not in marks,
             is_path=_is_path(hint),
+            takes_lists=any(get_origin(_unwrapped(member)[0]) is list for member in _members(inner)),
         )
         options |= {f"{key}.{name}": option for name, option in keys.items()}
     return options
