@@ -67,7 +67,7 @@ def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> Non
             [row[key] for key in ("run", "model", "data", "seed", "status", "parameters", "seconds")]
             + [row["metrics"].get(name, "") for name in metrics]
         )
-    write_output(path, content.getvalue().encode())
+    write_output(path, content.getvalue().encode(errors="surrogateescape"))  # a name may not be UTF-8
 
 
 def draw_curves(rows: list[dict[str, Any]], folder: Path, *, name: str, path: Path) -> None:

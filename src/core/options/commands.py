@@ -63,6 +63,7 @@ class PredictConfig(RunConfig):
 
     input: FilePath
     output: FilePath
+    on_bad_image: Literal["error", "skip"]
     batch_size: Count
 
 

@@ -20,7 +20,7 @@ from core.errors import CheckpointError
 from core.options.declarations import TrainConfig
 from core.run_config import checked_run_config, fill_environment
 from data.loading.normalisation import Normalisation
-from data.sources.decode import decode
+from data.sources.decode import MAX_PIXELS, decode
 from data.sources.pixels import recolour, resize
 from trainer.build.instantiate import resolve
 from trainer.build.model import build_model
@@ -41,12 +41,13 @@ class Transform:
     channels: int
     fit: str
     normalisation: Normalisation
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger image is bad
 
     def __call__(self, image: str | Path | Tensor) -> Tensor:
         """Return float32 (channels, image_size, image_size) for an image file or uint8 pixels (1 or 3, H, W)."""
         if not isinstance(image, Tensor):
             size = self.image_size if self.fit == "resize" else None  # padded images keep their own size
-            image = decode(image, image_size=size, channels=self.channels)
+            image = decode(image, image_size=size, channels=self.channels, max_pixels=self.max_pixels)
         pixels = recolour(image.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
         resized = resize(pixels, image_size=self.image_size, fit=self.fit)
         return self.normalisation(resized.to(self.normalisation.device))[0]
@@ -97,7 +98,13 @@ def load_run(
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),
-        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation.to(place)),
+        transform=Transform(
+            image_size=data["image_size"],
+            channels=data["channels"],
+            fit=data["fit"],
+            normalisation=normalisation.to(place),
+            max_pixels=data.get("max_pixels") or MAX_PIXELS,  # only data sets of image files have the key
+        ),
         class_names=class_names,
         config=config,
         snapshot=snapshot,
