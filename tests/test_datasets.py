@@ -440,7 +440,7 @@ def test_evaluation_and_prediction_need_only_the_run_folder(tmp_path, monkeypatc
         probabilities = loaded.model(batch.images).softmax(1)
 
     shared = {"run": str(tmp_path / "run"), "checkpoint": "best", "device": "cpu", "trust": []}
-    call(evaluate_run, shared | {"split": split, "root": None})
+    call(evaluate_run, shared | {"split": split, "root": None, "tta": None, "output": None})
     accuracy = (probabilities.argmax(1) == images.labels).float().mean().item()
     assert f"{len(images)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 

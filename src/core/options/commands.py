@@ -54,8 +54,10 @@ class RunConfig(TypedDict):
 class EvaluateConfig(RunConfig):
     """The config of evaluate.py."""
 
-    split: Literal["train", "val", "test"]
+    split: Literal["train", "val", "test", "all"]
     root: FilePath | None
+    tta: Literal["none", "mirror", "mirror_shift"] | None
+    output: FilePath | None
 
 
 class PredictConfig(RunConfig):

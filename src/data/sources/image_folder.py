@@ -4,6 +4,7 @@ check the arguments -> find the splits and classes -> list the files of each spl
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from core.errors import ConfigError, DataError
 from data.sources.collection import Collection, with_test
 from data.sources.decode import MAX_PIXELS
 from data.sources.images import Files, Images, with_cache
-from data.sources.listing import SUFFIXES, Skipped, is_skipped_folder, pack_class_folders
+from data.sources.listing import SUFFIXES, PackedPaths, Skipped, is_skipped_folder, pack_class_folders
 
 CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so it is not a class
 SPLIT_NAMES = {  # usual names of split folders, in lower case
@@ -77,6 +78,29 @@ def image_folder(
     if folders["train"] != base:
         return Collection(images["train"], images.get("val"), images.get("test"), class_names)
     return with_test(images["train"], fraction=test_fraction, class_names=class_names)
+
+
+def labelled_files(root: Path, class_names: Sequence[str]) -> tuple[PackedPaths, Tensor]:
+    """Return all image files of a folder with one folder per class, and their labels (N,): positions in `class_names`.
+
+    A class may have no folder. Raises DataError for a folder that is not a class, and if there are no images.
+    """
+    if not root.is_dir():
+        raise DataError(str(root), "is not a folder" if root.exists() else "does not exist")
+    names, skipped = _folders_in(root), Skipped()
+    if unknown := [name for name in names if name not in class_names]:
+        explanation = f"has folders that are not classes of the run: {_first(unknown)}; its classes: "
+        explanation += _first(list(class_names))
+        if splits := [name for name in unknown if name.lower() in SPLIT_NAMES]:
+            explanation += f"; to evaluate the folder of one split: root={root / splits[-1]}"
+        raise DataError(str(root), explanation)
+    paths, counts = pack_class_folders(root, names, skipped)
+    if not len(paths):
+        raise DataError(str(root), f"has no images in folders of the classes {_first(list(class_names))}")
+    if skipped.counts:
+        log.warning(f"{root}: {skipped}")
+    positions = torch.tensor([list(class_names).index(name) for name in names])
+    return paths, positions.repeat_interleave(torch.tensor(counts))
 
 
 def _check(*, empty_class: str, on_bad_image: str, max_pixels: int, test_fraction: float) -> None:

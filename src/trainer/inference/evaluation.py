@@ -57,7 +57,7 @@ def evaluate(
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, object]],
     *,
     autocast: AbstractContextManager[object] | None = None,
 ) -> tuple[Tensor, Tensor]:

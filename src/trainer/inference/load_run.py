@@ -68,9 +68,16 @@ class LoadedRun:
 
 
 def load_run(
-    path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None
+    path: str | Path,
+    *,
+    checkpoint: str = "best",
+    device: str = "cpu",
+    trust: list[str] | None = None,
+    tta: str | None = None,
 ) -> LoadedRun:
     """Rebuild the model of a run with its best (or last) weights.
+
+    `tta` is the test-time augmentation (none, mirror or mirror_shift); None: that of the run.
 
     Raises CheckpointError if the folder holds no usable checkpoint, and SecurityError if its config names classes that
     are neither built in nor of torch or torchvision; `trust=["package"]` allows those of a package.
@@ -94,7 +101,7 @@ def load_run(
     place = choose_device(device, "fp32")
     data = config["data"]
     return LoadedRun(
-        model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
+        model=with_tta(model.to(place).eval(), tta or config["trainer"]["tta"]),
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),
