@@ -149,7 +149,7 @@ class Run:
         self.recorder.event("resume", step=step, **facts)
         self.recorder.say(f"resumed {self.folder.path} at step {step:,} of {total:,} from {checkpoint.name}")
         lines = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
-        self.recorder.changes(lines, step=step)
+        self.recorder.changes(lines, self.training.record, step=step)
 
     def __enter__(self) -> "Run":
         self._closing.enter_context(self.recorder.display)
