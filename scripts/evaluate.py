@@ -7,6 +7,9 @@ It prints accuracy, top-5 accuracy, macro F1 and cross-entropy, a table of preci
 the confusion matrix. It writes them to RUN/evaluation-SPLIT.json.
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import EvaluateConfig
 
