@@ -7,16 +7,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from data.sources.collection import Collection, with_test
-from data.sources.decode import MAX_PIXELS
+from data.sources.decode import MAX_PIXELS, largest_16_bit_value
 from data.sources.images import Files, Images, with_cache
 from data.sources.listing import SUFFIXES, PackedPaths, Skipped, is_skipped_folder, pack_class_folders
 
+SAMPLED_FILES = 16  # that are read for the warning about data.bits
 CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so it is not a class
 SPLIT_NAMES = {  # usual names of split folders, in lower case
     **dict.fromkeys(("train", "training"), "train"),
@@ -39,6 +41,7 @@ def image_folder(
     empty_class: str,
     on_bad_image: str = "error",
     max_pixels: int = MAX_PIXELS,
+    bits: int | None = None,
     cache_dir: str | None = None,
     create_cache: bool = True,
     stored_size: int | None = None,
@@ -63,10 +66,13 @@ def image_folder(
         _check_classes(folder, expected=class_names)
         paths, counts = pack_class_folders(folder, class_names, skipped)
         _check_counts(folder, dict(zip(class_names, counts, strict=True)), empty_class=empty_class)
-        files = Files(paths, image_size=image_size, channels=channels, on_bad_image=on_bad_image, max_pixels=max_pixels)
+        decoding: dict[str, Any] = {"on_bad_image": on_bad_image, "max_pixels": max_pixels, "bits": bits}
+        files = Files(paths, image_size=image_size, channels=channels, **decoding)
         splits[name] = files, torch.arange(len(class_names)).repeat_interleave(torch.tensor(counts))
     if skipped.counts:
         log.warning(f"{base}: {skipped}")
+    if bits is None:
+        _warn_of_few_bits(splits["train"][0].paths)
     if cache_dir is not None and limit_train is None:  # after all other checks
         cache = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
         train_sizes = {stored_size or image_size} | (set() if "val" in splits else {image_size})
@@ -78,6 +84,22 @@ def image_folder(
     if folders["train"] != base:
         return Collection(images["train"], images.get("val"), images.get("test"), class_names)
     return with_test(images["train"], fraction=test_fraction, class_names=class_names)
+
+
+def _warn_of_few_bits(paths: PackedPaths) -> None:
+    """Log one warning if the first 16-bit files use a small part of their range, as 12-bit cameras and scanners do."""
+    largest = [largest_16_bit_value(path) for path in paths[:SAMPLED_FILES]] if len(paths) else []
+    values = [value for value in largest if value is not None]
+    needed = max(8, max(values, default=2**16 - 1).bit_length())
+    if needed < 15:
+        file = paths[largest.index(values[0])]
+        text = (
+            f"{file}: stored in 16 bits, but the largest value in the first {len(values)} such files is {max(values):,}"
+        )
+        log.warning(
+            f"{text}; the images are dark and have few grey levels; if all values have {needed} bits, set "
+            f"data.bits={needed}, else data.bits=16"
+        )
 
 
 def labelled_files(root: Path, class_names: Sequence[str]) -> tuple[PackedPaths, Tensor]:

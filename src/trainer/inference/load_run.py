@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,14 @@ class Transform:
     fit: str
     normalisation: Normalisation
     max_pixels: int = MAX_PIXELS  # of an image file; a larger image is bad
+    bits: int | None = None  # of the values in 16-bit files; None: 16
 
     def __call__(self, image: str | Path | Tensor) -> Tensor:
         """Return float32 (channels, image_size, image_size) for an image file or uint8 pixels (1 or 3, H, W)."""
         if not isinstance(image, Tensor):
             size = self.image_size if self.fit == "resize" else None  # padded images keep their own size
-            image = decode(image, image_size=size, channels=self.channels, max_pixels=self.max_pixels)
+            limits: dict[str, Any] = {"max_pixels": self.max_pixels, "bits": self.bits}
+            image = decode(image, image_size=size, channels=self.channels, **limits)
         pixels = recolour(image.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
         resized = resize(pixels, image_size=self.image_size, fit=self.fit)
         return self.normalisation(resized.to(self.normalisation.device))[0]
@@ -111,6 +114,7 @@ def load_run(
             fit=data["fit"],
             normalisation=normalisation.to(place),
             max_pixels=data.get("max_pixels") or MAX_PIXELS,  # only data sets of image files have the key
+            bits=data.get("bits"),
         ),
         class_names=class_names,
         config=config,
