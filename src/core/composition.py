@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -69,7 +69,8 @@ def _compose(
     config_name: str | None, arguments: Sequence[str], folders: Sequence[Path], *, return_hydra_config: bool = False
 ) -> DictConfig:
     GlobalHydra.instance().clear()  # the composition of the command line is no longer needed
-    path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    quoted = [QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders]  # may contain `(`
+    path = [f"hydra.searchpath=[{','.join(quoted)}]"] if folders else []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(config_name, [*path, *arguments], return_hydra_config=return_hydra_config)
 
