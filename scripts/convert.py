@@ -5,6 +5,9 @@
 The file is read in a separate process that accepts tensors only.
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import ConvertConfig
 

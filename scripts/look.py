@@ -10,6 +10,9 @@ the same figures for TensorBoard, to run_dir (null: outputs/<date>_<time>-look-<
     lr.png        the learning rate of each parameter group
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.declarations import TrainConfig
 

@@ -5,6 +5,9 @@
 The command writes one line per image: file, predicted class, its probability, and the probability of each class.
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import PredictConfig
 

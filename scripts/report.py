@@ -7,6 +7,9 @@ It prints the findings, and writes report.html (one file, for a browser) and rep
 also works on failed, interrupted and running runs. Several runs are compared, paired over their seeds.
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import ReportConfig
 

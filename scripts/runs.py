@@ -5,6 +5,9 @@
 `output` writes the table as CSV, `curves` writes a figure of the learning curves.
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import RunsConfig
 

@@ -5,6 +5,9 @@ python scripts/sweep.py sweep=tpe sweep.dir=DIR sweep.trials=50 sweep.parallel=4
 python scripts/sweep.py ...                the same command resumes a sweep, also after it was killed
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.commands import SweepConfig
 

@@ -6,6 +6,9 @@ python scripts/train.py -m model=mlp,lenet5 seed=0,1    one run for each combina
 python scripts/train.py resume=outputs/RUN              resumes a run
 """
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
+# isort: split
 from core.command_line import launch
 from core.options.declarations import TrainConfig
 

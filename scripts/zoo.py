@@ -11,6 +11,8 @@ them, edit tests/goldens.json and run the command with --write. A new model gets
 
 import argparse
 
+import own_packages  # noqa: F401  exits if another folder hides one of our packages
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print a table of all models with their parameters and multiply-adds.")
     parser.add_argument("--write", action="store_true", help="write tests/goldens.json and docs/models.md")

@@ -440,7 +440,7 @@ def test_evaluation_and_prediction_need_only_the_run_folder(tmp_path, monkeypatc
         probabilities = loaded.model(batch.images).softmax(1)
 
     shared = {"run": str(tmp_path / "run"), "checkpoint": "best", "device": "cpu", "trust": []}
-    call(evaluate_run, shared | {"split": split, "root": None})
+    call(evaluate_run, shared | {"split": split, "root": None, "tta": None, "output": None})
     accuracy = (probabilities.argmax(1) == images.labels).float().mean().item()
     assert f"{len(images)} samples: accuracy {accuracy:.4f}" in capsys.readouterr().out
 
@@ -448,11 +448,14 @@ def test_evaluation_and_prediction_need_only_the_run_folder(tmp_path, monkeypatc
     for number, image in enumerate(encoded_images[:3]):
         pixels = decode(image, image_size=None, channels=3) if isinstance(image, Path) else image
         Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze()).save(tmp_path / f"images/{number}.png")
-    call(predict_images, shared | {"input": str(tmp_path / "images"), "output": str(tmp_path / "out"), "batch_size": 2})
+    call(predict_images, shared | {"input": str(tmp_path / "images"), "output": str(tmp_path / "out")} | BATCHES)
     rows = [line.split(",") for line in (tmp_path / "out").read_text().splitlines()]
     assert rows[0][3:] == loaded.class_names
     written = torch.tensor([[float(value) for value in row[3:]] for row in rows[1:]])
     torch.testing.assert_close(written, probabilities[:3], rtol=0, atol=2e-6)  # six digits are written
+
+
+BATCHES = {"batch_size": 2, "on_bad_image": "error"}
 
 
 def call(command: Callable[[Config], None], values: dict[str, object]) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from core.config import CONFIGS
+
 pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -507,3 +509,12 @@ def test_damaged_run_config_names_its_key(script, tmp_path, edit):
     file.write_text(file.read_text().replace(*edit, 1))
     code, _, err = script("train", "resume=run", "trainer.max_epochs=9")
     assert code in (2, 6) and err.count("\n") == 1 and ("data" in err or "seed" in err or "True" in err), err
+
+
+@pytest.mark.parametrize("name", ["my (configs), [1]", "größe=1 'x'"])
+def test_errors_are_explained_with_any_name_of_a_config_folder(script, tmp_path, name):
+    folder = tmp_path / name / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text((CONFIGS / "model/mlp.yaml").read_text())
+    code, _, err = script("train", "--config-dir", str(folder.parent), "model=mine", "optimizer.lrr=1")
+    assert (code, err) == (2, "error[config] optimizer.lrr = 1: unknown key; did you mean optimizer.lr?\n")

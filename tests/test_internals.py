@@ -40,10 +40,13 @@ INTERNALS = {
     "omegaconf": ["omegaconf.resolvers.oc", "omegaconf.errors.OmegaConfBaseException"],
     "tensorboard": [
         "tensorboard.backend.event_processing.event_file_loader.EventFileLoader",
+        "tensorboard.backend.event_processing.event_file_loader.RawEventFileLoader",
+        "tensorboard.compat.proto.event_pb2.Event",
         "tensorboard.compat.proto.event_pb2.SessionLog",
         "tensorboard.compat.proto.summary_pb2.Summary",
         "tensorboard.plugins.hparams.plugin_data_pb2.HParamsPluginData",
         "tensorboard.summary.writer.event_file_writer",
+        "tensorboard.summary.writer.record_writer.RecordWriter",
     ],
 }
 NAMES = {name for names in INTERNALS.values() for name in names}

@@ -306,7 +306,7 @@ def test_evaluation_gives_the_accuracy_of_training_without_fitting(tmp_path, mon
     run = trained(tmp_path / "run", *ZCA)
     monkeypatch.setattr(normalisation, "whitening", None)
     values = {"run": str(tmp_path / "run"), "split": "val", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate_run(Config(values=values | {"trust": []}, record={}, job=None))
+    evaluate_run(Config(values=values | {"trust": [], "tta": None, "output": None}, record={}, job=None))
     line = f"accuracy {run.state.best['metrics']['val/accuracy']:.4f}"
     assert line in capsys.readouterr().out
 

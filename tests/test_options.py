@@ -400,7 +400,7 @@ def test_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
     }
     assert names[TrainConfig] == ["run_dir", "resume", "init_from", "data.root", "data.cache_dir"]
     assert names[SweepConfig] == [*names[TrainConfig], "sweep.dir"]
-    assert (names[EvaluateConfig], names[PredictConfig]) == (["run", "root"], ["run", "input", "output"])
+    assert (names[EvaluateConfig], names[PredictConfig]) == (["run", "root", "output"], ["run", "input", "output"])
     assert names[RunsConfig] == ["folder", "output", "curves"]
     for schema, keys in names.items():
         for key in keys:

@@ -22,6 +22,7 @@ import yaml
 from conftest import MLP, built, composed, last_state, packed, reopened, run_to_end, stop_after, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from core.errors import CheckpointError, ConfigError, DataError, StopSignal, StorageError, as_preceptor_error
@@ -716,3 +717,17 @@ def test_signals_of_clusters_save_and_stop_the_run(tmp_path, uninterrupted, numb
     assert stop.value.exit_code == 128 + number and run.state.step == 4
     resume_to_end(tmp_path / "run")
     assert last_state(tmp_path / "run") == last_state(uninterrupted())
+
+
+def test_hparams_show_the_values_after_the_last_resume_and_scalars_stay(tmp_path):
+    folder = tmp_path / "run"
+    trained(folder, "trainer.max_epochs=1", "optimizer.lr=0.25")
+    for epochs, learning_rate in ((2, 0.125), (3, 0.0625)):
+        run_to_end(reopened(folder, f"trainer.max_epochs={epochs}", f"optimizer.lr={learning_rate}"))
+        reader = EventAccumulator(str(folder)).Reload()  # as TensorBoard reads a run
+        content = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        shown = HParamsPluginData.FromString(content).session_start_info.hparams
+        assert shown["optimizer.lr"].number_value == learning_rate
+        assert shown["trainer.max_epochs"].number_value == epochs
+        steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+        assert [event.step for event in reader.Scalars("val/loss")] == steps and len(steps) == epochs

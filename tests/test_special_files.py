@@ -523,7 +523,7 @@ def test_finished_run_on_a_read_only_disk_can_be_evaluated_but_not_continued(tmp
     assert Run.resume(resumed_config(folder, [], TrainConfig)) is None
     values = {"run": str(folder), "checkpoint": "best", "device": "cpu", "trust": [], "split": "test", "root": None}
     capsys.readouterr()
-    evaluate_run(Config(values=values, record={}, job=None))
+    evaluate_run(Config(values=values | {"tta": None, "output": None}, record={}, job=None))
     out, err = capsys.readouterr()
     assert "accuracy" in out and "evaluation-test.json was not written" in err and "Read-only file system" in err
     with pytest.raises((StorageError, OSError), match="Read-only file system"):

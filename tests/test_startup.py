@@ -1,5 +1,6 @@
 """Start-up time: scripts print help and configs without importing torch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -87,3 +88,24 @@ def test_run_config_is_read_without_hydra():
     """A notebook that loads a run needs only `core.run_config` to read the config."""
     _, _, modules = start("-c", "import core.run_config")
     assert "yaml" in modules and not modules & {"hydra", "omegaconf", "rich", "tensorboard"}
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "runs", "sweep", "look", "convert", "zoo"])
+@pytest.mark.parametrize("hidden", ["core/__init__.py", "models/__init__.py", "data.py"])
+def test_scripts_name_both_folders_if_a_users_folder_hides_a_package(tmp_path, script, hidden):
+    file = tmp_path / "mine" / hidden
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "mine/trainer").mkdir()  # no package: it hides nothing
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "mine"), str(ROOT / "src")])}
+    command = [sys.executable, str(ROOT / f"scripts/{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    name = Path(hidden).parts[0].removesuffix(".py")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    other = file.parent if file.name == "__init__.py" else file
+    assert line.startswith(f"error[config] {name}: would be imported from {other} instead of {ROOT / 'src' / name};")
+    assert f"remove {tmp_path / 'mine'} from PYTHONPATH" in line
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    if hidden == "data.py":
+        assert subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, check=False).returncode == 0

@@ -230,7 +230,7 @@ def test_look_and_evaluate_use_the_input_size_of_the_model(root, tmp_path):
 
     run = load_run(trained(tmp_path / "run", *overrides(root, None)).folder.path)
     values = {"run": str(tmp_path / "run"), "split": "train", "checkpoint": "best", "device": "cpu", "root": None}
-    evaluate_run(Config(values=values | {"trust": []}, record={}, job=None))
+    evaluate_run(Config(values=values | {"trust": [], "tta": None, "output": None}, record={}, job=None))
     report = json.loads((tmp_path / "run" / "evaluation-train.json").read_text())
     with torch.no_grad():
         logits = run.model(torch.stack([run.transform(path) for path in splits.train.pixels.paths]))

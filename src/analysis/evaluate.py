@@ -4,19 +4,23 @@ import errno
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from core.config import Config
-from core.durable import write_durably
+from core.durable import check_output, write_durably, write_output
 from core.errors import CheckpointError, ConfigError, DataError, StorageError, printable
 from core.options.commands import EvaluateConfig
 from core.options.declarations import DataOptions, TrainConfig
 from data.loading.loaders import EvalLoader
+from data.sources.image_folder import labelled_files
 from data.sources.splits import Splits
 from trainer.build.data import build_data
 from trainer.device import configure_tf32
@@ -27,28 +31,59 @@ MAX_CLASSES = 20  # of a confusion matrix in the terminal; a larger matrix is wr
 
 
 def evaluate_run(config: Config[EvaluateConfig]) -> None:
-    """Evaluate the run's model on a split, print the metrics and write them to RUN/evaluation-SPLIT.json.
+    """Evaluate the run's model on a split, print the metrics and write them to a JSON file.
 
-    If the run folder is read-only, a warning is printed and no file is written. Raises CheckpointError if the
-    checkpoint is unusable or the data is not that of the run, DataError if the data has no such split, and StorageError
-    if writing fails for another reason.
+    `split=all` evaluates the images of another labelled folder. If the run folder is read-only, a warning is printed
+    and no file is written. Raises CheckpointError if the checkpoint is unusable or the data is not that of the run,
+    ConfigError if `split=all` lacks its folder, DataError if the data has no such split or the folder is unsuitable,
+    and StorageError if writing fails for another reason.
     """
     values = config.values
-    folder, split = Path(values["run"]), values["split"]
-    run = load_run(folder, checkpoint=values["checkpoint"], device=values["device"], trust=values["trust"])
+    folder, split, root = Path(values["run"]), values["split"], values["root"]
+    if split == "all" and not root:
+        raise ConfigError("split", "evaluates another labelled folder; type it too: root=FOLDER", value=split)
+    if values["output"]:
+        check_output(Path(values["output"]), key="output")  # before any work
+    run = load_run(
+        folder,
+        checkpoint=values["checkpoint"],
+        device=values["device"],
+        trust=values["trust"],
+        tta=values["tta"],
+    )
     configure_tf32(run.config["trainer"]["tf32"], run.device)
-    report = {"run": str(folder), "split": split, "step": run.snapshot.step}
-    report |= compute(run, split, data_config=with_data_root(run, values["root"]))
+    own_tta = run.config["trainer"]["tta"]
+    report: dict[str, Any] = {
+        "run": str(folder),
+        "split": split,
+        "step": run.snapshot.step,
+        "tta": values["tta"] or own_tta,
+    }
+    if split == "all" and root:
+        report |= {"root": root, **compute_folder(run, Path(root))}
+    else:
+        report |= compute(run, split, data_config=with_data_root(run, root))
     show(report)
-    path = folder / f"evaluation-{split}.json"
+    path = Path(values["output"] or folder / file_name(report, own_tta=own_tta))
+    content = (json.dumps(report, indent=2) + "\n").encode()
     try:
-        write_durably(path, (json.dumps(report, indent=2) + "\n").encode())
+        write_output(path, content) if values["output"] else write_durably(path, content)
     except StorageError as error:
-        if not is_read_only(error):
+        if values["output"] or not is_read_only(error):
             raise
         print(f"warning: {path} was not written: {error.explanation}", file=sys.stderr)
     else:
         print(f"written to {path}")
+
+
+def file_name(report: dict[str, Any], *, own_tta: str) -> str:
+    """Return a file name that differs for another folder or test-time augmentation than those of the run."""
+    parts = ["evaluation", report["split"]]
+    if "root" in report:
+        parts.append(Path(report["root"]).resolve().name[:100])
+    if report["tta"] != own_tta:
+        parts.append(report["tta"])
+    return f"{'-'.join(parts)}.json"
 
 
 def is_read_only(error: StorageError) -> bool:
@@ -72,6 +107,23 @@ def compute(run: LoadedRun, split: str, *, data_config: TrainConfig) -> dict[str
     return measure(logits, labels, run.class_names)
 
 
+def compute_folder(run: LoadedRun, root: Path) -> dict[str, Any]:
+    """Return the metrics of the run's model on all images of a folder with one folder per class.
+
+    The images are decoded as by predict.py. Raises DataError if a folder is not a class of the run or has no images.
+    """
+    paths, labels = labelled_files(root, run.class_names)
+    size = run.config["data"]["eval_batch_size"]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, None]]:
+        for start in range(0, len(paths), size):
+            images = [run.transform(path) for path in paths[start : start + size]]
+            yield torch.stack(images).to(run.device), labels[start : start + size], None
+
+    logits, labels = predict(run.model, batches(), autocast=run.autocast)
+    return measure(logits, labels, run.class_names)
+
+
 def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
     """Return the splits of the run's data. Raises CheckpointError if their fingerprint differs from that of the run."""
     # Evaluation needs images of data.image_size, so training images are not read at data.stored_size.
@@ -80,7 +132,8 @@ def read_splits(run: LoadedRun, split: str, data_config: TrainConfig) -> Splits:
     options: DataOptions = {**data, "stored_size": None} if split == "train" else data
     splits = build_data(options, seed=data_config["seed"], normalisation=normalisation)
     if splits.fingerprint != run.snapshot.values["data"]["fingerprint"]:
-        raise CheckpointError("data", "differs from the data this run was trained on (fingerprint)")
+        advice = "to evaluate other labelled images: split=all root=FOLDER"
+        raise CheckpointError("data", f"differs from the data this run was trained on (fingerprint); {advice}")
     return splits
 
 

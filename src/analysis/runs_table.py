@@ -45,6 +45,8 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     if not rows:
         raise DataError(str(folder), "contains no runs (folder)")
     rows = select(rows, values["where"])
+    hidden = [row for row in rows if row["debug"]] if not values["where"]["debug"] else []
+    rows = [row for row in rows if row not in hidden] or rows
     add_differences(rows)
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
@@ -53,6 +55,8 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     worst = float("inf") if metric.endswith("loss") else float("-inf")
     rows.sort(key=lambda row: row["metrics"].get(metric, worst), reverse=not metric.endswith("loss"))
     show(rows, metric)
+    if len(hidden) and not rows[0]["debug"]:
+        print(f"{len(hidden)} runs with debug=... are hidden; where.debug=true shows them")
     if values["output"]:
         write_csv(rows, known, Path(values["output"]))
         print(f"written to {values['output']}")
@@ -69,7 +73,7 @@ def write_csv(rows: list[dict[str, Any]], metrics: list[str], path: Path) -> Non
     for row in rows:
         cells = [" ".join(row[key]) if key == "tags" else row[key] for key in columns]
         table.writerow(cells + [row["metrics"].get(name, "") for name in metrics])
-    write_output(path, content.getvalue().encode())
+    write_output(path, content.getvalue().encode(errors="surrogateescape"))  # a name may not be UTF-8
 
 
 def select(rows: list[dict[str, Any]], where: WhereOptions) -> list[dict[str, Any]]:
@@ -77,7 +81,7 @@ def select(rows: list[dict[str, Any]], where: WhereOptions) -> list[dict[str, An
 
     Raises DataError if there are none.
     """
-    wanted = {key: str(pattern) for key, pattern in where.items() if key != "tags" and pattern is not None}
+    wanted = {key: str(where[key]) for key in ("model", "data", "name", "status") if where[key] is not None}
     chosen = [
         row
         for row in rows
@@ -142,6 +146,7 @@ def read_row(run: Path, folder: Path) -> dict[str, Any] | None:
         "run": str(run.relative_to(folder)),
         "name": config.get("name") or "",
         "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
+        "debug": config["choices"].get("debug", ""),
         "model": config["choices"]["model"],
         "data": config["choices"]["data"],
         "seed": config["seed"],
@@ -170,7 +175,7 @@ def show(rows: list[dict[str, Any]], metric: str) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     run = Column("run", no_wrap=True)  # users copy the name into other commands
     shown_metrics = [metric, *(["test/accuracy"] if metric != "test/accuracy" else [])]
-    optional = [key for key in ("name", "tags", "differs") if any(row[key] for row in rows)]
+    optional = [key for key in ("name", "tags", "debug", "differs") if any(row[key] for row in rows)]
     columns = ("model", "data", *optional, "seed", "status", "seconds")
     table = Table(run, *columns, *shown_metrics, caption=CAPTION)
     for row in rows:

@@ -75,7 +75,9 @@ def argv_for_hydra() -> Iterator[tuple[str, list[str]]]:
     the jobs.
     """
     original_argv = list(sys.argv)
-    overrides = [item for item in original_argv[1:] if item[0] != "-" and ("=" in item or item[0] == "~")]
+    of_flags = {item for flag, item in itertools.pairwise(original_argv) if flag in FLAGS_WITH_VALUE}  # may contain `=`
+    free = [item for item in original_argv[1:] if item not in of_flags]
+    overrides = [item for item in free if item[0] != "-" and ("=" in item or item[0] == "~")]
     others = [item for item in original_argv[1:] if item not in overrides]
     for flag in (item.partition("=")[0] for item in others if item.startswith("-")):
         if flag not in FLAGS:  # argparse would print its usage

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -69,7 +69,8 @@ def _compose(
     config_name: str | None, arguments: Sequence[str], folders: Sequence[Path], *, return_hydra_config: bool = False
 ) -> DictConfig:
     GlobalHydra.instance().clear()  # the composition of the command line is no longer needed
-    path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    quoted = [QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders]  # may contain `(`
+    path = [f"hydra.searchpath=[{','.join(quoted)}]"] if folders else []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(config_name, [*path, *arguments], return_hydra_config=return_hydra_config)
 
@@ -122,6 +123,8 @@ def resolve_and_check(
             record.setdefault("augment", {})
         if "choices" in declared:
             named = {group: str(option) for group, option in choices.items() if group in values}
+            if choices.get("debug"):
+                named["debug"] = str(choices["debug"])  # `runs.py` hides debug runs
             values["choices"] = record["choices"] = named
         check(values, schema, record=record)
         for section in (values, record):

@@ -57,6 +57,24 @@ def write_output(path: Path, content: bytes) -> None:
         raise StorageError(str(path), f"cannot be written: {exception.strerror or exception}") from exception
 
 
+def check_output(path: Path, *, key: str) -> None:
+    """Raise StorageError if `write_output` could not write this file; `key` is the option that names it."""
+    try:
+        target = path.resolve()
+        is_special = target.exists() and not target.is_file()
+        if target.is_dir():
+            reason = f"is a folder: {key} must name a file"
+        elif not target.parent.is_dir():
+            reason = f"cannot be written: the folder {target.parent} does not exist"
+        elif not os.access(target if is_special else target.parent, os.W_OK if is_special else os.W_OK | os.X_OK):
+            reason = f"cannot be written: no permission ({key})"
+        else:
+            return
+    except (OSError, RuntimeError) as exception:  # RuntimeError: a loop of links
+        raise StorageError(str(path), f"cannot be written: {exception}") from exception
+    raise StorageError(str(path), reason)
+
+
 def link_durably(existing: Path, path: Path) -> None:
     """Give an existing file a second name (hard link). Raises OSError if the file system has no hard links."""
     temporary = _temporary(path)

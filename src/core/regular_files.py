@@ -55,7 +55,7 @@ def append_regular(path: Path, text: str, *, sync: bool = False) -> None:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a FIFO that no process reads
             _refuse_irregular(path, path.lstat())
         raise
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:  # names may not be UTF-8
         _refuse_irregular(path, os.fstat(descriptor))
         file.write(text)
         if sync:

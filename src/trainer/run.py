@@ -154,7 +154,7 @@ class Run:
         lines = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
         if changes and not self.loop.evaluation_is_due():  # an evaluation must log the learning rate of its own step
             lines += learning_rate_change(self.state, self.folder)
-        self.recorder.changes(lines, step=step)
+        self.recorder.changes(lines, self.training.record, step=step)
 
     def __enter__(self) -> "Run":
         self._closing.enter_context(self.recorder.display)

@@ -54,8 +54,10 @@ class RunConfig(TypedDict):
 class EvaluateConfig(RunConfig):
     """The config of evaluate.py."""
 
-    split: Literal["train", "val", "test"]
+    split: Literal["train", "val", "test", "all"]
     root: FilePath | None
+    tta: Literal["none", "mirror", "mirror_shift"] | None
+    output: FilePath | None
 
 
 class PredictConfig(RunConfig):
@@ -63,6 +65,7 @@ class PredictConfig(RunConfig):
 
     input: FilePath
     output: FilePath
+    on_bad_image: Literal["error", "skip"]
     batch_size: Count
 
 
@@ -105,6 +108,7 @@ class WhereOptions(TypedDict):
     name: str | None
     status: str | None
     tags: list[str]
+    debug: bool
 
 
 class RunsConfig(TypedDict):

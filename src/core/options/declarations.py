@@ -76,6 +76,7 @@ class DataOptions(TypedDict, total=False):
     test_fraction: ShareBelowOne
     on_bad_image: Annotated[Literal["error", "skip"], FREE_ON_RESUME, NOT_COMPARED]
     max_pixels: Count
+    bits: Annotated[int, integer(8, 16)] | None
     cache_dir: Annotated[FilePath | None, FREE_ON_RESUME, NOT_COMPARED]
 
 

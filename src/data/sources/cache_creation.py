@@ -39,7 +39,14 @@ log = logging.getLogger("preceptor.data")
 
 
 def open_cache(
-    paths: PackedPaths, folder: Path, *, shape: Shape, max_pixels: int, skip_bad: bool, create: bool = True
+    paths: PackedPaths,
+    folder: Path,
+    *,
+    shape: Shape,
+    max_pixels: int,
+    skip_bad: bool,
+    bits: int | None = None,
+    create: bool = True,
 ) -> Cache | None:
     """Return the cache of these files in a folder, decoded to the shape (N, C, H, W).
 
@@ -50,7 +57,7 @@ def open_cache(
     """
     if not paths:
         return None
-    path = folder.absolute() / f"{cache_key(paths, shape=shape, max_pixels=max_pixels)}.npy"
+    path = folder.absolute() / f"{cache_key(paths, shape=shape, max_pixels=max_pixels, bits=bits)}.npy"
     try:
         cache = load_cache(path, shape, can_repair=create)
         if cache is None and not create:
@@ -62,7 +69,7 @@ def open_cache(
                     return cache
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             _remove_abandoned(folder)
-            Creation(path, paths, shape=shape, max_pixels=max_pixels, skip_bad=skip_bad, old=cache).run()
+            Creation(path, paths, shape=shape, max_pixels=max_pixels, skip_bad=skip_bad, old=cache, bits=bits).run()
             cache = load_cache(path, shape, can_repair=True)
     except BadImage:
         raise
@@ -75,9 +82,9 @@ def open_cache(
     return cache
 
 
-def cache_key(paths: PackedPaths, *, shape: Shape, max_pixels: int) -> str:
+def cache_key(paths: PackedPaths, *, shape: Shape, max_pixels: int, bits: int | None = None) -> str:
     """Return a hash of what the decoded pixels depend on, without the content of the files."""
-    digest = hashlib.blake2b(repr((RULE, shape, max_pixels)).encode(), digest_size=12)
+    digest = hashlib.blake2b(repr((RULE, shape, max_pixels, *([bits] if bits else []))).encode(), digest_size=12)
     paths.update(digest)
     return digest.hexdigest()
 
@@ -113,10 +120,18 @@ class Creation:
     """Creates a cache, or replaces the rows of an old one that are damaged or outdated."""
 
     def __init__(
-        self, path: Path, paths: PackedPaths, *, shape: Shape, max_pixels: int, skip_bad: bool, old: Cache | None
+        self,
+        path: Path,
+        paths: PackedPaths,
+        *,
+        shape: Shape,
+        max_pixels: int,
+        skip_bad: bool,
+        old: Cache | None,
+        bits: int | None = None,
     ) -> None:
         self.path, self.paths, self.shape = path, paths, shape
-        self.max_pixels, self.skip_bad, self.old = max_pixels, skip_bad, old
+        self.max_pixels, self.skip_bad, self.old, self.bits = max_pixels, skip_bad, old, bits
         self.index = Index.empty(shape[0])
         # Views of its tensors: assigning a row of them is ten times as fast.
         self._facts, self._contents = self.index.facts.numpy(), self.index.contents.numpy()
@@ -199,7 +214,8 @@ class Creation:
     def _decode_open(self, file: BinaryIO, name: str, row: int) -> tuple[Facts, bytes, Tensor]:
         facts, (_, channels, image_size, _) = facts_of(file.fileno()), self.shape
         try:
-            pixels = decode_file(file, name, image_size=image_size, channels=channels, max_pixels=self.max_pixels)
+            limits: dict[str, Any] = {"max_pixels": self.max_pixels, "bits": self.bits}
+            pixels = decode_file(file, name, image_size=image_size, channels=channels, **limits)
         except BadImage as error:
             if not self.skip_bad:
                 raise

@@ -3,7 +3,7 @@
     stored as                           becomes
     1 bit, grey, palette, CMYK, ...     8-bit grey or RGB, by Pillow; colour to grey is ITU-R 601 luma
     with transparency                   composited on white
-    16-bit grey                         value / 257, rounded: 65535 becomes 255, nothing is clipped
+    16-bit grey                         value x 255 / (2^bits - 1), rounded; `bits` is 16 unless it is set
     with an EXIF orientation            rotated upright
     an animation                        its first frame
     any size                            the centre square, resized to image_size (bilinear, antialiased)
@@ -91,14 +91,16 @@ class PillowLimit:
 UNLIMITED = PillowLimit()
 
 
-def decode(path: str | Path, *, image_size: int | None, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(
+    path: str | Path, *, image_size: int | None, channels: int, max_pixels: int = MAX_PIXELS, bits: int | None = None
+) -> Tensor:
     """Return an image file as uint8 (channels, image_size, image_size), by the rule at the top of this module.
 
     With `image_size=None` the centre square keeps its size. Raises BadImage, or DataError if the file cannot be read.
     """
 
     def decode_open(file: BinaryIO) -> Tensor:
-        return decode_file(file, str(path), image_size=image_size, channels=channels, max_pixels=max_pixels)
+        return decode_file(file, str(path), image_size=image_size, channels=channels, max_pixels=max_pixels, bits=bits)
 
     return with_retries(Path(path), decode_open)
 
@@ -122,9 +124,11 @@ def with_retries(path: Path, use: Callable[[BinaryIO], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
-def decode_file(file: BinaryIO, name: str, *, image_size: int | None, channels: int, max_pixels: int) -> Tensor:
+def decode_file(
+    file: BinaryIO, name: str, *, image_size: int | None, channels: int, max_pixels: int, bits: int | None = None
+) -> Tensor:
     """Return an open image file as `decode` does. Raises BadImage, or OSError if the file cannot be read."""
-    image = _open(file, name, mode="L" if channels == 1 else "RGB", max_pixels=max_pixels)
+    image = _open(file, name, mode="L" if channels == 1 else "RGB", max_pixels=max_pixels, bits=bits)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     size = image_size or side
@@ -133,7 +137,7 @@ def decode_file(file: BinaryIO, name: str, *, image_size: int | None, channels: 
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (C, H, W)
 
 
-def _open(content: BinaryIO, name: str, *, mode: str, max_pixels: int) -> Image.Image:
+def _open(content: BinaryIO, name: str, *, mode: str, max_pixels: int, bits: int | None) -> Image.Image:
     """Return the decoded image, upright. Raises BadImage, or OSError if the file cannot be read."""
     try:
         # Pillow gets no path: it would map plain formats into memory, and a truncated file would kill the process.
@@ -141,7 +145,7 @@ def _open(content: BinaryIO, name: str, *, mode: str, max_pixels: int) -> Image.
             if file.width * file.height > max_pixels:
                 size = f"{file.width} x {file.height} = {file.width * file.height:,} pixels"
                 raise BadImage(name, f"has {size}: must be at most data.max_pixels = {max_pixels:,}")
-            return _eight_bit(ImageOps.exif_transpose(file)).convert(mode)
+            return _eight_bit(ImageOps.exif_transpose(file), bits).convert(mode)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -152,16 +156,29 @@ def _open(content: BinaryIO, name: str, *, mode: str, max_pixels: int) -> Image.
         raise BadImage(name, f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image, bits: int | None) -> Image.Image:
     """Return the image without transparency and with 8 bits per channel."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its values are {values.min()} to {values.max()}: must be within 0 to 65535")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        largest = 2 ** (bits or 16) - 1
+        if values.min() < 0 or values.max() > largest:
+            key = f" (data.bits={bits})" if bits else ""
+            raise ValueError(f"its values are {values.min()} to {values.max()}: must be within 0 to {largest}{key}")
+        return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("it contains floating-point values of unknown scale")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image
+
+
+def largest_16_bit_value(path: Path) -> int | None:
+    """Return the largest value of an image file with 16-bit values; None for other files, and if it is unreadable."""
+    try:
+        with open_regular(path) as content, UNLIMITED, Image.open(content, formats=FORMATS) as file:
+            if not file.mode.startswith("I") or file.width * file.height > MAX_PIXELS:
+                return None
+            return int(np.asarray(file).max())
+    except Exception:  # Pillow's decoders raise many kinds of exceptions; reading the image later reports the error
+        return None

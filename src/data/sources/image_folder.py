@@ -4,18 +4,21 @@ check the arguments -> find the splits and classes -> list the files of each spl
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from data.sources.collection import Collection, with_test
-from data.sources.decode import MAX_PIXELS
+from data.sources.decode import MAX_PIXELS, largest_16_bit_value
 from data.sources.images import Files, Images, with_cache
-from data.sources.listing import SUFFIXES, Skipped, is_skipped_folder, pack_class_folders
+from data.sources.listing import SUFFIXES, PackedPaths, Skipped, is_skipped_folder, pack_class_folders
 
+SAMPLED_FILES = 16  # that are read for the warning about data.bits
 CACHE_NAME = ".preceptor"  # in the folder of the images; hidden, so it is not a class
 SPLIT_NAMES = {  # usual names of split folders, in lower case
     **dict.fromkeys(("train", "training"), "train"),
@@ -38,6 +41,7 @@ def image_folder(
     empty_class: str,
     on_bad_image: str = "error",
     max_pixels: int = MAX_PIXELS,
+    bits: int | None = None,
     cache_dir: str | None = None,
     create_cache: bool = True,
     stored_size: int | None = None,
@@ -62,10 +66,13 @@ def image_folder(
         _check_classes(folder, expected=class_names)
         paths, counts = pack_class_folders(folder, class_names, skipped)
         _check_counts(folder, dict(zip(class_names, counts, strict=True)), empty_class=empty_class)
-        files = Files(paths, image_size=image_size, channels=channels, on_bad_image=on_bad_image, max_pixels=max_pixels)
+        decoding: dict[str, Any] = {"on_bad_image": on_bad_image, "max_pixels": max_pixels, "bits": bits}
+        files = Files(paths, image_size=image_size, channels=channels, **decoding)
         splits[name] = files, torch.arange(len(class_names)).repeat_interleave(torch.tensor(counts))
     if skipped.counts:
         log.warning(f"{base}: {skipped}")
+    if bits is None:
+        _warn_of_few_bits(splits["train"][0].paths)
     if cache_dir is not None and limit_train is None:  # after all other checks
         cache = base / CACHE_NAME if cache_dir == "auto" else Path(cache_dir).expanduser()
         train_sizes = {stored_size or image_size} | (set() if "val" in splits else {image_size})
@@ -77,6 +84,45 @@ def image_folder(
     if folders["train"] != base:
         return Collection(images["train"], images.get("val"), images.get("test"), class_names)
     return with_test(images["train"], fraction=test_fraction, class_names=class_names)
+
+
+def _warn_of_few_bits(paths: PackedPaths) -> None:
+    """Log one warning if the first 16-bit files use a small part of their range, as 12-bit cameras and scanners do."""
+    largest = [largest_16_bit_value(path) for path in paths[:SAMPLED_FILES]] if len(paths) else []
+    values = [value for value in largest if value is not None]
+    needed = max(8, max(values, default=2**16 - 1).bit_length())
+    if needed < 15:
+        file = paths[largest.index(values[0])]
+        text = (
+            f"{file}: stored in 16 bits, but the largest value in the first {len(values)} such files is {max(values):,}"
+        )
+        log.warning(
+            f"{text}; the images are dark and have few grey levels; if all values have {needed} bits, set "
+            f"data.bits={needed}, else data.bits=16"
+        )
+
+
+def labelled_files(root: Path, class_names: Sequence[str]) -> tuple[PackedPaths, Tensor]:
+    """Return all image files of a folder with one folder per class, and their labels (N,): positions in `class_names`.
+
+    A class may have no folder. Raises DataError for a folder that is not a class, and if there are no images.
+    """
+    if not root.is_dir():
+        raise DataError(str(root), "is not a folder" if root.exists() else "does not exist")
+    names, skipped = _folders_in(root), Skipped()
+    if unknown := [name for name in names if name not in class_names]:
+        explanation = f"has folders that are not classes of the run: {_first(unknown)}; its classes: "
+        explanation += _first(list(class_names))
+        if splits := [name for name in unknown if name.lower() in SPLIT_NAMES]:
+            explanation += f"; to evaluate the folder of one split: root={root / splits[-1]}"
+        raise DataError(str(root), explanation)
+    paths, counts = pack_class_folders(root, names, skipped)
+    if not len(paths):
+        raise DataError(str(root), f"has no images in folders of the classes {_first(list(class_names))}")
+    if skipped.counts:
+        log.warning(f"{root}: {skipped}")
+    positions = torch.tensor([list(class_names).index(name) for name in names])
+    return paths, positions.repeat_interleave(torch.tensor(counts))
 
 
 def _check(*, empty_class: str, on_bad_image: str, max_pixels: int, test_fraction: float) -> None:

@@ -51,6 +51,7 @@ class Files:
     channels: int
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
+    bits: int | None = None  # of the values in 16-bit files; None: 16
     caches: Mapping[int, Cache] = field(default_factory=dict)  # by image_size
     known: Problems = field(default_factory=Problems, init=False)  # reported already
 
@@ -70,7 +71,8 @@ class Files:
                 return pixels
             except UnusableRow as error:
                 problems.uncached[index] = str(error)
-        return decode(path, image_size=self.image_size, channels=self.channels, max_pixels=self.max_pixels)
+        size, channels = self.image_size, self.channels
+        return decode(path, image_size=size, channels=channels, max_pixels=self.max_pixels, bits=self.bits)
 
     @property
     def cache(self) -> Cache | None:
@@ -139,6 +141,7 @@ def with_cache(files: Files, folder: Path, *, create: bool = True) -> Files:
         folder,
         shape=files.shape,
         max_pixels=files.max_pixels,
+        bits=files.bits,
         skip_bad=files.on_bad_image == "skip",
         create=create,
     )

@@ -53,7 +53,7 @@ def write_card(plan: Plan, trial: FrozenTrial, name: str) -> None:
         "",
         yaml.safe_dump(card, sort_keys=False) if card else "",
     ]
-    write_durably(path, "\n".join(lines).encode())
+    write_durably(path, "\n".join(lines).encode(errors="surrogateescape"))
 
 
 def _differing(plan: Plan, config: Config[TrainConfig], arguments: list[str]) -> list[tuple[str, Any]]:

@@ -40,7 +40,7 @@ def write_report(plan: Plan, store: Store, console: Console) -> None:
     for name, trial in cards.items():
         write_card(plan, trial, name)
     page = render(plan, trials, order, front, importance_of(store), has_card=bool(cards))
-    write_durably(plan.folder / "sweep.html", page.encode())
+    write_durably(plan.folder / "sweep.html", page.encode(errors="backslashreplace"))  # a name may not be UTF-8
     if order:
         console.print(leaderboard(plan, trials, rows=5))
     console.print(f"report  {plan.folder / 'sweep.html'}", markup=False)
@@ -76,7 +76,7 @@ def write_table(plan: Plan, trials: list[FrozenTrial], path: Path) -> None:
         metrics = [results.get(part, {}).get(name, "") for name in names for part in ("metrics", "spread")]
         head = [trial.number, outcome(trial), is_feasible(trial), *sampled]
         table.writerow([*head, *metrics, results.get("wall", ""), results.get("error", "")])
-    write_durably(path, content.getvalue().encode())
+    write_durably(path, content.getvalue().encode(errors="surrogateescape"))
 
 
 def importance_of(store: Store) -> dict[str, float]:

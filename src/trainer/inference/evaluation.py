@@ -77,7 +77,7 @@ class Predictions:
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, object]],
     *,
     autocast: AbstractContextManager[object] | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from core.errors import CheckpointError
 from core.options.declarations import TrainConfig
 from core.run_config import checked_run_config, fill_environment
 from data.loading.normalisation import Normalisation
-from data.sources.decode import decode
+from data.sources.decode import MAX_PIXELS, decode
 from data.sources.pixels import recolour, resize
 from trainer.build.instantiate import resolve
 from trainer.build.model import build_model
@@ -41,12 +42,15 @@ class Transform:
     channels: int
     fit: str
     normalisation: Normalisation
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger image is bad
+    bits: int | None = None  # of the values in 16-bit files; None: 16
 
     def __call__(self, image: str | Path | Tensor) -> Tensor:
         """Return float32 (channels, image_size, image_size) for an image file or uint8 pixels (1 or 3, H, W)."""
         if not isinstance(image, Tensor):
             size = self.image_size if self.fit == "resize" else None  # padded images keep their own size
-            image = decode(image, image_size=size, channels=self.channels)
+            limits: dict[str, Any] = {"max_pixels": self.max_pixels, "bits": self.bits}
+            image = decode(image, image_size=size, channels=self.channels, **limits)
         pixels = recolour(image.unsqueeze(0), channels=self.channels)  # (1, C, H, W)
         resized = resize(pixels, image_size=self.image_size, fit=self.fit)
         return self.normalisation(resized.to(self.normalisation.device))[0]
@@ -67,9 +71,16 @@ class LoadedRun:
 
 
 def load_run(
-    path: str | Path, *, checkpoint: str = "best", device: str = "cpu", trust: list[str] | None = None
+    path: str | Path,
+    *,
+    checkpoint: str = "best",
+    device: str = "cpu",
+    trust: list[str] | None = None,
+    tta: str | None = None,
 ) -> LoadedRun:
     """Rebuild the model of a run with its best (or last) weights.
+
+    `tta` is the test-time augmentation (none, mirror or mirror_shift); None: that of the run.
 
     Raises CheckpointError if the folder holds no usable checkpoint, and SecurityError if its config names classes that
     are neither built in nor of torch or torchvision; `trust=["package"]` allows those of a package.
@@ -93,11 +104,18 @@ def load_run(
     place = choose_device(device, "fp32")
     data = config["data"]
     return LoadedRun(
-        model=with_tta(model.to(place).eval(), config["trainer"]["tta"]),
+        model=with_tta(model.to(place).eval(), tta or config["trainer"]["tta"]),
         probabilities=getattr(
             resolve("loss", config["loss"]["_target_"]), "probabilities", partial(torch.softmax, dim=1)
         ),
-        transform=Transform(data["image_size"], data["channels"], data["fit"], normalisation.to(place)),
+        transform=Transform(
+            image_size=data["image_size"],
+            channels=data["channels"],
+            fit=data["fit"],
+            normalisation=normalisation.to(place),
+            max_pixels=data.get("max_pixels") or MAX_PIXELS,  # only data sets of image files have the key
+            bits=data.get("bits"),
+        ),
         class_names=class_names,
         config=config,
         snapshot=snapshot,

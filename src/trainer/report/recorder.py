@@ -89,12 +89,12 @@ class Recorder:
             text = f"no graph in TensorBoard: the model cannot be traced ({type(exception).__name__})"
             self.warn(text, step=0)
 
-    def changes(self, changes: Sequence[str], *, step: int) -> None:
-        """Show the config values that a resume has changed."""
+    def changes(self, changes: Sequence[str], record: Mapping[str, Any], *, step: int) -> None:
+        """Show the config values that a resume has changed; `record` is the new config."""
         for text in changes:
             self.say(f"  {text}")
         if changes:
-            self.tensorboard.changes(changes, step)
+            self.tensorboard.changes(changes, record, step)
 
     def finish(self, record: Mapping[str, Any], test: Mapping[str, float], step: int) -> None:
         """Record the test metrics."""

@@ -8,6 +8,7 @@
 """
 
 import functools
+import io
 import json
 import logging
 import re
@@ -20,19 +21,22 @@ from typing import Any, TypeVar, cast
 
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.compat.proto.event_pb2 import SessionLog
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from core.config import leaves
+from core.durable import write_durably
 
 LOGGER = logging.getLogger("preceptor.tracking")
 EVENT_FILES = "events.out.tfevents.*"
+HPARAMS_TAGS = {"_hparams_/experiment", "_hparams_/session_start_info"}
 EVENT_TIME = re.compile(r"tfevents\.(\d+)\.")
 MAIN_HYPERPARAMETERS = ("data", "data.batch_size", "model", "optimizer.lr", "seed")
 FINAL_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/accuracy", "train/loss")
@@ -138,14 +142,26 @@ class TensorBoard:
         """Write the config as text, and its values as the HPARAMS of this run."""
         text = yaml.safe_dump(dict(record), sort_keys=False)
         self.writer.add_text("config", "```yaml\n" + text + "```", 0)
+        self.writer.add_custom_scalars(OVERVIEW)
+        self._hparams(record)
+
+    def _hparams(self, record: Mapping[str, Any]) -> None:
+        """Write the HPARAMS of the run; a debug run has none."""
+        if "debug" in record.get("choices", {}):
+            return
         experiment, start, _ = hparams(hyperparameters(record), dict.fromkeys(FINAL_METRICS, 0.0))
         for summary in (_main_columns_first(experiment), start):
             self.events.add_summary(summary)
-        self.writer.add_custom_scalars(OVERVIEW)
 
     @disable_on_error
-    def changes(self, changes: Sequence[str], step: int) -> None:
-        """Write the config values that a resume has changed, as text; `lr/*` and `momentum/*` use them from `step`."""
+    def changes(self, changes: Sequence[str], record: Mapping[str, Any], step: int) -> None:
+        """Write the config values that a resume has changed, as text, and replace the HPARAMS by the current ones.
+
+        `lr/*` and `momentum/*` use the new values from `step`.
+        """
+        for file in sorted(self.folder.glob(EVENT_FILES)):
+            remove_hparams(file)  # TensorBoard shows the first of a folder only
+        self._hparams(record)
         self.writer.add_text("changes", "\n\n".join(changes), step)
 
     @disable_on_error
@@ -210,6 +226,19 @@ def tags_at(folder: Path, step: int) -> set[str]:
             elif event.step == step:
                 tags |= {value.tag for value in event.summary.value}
     return tags
+
+
+def remove_hparams(file: Path) -> None:
+    """Remove the start of HPARAMS sessions from an event file; all other events keep their bytes."""
+    content, removed = io.BytesIO(), 0
+    writer = RecordWriter(content)
+    for data in RawEventFileLoader(str(file)).Load():
+        if {value.tag for value in Event.FromString(data).summary.value} & HPARAMS_TAGS:
+            removed += 1
+        else:
+            writer.write(data)
+    if removed:
+        write_durably(file, content.getvalue())
 
 
 def grid(images: Tensor, *, columns: int = 8, border: int = 2) -> Tensor:
