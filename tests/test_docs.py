@@ -29,7 +29,15 @@ COMMAND = re.compile(r"python scripts/(\w+)\.py")
 SMALL = ("trainer.max_steps=2", "trainer.threads=1", "trainer.log_graph=false", "trainer.log_images=false")
 TOUR_LINES = 1300
 # Commands that need something the tests do not have: the result of a sweep or of a long training, a Hydra plugin.
-NOT_RUNNABLE = ("experiment=best", "folder=outputs/", "KEY=VALUE", "hydra/launcher=", "=FILE.csv", "split=all", "[outputs/A")
+NOT_RUNNABLE = (
+    "experiment=best",
+    "folder=outputs/",
+    "KEY=VALUE",
+    "hydra/launcher=",
+    "=FILE.csv",
+    "split=all",
+    "[outputs/A",
+)
 
 
 def commands(page: Path) -> list[str]:

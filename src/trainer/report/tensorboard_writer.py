@@ -168,8 +168,9 @@ class TensorBoard:
     def finish(self, record: Mapping[str, Any], final: Mapping[str, float], step: int) -> None:
         """Write the test metrics and the end of the HPARAMS session."""
         self.scalars(final, step)
-        _, _, end = hparams(hyperparameters(record), {})
-        self.events.add_summary(end)
+        if "debug" not in record.get("choices", {}):
+            _, _, end = hparams(hyperparameters(record), {})
+            self.events.add_summary(end)
 
     @disable_on_error
     def images(self, tag: str, images: Tensor, step: int) -> None:
