@@ -233,7 +233,7 @@ def test_runs_of_a_grid_are_named_by_what_differs(folder, tmp_path):
     }
     assert "optimizer.lr=0.01" in shown and "base [x]" in shown
     none = run_script(ROOT / "scripts/runs.py", "where.tags=[base,missing]", cwd=tmp_path)
-    assert none.returncode == 3 and "error[data] where: none of 3 runs has tag base, tag missing" in none.stderr
+    assert none.returncode == 3 and "error[data] where: none of 4 runs has tag base, tag missing" in none.stderr
 
 
 def test_init_from_a_run_with_other_classes_keeps_matching_tensors(folder):
