@@ -83,6 +83,12 @@ class SecurityError(PreceptorError):
     kind, exit_code = "security", 7
 
 
+class FindingsError(PreceptorError):
+    """A check before training has found an error (check.py)."""
+
+    kind, exit_code = "findings", 8
+
+
 class TrialError(PreceptorError):
     """A trial of a sweep failed; the exit code is that of its training."""
 

@@ -1,7 +1,7 @@
 """Training losses: modules called as loss(logits (B, K), targets) -> scalar, the mean over the batch.
 
 Targets are labels, integers (B,), or, if samples are mixed (mixup, CutMix), probabilities (B, K). All losses compute in
-float32, also if autocast passes logits of 16 bits. With K classes:
+float32, also if autocast passes logits of 16 bits, or in float64 for such logits. With K classes:
 
     q = (1 - label_smoothing) target + label_smoothing / K        the smoothed target; a label is a one-hot row
     p = softmax(logits)
@@ -52,7 +52,8 @@ class Loss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss (scalar) for logits (B, K) and labels (B,) or probabilities (B, K)."""
-        losses = self.of_samples(logits.float(), targets)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses = self.of_samples(logits, targets)
         if self.class_weights is not None:
             losses = losses * (as_probabilities(targets, logits.shape[1]) * self.class_weights).sum(1)
         return losses.mean()
