@@ -20,7 +20,15 @@ from conftest import built, composed, reopened, run_to_end, stop_after, trained
 from core.config import CONFIGS, leaves
 from core.errors import CheckpointError, ConfigError, StopSignal
 from core.json_lines import read_lines
-from core.options.commands import ConvertConfig, EvaluateConfig, PredictConfig, ReportConfig, RunsConfig, SweepConfig
+from core.options.commands import (
+    ConvertConfig,
+    EvaluateConfig,
+    FindConfig,
+    PredictConfig,
+    ReportConfig,
+    RunsConfig,
+    SweepConfig,
+)
 from core.options.declarations import TrainConfig
 from core.options.files import comments_of, keys_of_options
 from core.options.help import help_text
@@ -35,6 +43,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
+    "find": FindConfig,
     "predict": PredictConfig,
     "report": ReportConfig,
     "runs": RunsConfig,
@@ -94,7 +103,7 @@ def test_declared_type_and_range_accept_and_refuse_the_listed_values(name):
 def test_each_option_has_a_yaml_line_with_a_comment(script):
     """The line is in the script's file, in a group's file, or in the file of an option that has the key."""
     commented = set(comments_of(CONFIGS / f"{script}.yaml")) | set(comments_of(CONFIGS / "train.yaml"))
-    for group in ("data", "model", "optimizer", "schedule", "loss", "trainer", "sweep"):
+    for group in ("data", "model", "optimizer", "schedule", "loss", "trainer", "sweep", "find"):
         for path in (CONFIGS / group).glob("*.yaml"):
             commented |= {f"{group}.{key}" for key in comments_of(path)}
     options = options_of(SCHEMAS[script])

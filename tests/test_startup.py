@@ -18,6 +18,7 @@ SCRIPTS = {
     "evaluate": ["run=x"],
     "predict": ["run=x", "input=x"],
     "report": ["run=x"],
+    "check": [],
     "runs": [],
     "sweep": [],
 }

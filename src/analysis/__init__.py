@@ -8,6 +8,7 @@ or builds the objects of a training (`trainer.build`). It then computes, prints 
     convert.py       weights of a pickle file as a safetensors file, for init_from
     runs_table.py    all runs under a folder, mean and standard deviation over seeds: table, CSV, learning curves
     check/           checks before the first step: gradients, initial weights, duplicates, classes
+    find/            learning-rate range test; throughput over batch size
     report/          report of a run: findings, parts of the error, mistakes, calibration; HTML and JSON
     look.py          input of a training: class counts, augmented images, learning rate; nothing is trained
     model_table.py   parameters and multiply-adds of every model config: table, goldens, docs/models.md

@@ -1,7 +1,7 @@
 """Declarations of the options of every command but train.py, in the form that `core.options.declarations` explains."""
 
 import re
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 from core.options.declarations import TrainConfig
 from core.options.rules import integer, like
@@ -39,6 +39,24 @@ class SweepConfig(TrainConfig):
     """The config of sweep.py: the config of its trials, and the section `sweep`."""
 
     sweep: SweepOptions
+
+
+class FindOptions(TypedDict, total=False):
+    """Section `find`."""
+
+    goal: Required[Literal["lr", "batch_size"]]
+    dir: Required[FilePath | None]
+    steps: Required[Count]
+    lowest: Positive
+    highest: Positive
+    smallest: Count
+    largest: Count
+
+
+class FindConfig(TrainConfig):
+    """The config of find.py: the config of the training, and the section `find`."""
+
+    find: FindOptions
 
 
 class RunConfig(TypedDict):

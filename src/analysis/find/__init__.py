@@ -1,0 +1,6 @@
+"""Finders: values for a training that are measured in seconds, for the script `find`.
+
+command.py         config -> measurement -> suggestion: table, find.png, find.json
+learning_rate.py   learning-rate range test, and the choice from its curve
+batch_size.py      samples per second of each batch size, and the choice
+"""
