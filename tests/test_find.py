@@ -9,7 +9,7 @@ import torch
 from conftest import composed, run_script
 from PIL import Image
 
-from analysis.find import batch_size, learning_rate
+from analysis.find import batch_size, data_amount, learning_rate
 from analysis.find.batch_size import Throughput
 from core.errors import NumericalError
 from trainer.build.training import build
@@ -29,13 +29,13 @@ def test_smoothing_equals_the_weighted_mean_of_all_losses():
         assert value == pytest.approx(sum(w * loss for w, loss in zip(weights, losses)) / sum(weights))
 
 
-def test_suggestion_is_a_quarter_of_the_learning_rate_of_the_lowest_loss():
+def test_suggestion_is_below_the_learning_rate_of_the_lowest_loss():
     """The loss falls between 1e-3 and 1e-2, stays, and explodes at 1."""
     rates = geometric(1e-4, 10, 101)
     curve = [(lr, max(1.0, min(2.0, 2 - math.log10(lr / 1e-3))) - 0.01 * lr if lr < 1 else 1 + 3 * lr) for lr in rates]
     lowest = min(range(101), key=learning_rate.smooth([loss for _, loss in curve]).__getitem__)
     suggestion = learning_rate.suggest(curve)
-    assert suggestion is not None and suggestion.lr == pytest.approx(rates[lowest] / 4, rel=0.05)
+    assert suggestion is not None and suggestion.lr == pytest.approx(rates[lowest] / 2.5, rel=0.05)
     assert 0.1 < suggestion.lr < 1
 
 
@@ -105,6 +105,23 @@ def test_batch_sizes_end_at_the_first_that_does_not_fit():
         batch_size.measure(lambda size: (_ for _ in ()).throw(NumericalError("loss", "NaN")), [8], steps=2)
 
 
+def test_forecast_recovers_a_power_law():
+    samples = [500, 500, 1000, 1000, 2000, 2000, 4000, 4000]
+    exact = [3 * number**-0.5 for number in samples]
+    result = data_amount.forecast(samples, exact, at=8000)
+    assert result.error == pytest.approx(3 * 8000**-0.5) and result.exponent == pytest.approx(0.5)
+    assert result.low == pytest.approx(result.high) and result.is_reliable
+    # With noise of 5%, the 95% interval contains the true error in about 95 of 100 cases.
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(300):
+        noise = (0.05 * torch.randn(8, generator=generator)).exp().tolist()
+        result = data_amount.forecast(samples, [a * b for a, b in zip(exact, noise)], at=8000)
+        inside += result.low <= 3 * 8000**-0.5 <= result.high
+    assert 0.91 < inside / 300 < 0.985
+    assert not data_amount.forecast([100, 200, 400, 800], [0.3, 0.1, 0.4, 0.2], at=1600).is_reliable
+
+
 def find(folder: Path, *arguments: str) -> tuple[int, str, str]:
     done = run_script(ROOT / "scripts/find.py", *arguments, "trainer.threads=1", cwd=folder)
     return done.returncode, done.stdout, done.stderr
@@ -122,7 +139,12 @@ def test_command_prints_the_override_and_writes_plot_and_measurements(tmp_path):
     (folder,) = (tmp_path / "outputs").iterdir()
     content = json.loads((folder / "find.json").read_text())
     assert [each["batch_size"] for each in content["curve"]] == [8, 16, 32, 64]
-    assert {path.name for path in tmp_path.iterdir()} == {"lr", "outputs"}  # no run folder
+    data = ("data.train_samples=400", "data.val_fraction=0.5", "data.batch_size=16", "trainer.max_epochs=2")
+    code, out, err = find(tmp_path, "find=data", "data=synthetic", "model=mlp", *data, "find.dir=data")
+    assert code == 0 and "with 400 training images the error will be" in out, err
+    content = json.loads((tmp_path / "data/find.json").read_text())
+    assert [each["samples"] for each in content["curve"]] == [25, 25, 50, 50, 100, 100, 200, 200]
+    assert {path.name for path in tmp_path.iterdir()} == {"lr", "outputs", "data"}  # no run folder
 
 
 @pytest.mark.parametrize(
@@ -132,6 +154,8 @@ def test_command_prints_the_override_and_writes_plot_and_measurements(tmp_path):
         (("find.lowest=1", "find.highest=0.1"), 2, "find.highest = 0.1: must be above find.lowest = 1"),
         (("find=batch_size", "find.smallest=5000", "find.largest=9000"), 2, "must be at most 1294"),
         (("find=speed",), 2, "find = speed"),
+        (("find=data", "data.val_fraction=0"), 2, "trainer.early_stopping.monitor"),
+        (("find=data", "find.fractions=[1.0]"), 2, "must have at least three"),
         (("find=lr", "find.smallest=8"), 2, "find.smallest"),
         (("find.lowest=1e-12", "find.highest=1e-11", "model=mlp"), 4, "the loss does not fall"),
     ],

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from analysis.figures import save
-from analysis.find import batch_size, learning_rate
+from analysis.find import batch_size, data_amount, learning_rate
 from core.config import Config
 from core.durable import write_durably
 from core.errors import ConfigError, NumericalError, StorageError
@@ -35,13 +36,14 @@ def find(config: Config[FindConfig]) -> None:
     if folder.exists():
         raise StorageError(str(folder), "exists already; choose another find.dir")
     configure_torch(values["trainer"])
-    report, figure = {"lr": find_lr, "batch_size": find_batch_size}[options["goal"]](config, options)
+    goals = {"lr": find_lr, "batch_size": find_batch_size, "data": find_data}
+    report, figure = goals[options["goal"]](config, options)
     folder.mkdir(parents=True)
     write_durably(folder / "find.json", (json.dumps(report, indent=2) + "\n").encode())
     save(figure, folder / "find.png")
     print(f"{report['override']}    # {report['reason']}" if report["override"] else report["reason"])
     print(f"written to {folder / 'find.png'} and {folder / 'find.json'}")
-    if not report["override"]:
+    if not report["override"] and options["goal"] != "data":
         raise NumericalError("find.py", str(report["reason"]))
 
 
@@ -115,6 +117,49 @@ def find_batch_size(config: Config[FindConfig], options: Mapping[str, Any]) -> t
         "curve": [
             {"batch_size": each.batch_size, "samples_per_second": round(each.samples_per_second, 1)} for each in results
         ],
+    }, figure
+
+
+def find_data(config: Config[FindConfig], options: Mapping[str, Any]) -> tuple[dict[str, Any], Figure]:
+    """Return the report and the plot of the error over the number of training images."""
+    if len(set(options["fractions"])) < 3:
+        raise ConfigError("find.fractions", "must have at least three different values", value=options["fractions"])
+    training_config = cast(Config[TrainConfig], config)
+    _, splits = build(training_config)
+    if splits.val is None:
+        raise ConfigError("data.val_fraction", "must be > 0: the error is that of the validation split", value=0)
+    total, seed = len(splits.train), config.values["seed"]
+    samples, errors = [], []
+    for fraction in sorted(set(options["fractions"])):
+        number = max(config.values["data"]["batch_size"], round(fraction * total))
+        for of_seed in range(seed, seed + options["seeds"]):
+            samples.append(number)
+            errors.append(data_amount.train_part(training_config, samples=number, seed=of_seed))
+            print(f"{number:,} images, seed {of_seed}: error {errors[-1]:.2%}", flush=True)
+    result = data_amount.forecast(samples, errors, at=2 * total)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(samples, errors, "o", label="validation error of a training")
+    bars = [[result.error - result.low], [result.high - result.error]]
+    axes.errorbar([result.samples], [result.error], yerr=bars, fmt="s", color="#c0392b", capsize=4, label="forecast")
+    axes.set(xscale="log", yscale="log", xlabel="training images", ylabel="error")
+    places = sorted({*samples, result.samples})
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.set_xticks([], minor=True)
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    text = f"with {result.samples:,} training images the error will be {result.error:.2%} ({result.low:.2%} to "
+    text += f"{result.high:.2%}); it is {min(errors[-options['seeds'] :]):.2%} with {total:,}"
+    if not result.is_reliable:
+        text += f". This is not reliable: the errors do not follow a power law (r^2 = {result.r_squared:.2f})"
+    return {
+        "find": "data",
+        "override": "",
+        "reason": text,
+        "forecast": asdict(result) | {"is_reliable": result.is_reliable},
+        "curve": [{"samples": number, "error": error} for number, error in zip(samples, errors, strict=True)],
     }, figure
 
 

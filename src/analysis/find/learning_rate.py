@@ -20,7 +20,7 @@ from trainer.training import Training
 
 SMOOTHING = 0.9  # share of the moving average that a step keeps
 EXPLODED = 3.0  # the test ends if the smoothed loss is this many times its minimum
-DIVISOR = 4.0
+DIVISOR = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,5 +79,5 @@ def suggest(curve: Sequence[tuple[float, float]]) -> Suggestion | None:
     best = min(range(len(smoothed)), key=smoothed.__getitem__)
     if smoothed[best] > 0.98 * max(smoothed[: best + 1]):
         return None
-    reason = f"a quarter of {rates[best]:.2g}, where the smoothed loss is lowest"
+    reason = f"1 / {DIVISOR:g} of {rates[best]:.2g}, where the smoothed loss is lowest"
     return Suggestion(lr=float(f"{rates[best] / DIVISOR:.2g}"), reason=reason)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 from core.options.declarations import TrainConfig
 from core.options.rules import integer, like
-from core.options.value_types import Count, CountOrZero, Device, FilePath, Metric, Positive, Share
+from core.options.value_types import Count, CountOrZero, Device, FilePath, Metric, Positive, Share, ShareAboveZero
 
 OBJECTIVE = re.compile(r"^(max|min) (\S+)$")
 CONSTRAINT = re.compile(r"^(\S+) (<=|>=|<|>) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$")
@@ -44,13 +44,15 @@ class SweepConfig(TrainConfig):
 class FindOptions(TypedDict, total=False):
     """Section `find`."""
 
-    goal: Required[Literal["lr", "batch_size"]]
+    goal: Required[Literal["lr", "batch_size", "data"]]
     dir: Required[FilePath | None]
-    steps: Required[Count]
+    steps: Count
     lowest: Positive
     highest: Positive
     smallest: Count
     largest: Count
+    fractions: list[ShareAboveZero]
+    seeds: Count
 
 
 class FindConfig(TrainConfig):
