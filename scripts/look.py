@@ -1,12 +1,13 @@
-"""Show the data, the augmentation and the schedule of a training, without training.
+"""Show the data, the model, the augmentation and the schedule of a training, without training.
 
     python scripts/look.py data=cifar10 'augment=[crop_flip,mixup]' schedule=one_cycle
 
-The command takes the same arguments as train.py. It prints the class counts of each split. It writes these files, and
-the same figures for TensorBoard, to run_dir (null: outputs/<date>_<time>-look-<data>):
+The command takes the same arguments as train.py. It prints the class counts of each split and the layers of the
+model. It writes these files, and the figures for TensorBoard too, to run_dir (null: outputs/<date>_<time>-look-<data>):
 
     images.png    one row per class: a training image without augmentation, and as augmented in the first epochs
     classes.png   the class counts
+    layers.csv    shape, parameters, multiply-adds, memory and receptive field of each layer
     lr.png        the learning rate of each parameter group
 """
 

@@ -314,8 +314,10 @@ def test_look_draws_images_classes_and_learning_rate(tmp_path):
     out = script(
         "look", "augment=[crop_flip,mixup]", "schedule=one_cycle", "trainer.max_epochs=3", "run_dir=look", cwd=tmp_path
     )
-    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.startswith("│")}
+    splits, layers = out.split("Layers", 1)
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in splits.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["all"]] == ["1,294", "144", "359"] and len(rows) == 11
+    assert "61,706" in layers and (tmp_path / "look/layers.csv").read_text().count("\n") == 8
     sizes = {path.name: size_of_image(path) for path in (tmp_path / "look").glob("*.png")}
     assert set(sizes) == {"images.png", "classes.png", "lr.png"} and all(min(size) > 200 for size in sizes.values())
 

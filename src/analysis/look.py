@@ -1,8 +1,9 @@
-"""Preview of a training, without training: class counts, augmented images and the learning rate.
+"""Preview of a training, without training: class counts, layers, augmented images and the learning rate.
 
 config -> objects of a training -> table and figures -> folder with image files and a TensorBoard event file
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis.figures import class_counts, image_table, learning_rate_curves, save
+from analysis.layers import Layer, csv_of, layers_of, table_of, total_of
 from core.config import Config
+from core.durable import write_durably
 from core.errors import ConfigError, StorageError
 from core.options.declarations import SPLITS, TrainConfig
 from data.loading.loaders import TrainLoader
@@ -52,10 +56,13 @@ def look_at(config: Config[TrainConfig]) -> None:
         "classes": class_counts(counts, splits.class_names),
         "lr": learning_rate_curves(curves, steps_per_epoch=loader.steps_per_epoch),
     }
+    layers = layers_of(training.state.model, (values["data"]["channels"], *[values["data"]["image_size"]] * 2))
     folder = chosen_path(config, name=f"look-{values['choices']['data']}")
     write(figures, curves, folder)
+    write_durably(folder / "layers.csv", csv_of(layers).encode())
     show(counts, splits.class_names)
-    print(f"{', '.join(f'{name}.png' for name in figures)} and a TensorBoard event file are in {folder}")
+    show_layers(training.state.model, layers)
+    print(f"{', '.join(f'{name}.png' for name in figures)}, layers.csv and a TensorBoard event file are in {folder}")
 
 
 def write(figures: Mapping[str, Figure], curves: Mapping[str, list[float]], folder: Path) -> None:
@@ -116,8 +123,17 @@ def augmented_images(loader: TrainLoader, splits: Splits, *, image_size: int) ->
     return {
         "images": images.permute(0, 1, 3, 4, 2).numpy(),
         "rows": [splits.class_names[label] for label in present],
-        "columns": ["original", *(f"epoch {epoch}" for epoch in range(EPOCHS))],
+        "columns": ["original", *(f"epoch {epoch + 1}" for epoch in range(EPOCHS))],
     }
+
+
+def show_layers(model: nn.Module, layers: list[Layer]) -> None:
+    """Print the table of layers, and how many parameters evaluation does not use."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table_of(layers))
+    parameters, unused = total_of(model, layers)
+    if unused:
+        console.print(f"{unused:,} of {parameters:,} parameters are those of auxiliary heads, used in training only")
 
 
 def show(counts: Mapping[str, list[int]], class_names: list[str]) -> None:
