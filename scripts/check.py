@@ -15,4 +15,4 @@ from core.command_line import launch
 from core.options.declarations import TrainConfig
 
 if __name__ == "__main__":
-    launch("analysis.check.command.check_training", config_name="train", schema=TrainConfig)
+    launch("analysis.check.command.check_training", config_name="check", schema=TrainConfig)

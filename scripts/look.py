@@ -18,4 +18,4 @@ from core.command_line import launch
 from core.options.declarations import TrainConfig
 
 if __name__ == "__main__":
-    launch("analysis.look.look_at", config_name="train", schema=TrainConfig)
+    launch("analysis.look.look_at", config_name="look", schema=TrainConfig)

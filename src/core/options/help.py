@@ -55,7 +55,8 @@ def _groups(folders: Sequence[Path]) -> Iterator[str]:
 def _comments(choices: Mapping[str, Any], config_name: str, folders: Sequence[Path]) -> dict[str, str]:
     """Return the comment of each key of a composed config, by dotted name."""
     comments: dict[str, str] = {}
-    for name in {"sweep": ["train", "sweep"], "find": ["train", "find"]}.get(config_name, [config_name]):
+    with_training = ("sweep", "find", "look", "check")  # their configs include train.yaml
+    for name in ("train", config_name) if config_name in with_training else (config_name,):
         top_level = comments_of(CONFIGS / f"{name}.yaml")
         groups = {key.removeprefix("defaults."): text for key, text in top_level.items() if key.startswith("defaults.")}
         comments |= groups | {key: text for key, text in top_level.items() if key and not key.startswith("defaults.")}
