@@ -245,6 +245,7 @@ EXCLUDED = {
     "data.limit_eval": SELECTS_SAMPLES,
     "data.image_size": SELECTS_SAMPLES,
     "data.fit": SELECTS_SAMPLES,
+    "data.bits": "decides how files of 16 bits are decoded, before the first step",
     "data.mirror": "decides about a warning only",
     "data.batch_size": "the same loop at every size; the rows have full, half and accumulated batches",
     "data.num_workers": "changes at resumes of rows with files or a torchvision transform",
