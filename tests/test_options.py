@@ -394,11 +394,15 @@ PATHS += ["%41", "x\\y", "a\\", "日本", "a;b&c|d", "$x", "a\tb", " a "]
 
 @pytest.mark.parametrize("path", PATHS)
 def test_any_path_can_be_typed_without_quotes_for_hydra(path):
-    for argument in (f"run_dir={path}", f"data.root={path}", f"+data.cache_dir={path}"):
-        (quoted,) = with_quoted_paths([argument], TrainConfig)
-        (override,) = parse_overrides([quoted])
-        assert override.value() == path
-        assert with_quoted_paths([quoted], TrainConfig) == [quoted]
+    """In every path key of every script."""
+    for schema in SCHEMAS.values():
+        for key, option in options_of(schema).items():
+            if not option.is_path or (option.takes_lists and path == "[1]"):  # a list of runs
+                continue
+            (quoted,) = with_quoted_paths([f"+{key}={path}" if "." in key else f"{key}={path}"], schema)
+            (override,) = parse_overrides([quoted])
+            assert override.value() == path, (schema, key)
+            assert with_quoted_paths([quoted], schema) == [quoted]
     assert resumed_folder(with_quoted_paths([f"resume={path}"], TrainConfig)) == Path(path)
 
 
