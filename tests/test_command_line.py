@@ -219,9 +219,9 @@ def test_runs_of_a_grid_are_named_by_what_differs(folder, tmp_path):
     script("train", *small, "name=other", cwd=tmp_path)
     script("train", "model=mlp", "trainer.threads=1", "debug=steps", "run_dir=outputs/debug", cwd=tmp_path)
     out = script("runs", "output=all.csv", cwd=tmp_path)
-    assert len(read_table(tmp_path / "all.csv")) == 3 and "1 runs with debug=... are hidden" in out
+    assert len(read_table(tmp_path / "all.csv")) == 3 and "hidden: 1 with debug=..." in out
     out = script("runs", "output=all.csv", "where.debug=true", cwd=tmp_path)
-    assert len(read_table(tmp_path / "all.csv")) == 4 and "are hidden" not in out
+    assert len(read_table(tmp_path / "all.csv")) == 4 and "hidden: " not in out
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "outputs")).Reload()
     with_hparams = [name for name in multiplexer.Runs() if multiplexer.PluginRunToTagToContent("hparams").get(name)]
     assert len(with_hparams) == 3 and "debug" not in with_hparams

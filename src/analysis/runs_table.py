@@ -56,7 +56,7 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     rows.sort(key=lambda row: row["metrics"].get(metric, worst), reverse=not metric.endswith("loss"))
     show(rows, metric)
     if len(hidden) and not rows[0]["debug"]:
-        print(f"{len(hidden)} runs with debug=... are hidden; where.debug=true shows them")
+        print(f"hidden: {len(hidden)} with debug=...; where.debug=true shows them")
     if values["output"]:
         write_csv(rows, known, Path(values["output"]))
         print(f"written to {values['output']}")
