@@ -157,7 +157,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _after(module: nn.Module, field: float, jump: float, values: Tensor, output: Tensor) -> tuple[float, float]:
     """Return (receptive field, jump) after a layer."""
     if isinstance(module, WINDOWS):
-        kernel, stride = _side(module.kernel_size), _side(module.stride)
+        kernel, stride = _side(module.kernel_size), _side(module.stride or module.kernel_size)
         dilation = _side(getattr(module, "dilation", 1))
         return field + (kernel - 1) * dilation * jump, jump * stride
     if values.ndim == 4 and (output.ndim < 4 or output.shape[2:] != values.shape[2:]):
