@@ -11,6 +11,7 @@ or builds the objects of a training (`trainer.build`). It then computes, prints 
     find/            learning-rate range test; throughput over batch size
     report/          report of a run: findings, parts of the error, mistakes, calibration; HTML and JSON
     look.py          input of a training: class counts, augmented images, learning rate; nothing is trained
+    findings.py      findings in the terminal, for check/ and report/
     layers.py        layers of a model: shape, parameters, multiply-adds, memory, receptive field
     model_table.py   parameters and multiply-adds of every model config: table, goldens, docs/models.md
     figures.py       figures for the other files, drawn with matplotlib from plain arrays and dicts

@@ -142,11 +142,10 @@ def read_all_splits(run: LoadedRun, *, data_config: TrainConfig) -> Splits:
 
     Image files stay files, even if their pixels would fit into memory, so that each image has its path.
     """
-    data: DataOptions = {**data_config["data"], "memory_budget": 0}
-    try:
-        return read_splits(run, "train", {**data_config, "data": data})
-    except ConfigError:  # a data set that is always in memory
-        return read_splits(run, "train", data_config)
+    data = data_config["data"]
+    if "on_bad_image" in data:  # a data set of image files; others are always in memory
+        data = {**data, "memory_budget": 0}
+    return read_splits(run, "train", {**data_config, "data": data})
 
 
 def show(report: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from analysis.figures import class_counts, image_table, learning_rate_curves, sa
 from analysis.layers import Layer, csv_of, layers_of, table_of, total_of
 from core.config import Config
 from core.durable import write_durably
-from core.errors import ConfigError, StorageError
-from core.options.declarations import SPLITS, TrainConfig
+from core.errors import StorageError
+from core.options.declarations import TrainConfig
 from data.loading.loaders import TrainLoader
 from data.sources.pixels import resize
 from data.sources.splits import Splits
@@ -41,15 +41,12 @@ def look_at(config: Config[TrainConfig]) -> None:
     Raises ConfigError for the config of a resumed run, and StorageError if the folder exists or cannot be created.
     """
     values = config.values
-    if config.from_run:
-        raise ConfigError(
-            "resume", "is supported by train.py only; look.py takes the config of a new run", value=values["resume"]
-        )
+    config.require_new_run("look.py")
     configure_torch(values["trainer"])
     training, splits = build(config)
     loader = training.train_loader
     assert isinstance(loader, TrainLoader)
-    counts = count_classes(splits)
+    counts = splits.class_counts
     curves = learning_rates(training)
     figures = {
         "images": image_table(**augmented_images(loader, splits, image_size=values["data"]["image_size"])),
@@ -84,13 +81,6 @@ def write(figures: Mapping[str, Figure], curves: Mapping[str, list[float]], fold
         for group, curve in curves.items():
             for step in range(0, len(curve), max(1, len(curve) // MAX_POINTS)):
                 writer.add_scalar(f"lr/{group}", curve[step], step)
-
-
-def count_classes(splits: Splits) -> dict[str, list[int]]:
-    """Return the number of samples of each class, {split: K numbers}, for the splits that exist."""
-    count = len(splits.class_names)
-    images = {split: getattr(splits, split) for split in SPLITS}
-    return {split: some.labels.bincount(minlength=count).tolist() for split, some in images.items() if some}
 
 
 def learning_rates(training: Training) -> dict[str, list[float]]:

@@ -45,8 +45,8 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     if not rows:
         raise DataError(str(folder), "contains no runs (folder)")
     rows = select(rows, values["where"])
-    hidden = [row for row in rows if row["debug"]] if not values["where"]["debug"] else []
-    rows = [row for row in rows if row not in hidden] or rows
+    shown = [row for row in rows if not row["debug"] or values["where"]["debug"]] or rows
+    hidden, rows = len(rows) - len(shown), shown
     add_differences(rows)
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
@@ -55,8 +55,8 @@ def tabulate_runs(config: Config[RunsConfig]) -> None:
     worst = float("inf") if metric.endswith("loss") else float("-inf")
     rows.sort(key=lambda row: row["metrics"].get(metric, worst), reverse=not metric.endswith("loss"))
     show(rows, metric)
-    if len(hidden) and not rows[0]["debug"]:
-        print(f"hidden: {len(hidden)} with debug=...; where.debug=true shows them")
+    if hidden:
+        print(f"hidden: {hidden} with debug=...; where.debug=true shows them")
     if values["output"]:
         write_csv(rows, known, Path(values["output"]))
         print(f"written to {values['output']}")

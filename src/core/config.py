@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from core.errors import ConfigError
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FROM_ENVIRONMENT = "environment:"  # in config.yaml, marks a value that came from an environment variable
 
@@ -22,6 +24,12 @@ class Config(Generic[Values]):
     overrides: list[str] = field(default_factory=list)  # as typed on the command line
     varied: list[str] = field(default_factory=list)  # in a grid, the overrides in which its jobs differ
     config_dirs: list[str] = field(default_factory=list)  # the folders of --config-dir
+
+    def require_new_run(self, script: str) -> None:
+        """Raise ConfigError for the config of a resumed run."""
+        if self.from_run:
+            explanation = f"is supported by train.py only; {script} takes the config of a new run"
+            raise ConfigError("resume", explanation, value=self.values["resume"])
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,9 @@
-"""Files with one JSON object per line, such as the logs of a run."""
+"""JSON: files with one object per line, such as the logs of a run, and values that JSON can store."""
 
 import json
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         elif number < len(texts):
             LOGGER.warning("%s: line %d is not a JSON object and is skipped", path, number)
     return lines
+
+
+def without_nonfinite(node: Any) -> Any:
+    """Return a value with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(node, Mapping):
+        return {key: without_nonfinite(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [without_nonfinite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node

@@ -11,21 +11,19 @@ from diagnosis.run_evidence import RunEvidence
 def diverged(evidence: RunEvidence) -> Finding | None:
     """The loss became NaN or infinite, or ends far above that of a model that knows nothing."""
     losses = evidence.curve("train/loss")
-    ignorant = math.log(evidence.num_classes)
+    uniform, lr = evidence.uniform_loss, evidence.lr
     not_finite = "NaN" in evidence.failure or "not finite" in evidence.failure or "infinite" in evidence.failure
     not_finite = not_finite or any(not math.isfinite(loss) for loss in losses)
-    grows = bool(losses) and losses[-1] > 2 * max(ignorant, min(losses))
+    grows = bool(losses) and losses[-1] > 2 * max(uniform, min(losses))
     if not (not_finite or grows):
         return None
-    optimizer = evidence.config["optimizer"]
-    lr = float(optimizer["lr"])
     return Finding(
         id="diverged",
         severity="error",
         probability=0.9,
         explanation="The loss became NaN or infinite, or grew far above log(classes), that of a uniform prediction. "
         "The most frequent cause is a learning rate that is too high for this model.",
-        evidence={"last train/loss": losses[-1] if losses else None, "log(classes)": round(ignorant, 4), "lr": lr},
+        evidence={"last train/loss": losses[-1] if losses else None, "log(classes)": round(uniform, 4), "lr": lr},
         remedy=(
             f"optimizer.lr={lr / 10:g}",
             "trainer.clip_norm=1",
@@ -36,11 +34,10 @@ def diverged(evidence: RunEvidence) -> Finding | None:
 
 def lr_too_high(evidence: RunEvidence) -> Finding | None:
     """After the first evaluation, the train loss is above that of a uniform prediction, or it rises again and again."""
-    losses, lr = evidence.curve("train/loss"), float(evidence.config["optimizer"]["lr"])
+    losses, lr, uniform = evidence.curve("train/loss"), evidence.lr, evidence.uniform_loss
     if len(losses) < 4:
         return None
     early = losses[: max(3, 3 * len(losses) // 4)]  # later, the schedule has lowered the learning rate
-    uniform = math.log(evidence.num_classes)
     rises = sum(after > 1.1 * before for before, after in itertools.pairwise(early)) / (len(early) - 1)
     above = sum(loss > 1.15 * uniform for loss in early) / len(early)
     if rises < 0.34 and above < 0.5:
@@ -61,12 +58,11 @@ def lr_too_low(evidence: RunEvidence) -> Finding | None:
     losses, train = evidence.curve("train/loss"), evidence.errors.get("train")
     if len(losses) < 4 or train is None or evidence.progress < 0.5:
         return None
-    uniform = math.log(evidence.num_classes)
+    uniform, lr = evidence.uniform_loss, evidence.lr
     falls = sum(after < before for before, after in itertools.pairwise(losses)) / (len(losses) - 1)
     saturates = losses[0] - losses[len(losses) // 4] > 0.6 * (losses[0] - losses[-1])  # most of the fall comes early
     if falls < 0.9 or saturates or losses[-1] < 0.6 * min(uniform, losses[0] * 1.25):
         return None
-    lr = float(evidence.config["optimizer"]["lr"])
     return Finding(
         id="lr_too_low",
         severity="warning",

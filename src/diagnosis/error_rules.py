@@ -4,7 +4,7 @@ import math
 
 from diagnosis.finding import Finding
 from diagnosis.remedies import against_overfitting, larger_model, strong_regularisation, without_regularisation
-from diagnosis.run_evidence import RunEvidence
+from diagnosis.run_evidence import RunEvidence, SplitError
 
 Z = 1.96  # standard errors of a difference that is called significant: 95%, two-sided
 
@@ -14,10 +14,9 @@ def constant_predictor(evidence: RunEvidence) -> Finding | None:
     train = evidence.errors.get("train")
     if train is None or evidence.predicted_share is None:
         return None
-    at_chance = train.share >= evidence.chance_error - Z * math.sqrt(train.variance)
-    if evidence.predicted_share < 0.98 or not at_chance:
+    if evidence.predicted_share < 0.98 or not is_at_chance(train, evidence):
         return None
-    lr = float(evidence.config["optimizer"]["lr"])
+    lr = evidence.lr
     return Finding(
         id="constant_predictor",
         severity="error",
@@ -64,10 +63,9 @@ def regularisation_too_strong(evidence: RunEvidence) -> Finding | None:
     train, strong = evidence.errors.get("train"), strong_regularisation(evidence.config)
     if train is None or not strong or not is_underfit(evidence):
         return None
-    at_chance = train.share >= evidence.chance_error - Z * math.sqrt(train.variance)
     return Finding(
         id="regularisation_too_strong",
-        severity="error" if at_chance else "warning",
+        severity="error" if is_at_chance(train, evidence) else "warning",
         probability=0.85,
         explanation="The error on the train split is high, and the config regularises strongly: the model is kept from "
         "fitting even the images that it is trained on.",
@@ -82,7 +80,6 @@ def underfit_capacity(evidence: RunEvidence) -> Finding | None:
     if train is None or not losses or not is_underfit(evidence):
         return None
     certain = evidence.human_error is not None or train.share > 0.25 * evidence.chance_error
-    lr = float(evidence.config["optimizer"]["lr"])
     return Finding(
         id="underfit_capacity",
         severity="warning" if certain else "info",
@@ -94,7 +91,11 @@ def underfit_capacity(evidence: RunEvidence) -> Finding | None:
             "human error": evidence.human_error,
             "chance": round(evidence.chance_error, 4),
         },
-        remedy=(*larger_model(evidence.config), *without_regularisation(evidence.config), f"optimizer.lr={lr * 3:g}"),
+        remedy=(
+            *larger_model(evidence.config),
+            *without_regularisation(evidence.config),
+            f"optimizer.lr={evidence.lr * 3:g}",
+        ),
     )
 
 
@@ -150,6 +151,11 @@ def overfit_to_validation(evidence: RunEvidence) -> Finding | None:
         },
         remedy=("data.val_fraction=0.2",),
     )
+
+
+def is_at_chance(error: SplitError, evidence: RunEvidence) -> bool:
+    """Return whether an error is not significantly below that of always predicting the most frequent class."""
+    return error.share >= evidence.chance_error - Z * math.sqrt(error.variance)
 
 
 def is_underfit(evidence: RunEvidence) -> bool:

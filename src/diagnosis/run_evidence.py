@@ -1,5 +1,6 @@
 """Evidence on a run that has ended: learning curves, errors per split, config. `run_rules` turns it into findings."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,16 @@ class RunEvidence:
     def curve(self, name: str) -> list[float]:
         """Return a metric of every evaluation that has it."""
         return [float(line[name]) for line in self.lines if isinstance(line.get(name), int | float)]
+
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the config."""
+        return float(self.config["optimizer"]["lr"])
+
+    @property
+    def uniform_loss(self) -> float:
+        """Return the cross-entropy of a uniform prediction."""
+        return math.log(self.num_classes)
 
     @property
     def train_loss_of_steps(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Evidence on a training before its first step: model, first batch, splits. `start_rules` turns it into findings."""
+"""Evidence on a training before its first step: model, first batch, splits. `model_rules` and `data_rules` use it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -192,7 +192,8 @@ class Run:
         if self.state.best and reason != "pruned" and not self.interrupts.received:
             self._load_best()
         test: dict[str, float] | None = {}
-        predictions, loader = Predictions(), self.training.test_loader
+        loader = self.training.test_loader
+        predictions = Predictions() if self.training.record["trainer"]["log_images"] else None
         if loader is not None and reason != "pruned":
             test = self.training.measure(loader, abandon=self.interrupts.asked, predictions=predictions)
         if self.interrupts.received is not None or test is None:
@@ -201,7 +202,7 @@ class Run:
             self.recorder.finish(self.training.record, test, self.state.step)
             status = "finished" if reason == self.training.settings.budget else "stopped_early"
             summary = self.write_summary(status, reason, test=test)
-            if test and loader is not None and self.training.record["trainer"]["log_images"]:
+            if test and loader is not None and predictions is not None:
                 names = self.state.data["class_names"]
                 record_mistakes(predictions, loader, names, self.recorder, step=self.state.step)
             for text in verdict.warnings_of(

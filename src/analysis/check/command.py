@@ -8,12 +8,13 @@ from rich.console import Console
 
 from analysis.check.data_evidence import measure_data
 from analysis.check.model_evidence import measure_model
+from analysis.findings import show_findings
 from core.config import Config
 from core.durable import write_durably
-from core.errors import ConfigError, FindingsError, StorageError, printable
+from core.errors import FindingsError, StorageError
 from core.options.declarations import TrainConfig
 from diagnosis.data_rules import data_findings
-from diagnosis.finding import Finding, ranked
+from diagnosis.finding import ranked
 from diagnosis.model_rules import model_findings
 from trainer.build.training import build
 from trainer.device import configure_torch
@@ -28,8 +29,7 @@ def check_training(config: Config[TrainConfig]) -> None:
     is an error, ConfigError for the config of a resumed run, and StorageError if the file cannot be written.
     """
     values: dict[str, Any] = {**config.values}
-    if config.from_run:
-        raise ConfigError("resume", "is supported by train.py only; check.py takes the config of a new run")
+    config.require_new_run("check.py")
     configure_torch(config.values["trainer"])
     training, splits = build(config)
     findings = ranked(
@@ -38,35 +38,23 @@ def check_training(config: Config[TrainConfig]) -> None:
             *model_findings(measure_model(training, values, seconds=SECONDS)),
         ]
     )
-    show(findings)
+    content = [finding.as_json() for finding in findings]
+    console = Console(highlight=False, soft_wrap=True)
+    show_findings(content, console, healthy="model and data look healthy", text_of=_short)
     if values["run_dir"] is not None:
-        write(findings, Path(values["run_dir"]))
+        write(content, Path(values["run_dir"]))
     errors = [finding.id for finding in findings if finding.severity == "error"]
     if errors:
         raise FindingsError("check", f"{len(errors)} of the findings are errors: {', '.join(errors)}")
 
 
-def show(findings: list[Finding]) -> None:
-    """Print the findings, or that there are none."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not findings:
-        console.print("no finding: model and data look healthy")
-    for finding in findings:
-        numbers = ", ".join(f"{name} {_short(value)}" for name, value in finding.evidence.items())
-        console.print(printable(f"{finding.severity}: {finding.id} ({numbers})"), markup=False)
-        console.print(printable(f"  {finding.explanation}"), markup=False)
-        for override in finding.remedy:
-            console.print(printable(f"  try: {override}"), markup=False)
-
-
-def write(findings: list[Finding], folder: Path) -> None:
+def write(findings: list[dict[str, Any]], folder: Path) -> None:
     """Write the findings to check.json in a new or existing folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exception:
         raise StorageError(str(folder), f"cannot be created: {exception.strerror}") from None
-    content = {"findings": [finding.as_json() for finding in findings]}
-    write_durably(folder / "check.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_durably(folder / "check.json", (json.dumps({"findings": findings}, indent=2) + "\n").encode())
 
 
 def _short(value: object) -> str:

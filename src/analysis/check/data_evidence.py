@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from analysis.check.duplicates import find_duplicates
-from core.options.declarations import SPLITS
 from data.sources.images import Files, Images
+from data.sources.pixels import brightness_and_contrast
 from data.sources.splits import Splits
 from diagnosis.start_evidence import DataEvidence
 
@@ -17,7 +17,7 @@ MAX_BYTES = 400 * 2**20
 
 def measure_data(splits: Splits, config: dict[str, Any]) -> DataEvidence:
     """Return the evidence on the splits. Large splits are sampled, with a fixed seed."""
-    images = {name: split for name in SPLITS if (split := getattr(splits, name)) is not None}
+    images = splits.by_name
     limits = dict.fromkeys(images, MAX_HELD_OUT) | {"train": MAX_TRAIN}
     pixels = {name: sample(split, most=limits[name]) for name, split in images.items()}
     facts = {name: statistics_of(values) for name, (_, values) in pixels.items()}
@@ -32,11 +32,9 @@ def measure_data(splits: Splits, config: dict[str, Any]) -> DataEvidence:
                 f"{name_of(images[name], int(rows[a]))} = {name_of(images['train'], int(rows_of_train[b]))}"
                 for a, b in pairs
             )
-    count = len(splits.class_names)
     return DataEvidence(
         counts={
-            name: dict(zip(splits.class_names, split.labels.bincount(minlength=count).tolist(), strict=True))
-            for name, split in images.items()
+            name: dict(zip(splits.class_names, numbers, strict=True)) for name, numbers in splits.class_counts.items()
         },
         duplicates=duplicates,
         near=near,
@@ -64,10 +62,10 @@ def sample(images: Images, *, most: int) -> tuple[Tensor, Tensor]:
 
 def statistics_of(pixels: Tensor) -> dict[str, Tensor]:
     """Return brightness and contrast of each image (N,), and with three channels their means."""
-    values = torch.cat([part.flatten(1).float() for part in pixels.split(2000)])
-    facts = {"brightness": values.mean(1), "contrast": values.std(1)}
+    parts = [(*brightness_and_contrast(part), part.float().mean((2, 3))) for part in pixels.split(2000)]
+    brightness, contrast, means = (torch.cat(values) for values in zip(*parts, strict=True))
+    facts = {"brightness": brightness, "contrast": contrast}
     if pixels.shape[1] == 3:
-        means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(2000)])
         facts |= {name: means[:, channel] for channel, name in enumerate(("red", "green", "blue"))}
     return facts
 

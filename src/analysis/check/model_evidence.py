@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from analysis.check.gradient_check import without_dropout, wrong_gradients
 from data.loading.loaders import TrainLoader
 from diagnosis.start_evidence import LayerEvidence, ModelEvidence
+from trainer.build.loss import auxiliary_weight
 from trainer.optim.losses import Objective
 from trainer.training import Training
 
@@ -28,7 +29,7 @@ def measure_model(training: Training, config: dict[str, Any], *, seconds: float)
     batch = next(iter(loader.steps(0)))[0]
     images, labels = batch.images[:SAMPLES], batch.labels[:SAMPLES]
     model = training.state.model
-    objective = Objective(training.loss_function, auxiliary_weight=float(config["loss"].get("auxiliary_weight") or 0.3))
+    objective = Objective(training.loss_function, auxiliary_weight=auxiliary_weight(config["loss"], model))
     probe = copy.deepcopy(model).train()
     without_dropout(probe)
     minimised, loss, _ = objective(probe(images), labels)

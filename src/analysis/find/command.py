@@ -29,8 +29,7 @@ def find(config: Config[FindConfig]) -> None:
     other, StorageError if the folder exists, and NumericalError if no value can be suggested.
     """
     values = config.values
-    if config.from_run:
-        raise ConfigError("resume", "is supported by train.py only; find.py takes the config of a new run")
+    config.require_new_run("find.py")
     options: dict[str, Any] = {**values["find"]}
     folder = Path(options["dir"] or f"outputs/find-{options['goal']}-{datetime.now():%Y-%m-%d_%H%M%S}")
     if folder.exists():

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from analysis.evaluate import read_all_splits
+from analysis.findings import show_findings
 from analysis.report import figures
 from analysis.report.calibration import calibrate
 from analysis.report.comparison import compare, read_experiments
@@ -23,13 +24,14 @@ from analysis.report.slices import confused_pairs, read_groups, slices_of
 from core.config import Config
 from core.durable import write_durably
 from core.errors import CheckpointError, ConfigError, DataError, PreceptorError, printable
-from core.json_lines import read_lines
+from core.json_lines import read_lines, without_nonfinite
 from core.options.commands import ReportConfig
 from core.run_config import checked_run_config, read_summary
 from data.sources.splits import Splits, largest_share
 from diagnosis.run_evidence import RunEvidence
 from diagnosis.run_rules import run_findings
 from trainer.device import configure_tf32
+from trainer.inference.evaluation import count_confusions, worst_mistakes
 from trainer.inference.load_run import LoadedRun, load_run, with_data_root
 
 MAX_MISTAKES = 24
@@ -50,7 +52,7 @@ def write_report(config: Config[ReportConfig]) -> None:
         report, images = gather(Path(values["run"]), values)
         template, target = "report.html.j2", Path(values["run"])
     target = Path(values["output"]) if values["output"] else target
-    report = _finite(report)
+    report = without_nonfinite(report)
     target.mkdir(parents=True, exist_ok=True)
     write_durably(target / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     write_durably(target / "report.html", render(template, report, images).encode("utf-8", "replace"))
@@ -183,12 +185,10 @@ def _analyse(
     images["mistakes"] = images["confusion"] = ""
     count = len(class_names)
     if count <= 100:
-        cells = torch.bincount(measured.labels * count + measured.predicted, minlength=count * count)
-        images["confusion"] = figures.data_url(
-            figures.confusion_matrix(cells.reshape(count, count).numpy(), class_names)
-        )
+        cells = count_confusions(measured.labels, measured.predicted, count)
+        images["confusion"] = figures.data_url(figures.confusion_matrix(cells.numpy(), class_names))
     if worst:
-        split = getattr(splits, str(report["analysed"]))
+        split = splits.by_name[str(report["analysed"])]
         pixels = split.read(torch.tensor([mistake["row"] for mistake in worst]))  # uint8 (N, C, H, W)
         titles = [
             f"{mistake['label'][:12]}\n{mistake['predicted'][:12]} {mistake['probability']:.0%}" for mistake in worst
@@ -200,8 +200,7 @@ def _analyse(
 def _worst_mistakes(measured: Measured, class_names: list[str]) -> list[dict[str, Any]]:
     """Return the wrong predictions with the highest probabilities, at most MAX_MISTAKES."""
     probability = measured.logits.double().softmax(1).max(1).values
-    wrong = measured.wrong.nonzero().flatten()
-    worst = wrong[probability[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]]
+    worst = worst_mistakes(measured.predicted, probability, measured.labels, most=MAX_MISTAKES)
     return [
         {
             "image": measured.names[place],
@@ -229,27 +228,12 @@ def _progress(record: dict[str, Any], lines: list[dict[str, Any]], summary: dict
     return min(1.0, max(shares, default=1.0))
 
 
-def _finite(node: Any) -> Any:
-    """Return a value with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(node, dict):
-        return {key: _finite(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not np.isfinite(node) else node
-
-
 def show(report: dict[str, Any]) -> None:
-    """Print the findings, or that there are none."""
+    """Print the comparison or the findings, and the notices."""
     console = Console(highlight=False, soft_wrap=True)
     for difference in report.get("differences", []):
         console.print(printable(difference["sentence"]), markup=False)
-    if not report["findings"] and "differences" not in report:
-        console.print("no finding: the run looks healthy")
-    for finding in report["findings"]:
-        numbers = ", ".join(f"{name} {value}" for name, value in finding["evidence"].items())
-        console.print(printable(f"{finding['severity']}: {finding['id']} ({numbers})"), markup=False)
-        console.print(printable(f"  {finding['explanation']}"), markup=False)
-        for override in finding["remedy"]:
-            console.print(printable(f"  try: {override}"), markup=False)
+    if "differences" not in report:
+        show_findings(report["findings"], console, healthy="the run looks healthy")
     for notice in report["notices"]:
         console.print(printable(f"note: {notice}"), markup=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data.sources.images import Files, Images
+from data.sources.pixels import brightness_and_contrast
 from data.sources.splits import Splits
 from diagnosis.run_evidence import SplitError
 from trainer.inference.load_run import LoadedRun
@@ -69,9 +70,8 @@ def measure_split(run: LoadedRun, images: Images, *, seed: int, most: int, secon
         pixels = images.read(chosen)  # uint8 (B, C, H, W)
         with torch.inference_mode(), run.autocast:
             logits = run.model(run.transform.normalisation(pixels.to(run.device))).float().cpu()
-        values = pixels.flatten(1).float()
         rows.append(chosen)
-        facts.append((logits, values.mean(1), values.std(1)))
+        facts.append((logits, *brightness_and_contrast(pixels)))
         if time.monotonic() - began > seconds:
             break
     logits, brightness, contrast = (torch.cat(parts) for parts in zip(*facts, strict=True))
@@ -91,9 +91,6 @@ def measure_split(run: LoadedRun, images: Images, *, seed: int, most: int, secon
 def measure_splits(run: LoadedRun, splits: Splits, *, most: int, seconds: float) -> dict[str, Measured]:
     """Return the measured samples of the splits that exist, by name; the time limit applies to each split."""
     seed = run.config["seed"]
-    images = {name: getattr(splits, name) for name in ("train", "val", "test")}
     return {
-        name: measure_split(run, split, seed=seed, most=most, seconds=seconds)
-        for name, split in images.items()
-        if split is not None
+        name: measure_split(run, split, seed=seed, most=most, seconds=seconds) for name, split in splits.by_name.items()
     }

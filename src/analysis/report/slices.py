@@ -12,6 +12,7 @@ from torch import Tensor
 from analysis.report.measurements import Measured
 from core.errors import ConfigError, DataError
 from diagnosis.run_evidence import SplitError
+from trainer.inference.evaluation import count_confusions
 
 QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
 
@@ -63,7 +64,7 @@ def quarters(values: Tensor) -> list[Tensor]:
 def confused_pairs(measured: Measured, class_names: Sequence[str], *, most: int = 10) -> list[tuple[str, str, int]]:
     """Return (label, predicted class, number of images) of the most frequent confusions, at most `most`."""
     count = len(class_names)
-    cells = torch.bincount(measured.labels * count + measured.predicted, minlength=count * count).reshape(count, count)
+    cells = count_confusions(measured.labels, measured.predicted, count)
     cells.fill_diagonal_(0)
     numbers, places = cells.flatten().sort(descending=True, stable=True)
     pairs = zip(numbers[:most].tolist(), places[:most].tolist(), strict=True)

@@ -61,28 +61,29 @@ class FindConfig(TrainConfig):
     find: FindOptions
 
 
-class RunConfig(TypedDict):
-    """Options that evaluate.py and predict.py share."""
+class LoadConfig(TypedDict):
+    """Options of the commands that load a run."""
 
-    run: FilePath
     checkpoint: Literal["best", "last"]
     device: Device
     trust: list[str]
     traceback: bool
 
 
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(LoadConfig):
     """The config of evaluate.py."""
 
+    run: FilePath
     split: Literal["train", "val", "test", "all"]
     root: FilePath | None
     tta: Literal["none", "mirror", "mirror_shift"] | None
     output: FilePath | None
 
 
-class PredictConfig(RunConfig):
+class PredictConfig(LoadConfig):
     """The config of predict.py."""
 
+    run: FilePath
     input: FilePath
     output: FilePath
     on_bad_image: Literal["error", "skip"]
@@ -99,14 +100,10 @@ class ReportOptions(TypedDict):
     metric: Metric | Literal["test/loss", "test/accuracy"]
 
 
-class ReportConfig(TypedDict):
+class ReportConfig(LoadConfig):
     """The config of report.py."""
 
     run: FilePath | list[FilePath]
-    checkpoint: Literal["best", "last"]
-    device: Device
-    trust: list[str]
-    traceback: bool
     output: FilePath | None
     root: FilePath | None
     report: ReportOptions

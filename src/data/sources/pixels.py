@@ -55,3 +55,9 @@ def at_size(pixels: Tensor, image_size: int) -> Iterator[Tensor]:
         return
     few = max(1, MAX_CONVERTED_VALUES // pixels[0].numel())  # they are converted to floats
     yield from (resize(chunk, image_size=image_size, fit="resize") for chunk in pixels.split(few))
+
+
+def brightness_and_contrast(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the values of each image, float32 (N,), for images (N, C, H, W)."""
+    values = images.flatten(1).float()
+    return values.mean(1), values.std(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
+from core.options.declarations import SPLITS
 from core.seeding import fold
 from data.loading.normalisation import CHUNK, Normalisation, exact_mean, fit_normalisation, is_unfitted
 from data.sources.collection import Collection
@@ -35,6 +36,17 @@ class Splits:
     normalisation: Normalisation  # fitted to the training split
     fingerprint: str  # of the data before it was split; another one means that the data has changed
     counts: dict[str, int]  # images of each split of the source, likewise
+
+    @property
+    def by_name(self) -> dict[str, Images]:
+        """Return the splits that exist, in the order train, val, test."""
+        return {name: split for name in SPLITS if (split := getattr(self, name)) is not None}
+
+    @property
+    def class_counts(self) -> dict[str, list[int]]:
+        """Return the number of images of each class, {split: K numbers}, of the splits that exist."""
+        count = len(self.class_names)
+        return {name: split.labels.bincount(minlength=count).tolist() for name, split in self.by_name.items()}
 
 
 def prepare(

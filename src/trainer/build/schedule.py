@@ -29,13 +29,11 @@ def build_schedule(
     own = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     target = resolve("schedule", node["_target_"])
     is_torch_scheduler = inspect.isclass(target) and issubclass(target, LRScheduler)
-    used = (
-        {"interval"}
-        if is_torch_scheduler
-        else {"warmup_epochs"}
-        if target is Plateau
-        else {"warmup_epochs", "momentum"}
-    )
+    used = {"warmup_epochs", "momentum"}
+    if is_torch_scheduler:
+        used = {"interval"}
+    elif target is Plateau:
+        used = {"warmup_epochs"}
     for key in NOT_ARGUMENTS:
         if key not in used and dict(node).get(key) is not None:
             explanation = f"is not used by this schedule, but by {options_with(f'schedule.{key}')}"

@@ -17,7 +17,7 @@ from torch import nn
 
 from core.config import Config
 from core.errors import ConfigError
-from core.options.declarations import SPLITS, EarlyStoppingOptions, LookaheadOptions, TrainConfig
+from core.options.declarations import EarlyStoppingOptions, LookaheadOptions, TrainConfig
 from core.seeding import fold
 from data.loading.loaders import TrainLoader
 from data.sources.splits import Splits, largest_share
@@ -109,7 +109,7 @@ def _build(
         train_loader=train_loader,
         val_loader=val_loader,
         test_loader=test_loader,
-        samples={name: len(split) for name in SPLITS if (split := getattr(splits, name)) is not None},
+        samples={name: len(split) for name, split in splits.by_name.items()},
         constant_accuracy=largest_share(splits.test.labels) if splits.test else None,
         device=device,
         channels_last=channels_last,

@@ -74,6 +74,21 @@ class Predictions:
         return predicted, probability, labels
 
 
+def count_confusions(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Return int64 (K, K): the number of samples of each label (row) and predicted class (column)."""
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes * num_classes)
+    return cells.reshape(num_classes, num_classes)
+
+
+def worst_mistakes(predicted: Tensor, probability: Tensor, labels: Tensor, *, most: int) -> Tensor:
+    """Return the positions of the wrong predictions with the highest probabilities, at most `most`; ties by position.
+
+    `predicted` are the classes (N,), `probability` their probabilities (N,), and `labels` the true classes (N,).
+    """
+    wrong = (predicted != labels).nonzero().flatten()
+    return wrong[probability[wrong].argsort(descending=True, stable=True)[:most]]
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,

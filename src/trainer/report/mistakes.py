@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.inference.evaluation import Predictions
+from trainer.inference.evaluation import Predictions, count_confusions, worst_mistakes
 from trainer.interfaces import EvalBatches
 from trainer.report.recorder import Recorder
 
@@ -41,10 +41,8 @@ def figures_of(predictions: Predictions, loader: EvalBatches, class_names: Seque
     predicted, probability, labels = predictions.read()
     count = len(class_names)
     if count <= MAX_CLASSES:
-        cells = torch.bincount(labels * count + predicted, minlength=count * count)
-        figures["confusion_matrix"] = confusion_matrix(cells.reshape(count, count), class_names)
-    wrong = (predicted != labels).nonzero().flatten()
-    worst = wrong[probability[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]]
+        figures["confusion_matrix"] = confusion_matrix(count_confusions(labels, predicted, count), class_names)
+    worst = worst_mistakes(predicted, probability, labels, most=MAX_MISTAKES)
     if len(worst):
         titles = [
             f"{class_names[label][:14]}\nnot {class_names[guess][:14]} ({share:.0%})"

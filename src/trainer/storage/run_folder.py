@@ -9,7 +9,6 @@ renamed. So every run folder that exists can be resumed.
 import datetime
 import fcntl
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import yaml
 from core.config import Config
 from core.durable import hidden_name, remove_leftovers, sync_folder, write_durably
 from core.errors import CheckpointError, StorageError
-from core.json_lines import read_lines
+from core.json_lines import read_lines, without_nonfinite
 from core.options.declarations import TrainConfig
 from core.regular_files import append_regular
 from core.run_config import read_summary
@@ -127,7 +126,7 @@ class RunFolder:
         self._append("events.jsonl", {"time": now(), "event": kind, **details})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        append_regular(self.path / name, json.dumps(_without_nonfinite(line), allow_nan=False) + "\n", sync=True)
+        append_regular(self.path / name, json.dumps(without_nonfinite(line), allow_nan=False) + "\n", sync=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without an incomplete last line."""
@@ -150,7 +149,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, with null for NaN and infinity; after a kill, the file is complete or unchanged."""
-        content = json.dumps(_without_nonfinite(dict(summary)), indent=2, allow_nan=False) + "\n"
+        content = json.dumps(without_nonfinite(dict(summary)), indent=2, allow_nan=False) + "\n"
         write_durably(self.path / "summary.json", content.encode())
 
     def read_summary(self) -> dict[str, Any]:
@@ -186,10 +185,3 @@ def _creation_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _without_nonfinite(node: Any) -> Any:
-    """Return a value with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(node, Mapping):
-        return {key: _without_nonfinite(value) for key, value in node.items()}
-    return None if isinstance(node, float) and not math.isfinite(node) else node
